@@ -1,0 +1,65 @@
+"""Search and look-up when the codebook's rows are spread over a mesh axis.
+
+Tokens are sharded over both mesh axes, codebook rows over `codebook` (and copied along `data`). Latents and
+codes travel, which are small; rows never do. With an axis of size 1 the collectives vanish, so this is the only
+path of the training step, on one device as on a pod.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from fvq_jax.ops.nearest import prepare, scan_blocks
+
+TOKENS = PartitionSpec(("data", "codebook"))
+ROWS = PartitionSpec("codebook")
+
+
+def sharded_nearest_code(
+    z: Float[Array, "n d"],
+    codebook: Float[Array, "k d"],
+    mesh: Mesh,
+    *,
+    block_size: int | None = None,
+    l2_normalize: bool = False,
+) -> Int[Array, "n"]:
+    """`ops.nearest.nearest_code` on a mesh with axes `data` and `codebook`; same codes, same ties, no gradient.
+
+    Each device gathers the latents of its `codebook` group, scans its own rows, and the best (score, index) of
+    every shard comes back to the token's owner. n must be a multiple of the devices, k of the `codebook` axis.
+    """
+
+    def search(z, rows):
+        z = jax.lax.all_gather(z, "codebook", tiled=True)
+        center = jax.lax.pmean(rows.mean(axis=0), "codebook")
+        score, index = scan_blocks(z, rows, center, block_size)
+        index = index + jax.lax.axis_index("codebook") * rows.shape[0]
+        exchange = functools.partial(jax.lax.all_to_all, axis_name="codebook", split_axis=0, concat_axis=0, tiled=False)
+        shards = mesh.shape["codebook"]
+        score, index = exchange(score.reshape(shards, -1)), exchange(index.reshape(shards, -1))
+        # argmin returns the first shard of equal scores, and that one holds the lowest rows.
+        winner = jnp.argmin(score, axis=0)
+        return jnp.take_along_axis(index, winner[None], axis=0)[0]
+
+    z, codebook = prepare(z, codebook, l2_normalize)
+    return jax.shard_map(search, mesh=mesh, in_specs=(TOKENS, ROWS), out_specs=TOKENS)(z, codebook)
+
+
+def sharded_lookup(codes: Int[Array, "n"], codebook: Float[Array, "k d"], mesh: Mesh) -> Float[Array, "n d"]:
+    """`codebook[codes]` on a mesh with axes `data` and `codebook`.
+
+    The owner of a row puts it into an otherwise zero array that a reduce-scatter hands to the token's owner. The
+    gradient is the exact reverse: a scatter-add into the local rows, summed over `data`.
+    """
+
+    def look_up(codes, rows):
+        codes = jax.lax.all_gather(codes, "codebook", tiled=True)
+        local = codes - jax.lax.axis_index("codebook") * rows.shape[0]
+        mine = (local >= 0) & (local < rows.shape[0])
+        vectors = jnp.where(mine[:, None], rows[jnp.where(mine, local, 0)], 0)
+        return jax.lax.psum_scatter(vectors, "codebook", scatter_dimension=0, tiled=True)
+
+    return jax.shard_map(look_up, mesh=mesh, in_specs=(TOKENS, ROWS), out_specs=TOKENS)(codes, codebook)
