@@ -1,0 +1,313 @@
+import contextlib
+import itertools
+import multiprocessing
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from absl import flags
+from PIL import Image
+
+from fvq_jax.data import pipeline
+from fvq_jax.data.sources import FolderSource, PhotoSource
+from fvq_jax.errors import InputError
+
+flags.FLAGS.mark_as_parsed()  # worker processes are handed the parsed flags
+
+SIZE = 8
+CROP = {"image_size": SIZE, "resize_min": 0, "resize_max": 0, "flip": True}
+
+
+@pytest.fixture(scope="module")
+def photos():
+    return PhotoSource(SIZE, "train")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Makes a folder of `count` one-colour pictures, file number i of colour i, those in `damaged` unreadable."""
+
+    def make(count, damaged=(), size=(12, 10)):
+        for index in range(count):
+            path = tmp_path / f"class{index % 2}" / f"{index:03}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.new("RGB", size, (index, index, index)).save(path)
+            if index in damaged:
+                path.write_bytes(b"damaged")
+        return FolderSource(tmp_path)
+
+    return make
+
+
+def take(count, source, **options):
+    with contextlib.closing(pipeline.train_batches(source, **CROP | {"seed": 0, **options})) as batches:
+        return [{name: np.array(value) for name, value in batch.items()} for batch in itertools.islice(batches, count)]
+
+
+def assert_same(left, right):
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+
+
+def differ(left, right):
+    return any(not np.array_equal(a["image"], b["image"]) for a, b in zip(left, right, strict=True))
+
+
+def join_hosts(parts):
+    return [
+        {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+        for batches in zip(*parts, strict=True)
+    ]
+
+
+def test_batches_are_uint8_images_and_int32_labels(photos):
+    (batch,) = take(1, photos, batch_size=6)
+    assert batch.keys() == {"image", "label"}
+    assert batch["image"].shape == (6, SIZE, SIZE, 3)
+    assert batch["image"].dtype == np.uint8
+    assert batch["label"].shape == (6,)
+    assert batch["label"].dtype == np.int32
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_hosts_hold_contiguous_rows_of_the_same_global_batch(photos, process_count):
+    parts = [
+        take(5, photos, batch_size=8, process_index=index, process_count=process_count)
+        for index in range(process_count)
+    ]
+    assert_same(join_hosts(parts), take(5, photos, batch_size=8))
+
+
+def test_one_row_per_host(photos):
+    parts = [take(2, photos, batch_size=3, process_index=index, process_count=3) for index in range(3)]
+    assert_same(join_hosts(parts), take(2, photos, batch_size=3))
+
+
+def test_worker_processes_give_the_batches_of_one_process(photos):
+    expected = take(7, photos, batch_size=4, start_step=3)
+    assert_same(take(7, photos, batch_size=4, start_step=3, num_workers=2), expected)
+    second_half = take(7, photos, batch_size=4, start_step=3, num_workers=3, process_index=1, process_count=2)
+    assert_same(second_half, [{name: value[2:] for name, value in batch.items()} for batch in expected])
+
+
+def test_starting_at_a_step_continues_the_stream(photos):
+    assert_same(take(4, photos, batch_size=6, start_step=5), take(9, photos, batch_size=6)[5:])
+
+
+def test_restart_is_exact_across_epochs(folder):
+    source = folder(5)
+    assert_same(take(4, source, batch_size=4, start_step=3), take(7, source, batch_size=4)[3:])
+
+
+def test_the_seed_decides(photos):
+    assert_same(take(2, photos, batch_size=6, seed=3), take(2, photos, batch_size=6, seed=3))
+    assert differ(take(2, photos, batch_size=6, seed=3), take(2, photos, batch_size=6, seed=4))
+    with pytest.raises(InputError, match="seed=-1"):
+        take(1, photos, batch_size=6, seed=-1)
+
+
+def test_every_file_comes_once_per_epoch_in_a_new_order(folder):
+    source = folder(12)
+    colours = np.concatenate([batch["image"][:, 0, 0, 0] for batch in take(9, source, batch_size=4)])
+    first, second, third = colours.reshape(3, 12)
+    for epoch in (first, second, third):
+        assert sorted(epoch) == list(range(12))
+    assert list(first) != list(second) != list(third)
+    assert pipeline.steps_per_epoch(source, 5) == pytest.approx(12 / 5)
+
+
+def test_labels_belong_to_their_pictures(folder):
+    for batch in take(4, folder(12), batch_size=4):
+        np.testing.assert_array_equal(batch["label"], batch["image"][:, 0, 0, 0] % 2)
+
+
+def test_flip_off_never_mirrors_and_on_mirrors_half(tmp_path):
+    ramp = np.broadcast_to(np.arange(0, 240, 20, dtype=np.uint8)[None, :, None], (12, 12, 3))
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    source = FolderSource(tmp_path)
+
+    def rising(flip):
+        image = np.concatenate([batch["image"] for batch in take(5, source, batch_size=20, flip=flip)])
+        return image[:, 0, 0, 0] < image[:, 0, -1, 0]
+
+    assert rising(flip=False).all()
+    assert 30 < rising(flip=True).sum() < 70
+
+
+def test_resizing_range_is_respected(tmp_path):
+    # A ramp over the width: the slope of a crop tells how far the picture was resized.
+    ramp = np.broadcast_to(np.arange(0, 256, 2, dtype=np.uint8)[None, :, None], (128, 128, 3))
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    source = FolderSource(tmp_path)
+
+    def slopes(**options):
+        batches = take(3, source, batch_size=20, image_size=16, flip=False, **options)
+        image = np.concatenate([batch["image"] for batch in batches])
+        return (image[:, 0, 12, 0].astype(float) - image[:, 0, 4, 0]) / 8
+
+    np.testing.assert_allclose(slopes(resize_min=32, resize_max=32), 256 / 32, atol=0.2)
+    drawn = slopes(resize_min=32, resize_max=64)
+    assert drawn.min() > 256 / 64 - 0.3
+    assert drawn.max() < 256 / 32 + 0.3
+    assert np.ptp(drawn) > 2
+    np.testing.assert_array_equal(slopes(resize_min=0, resize_max=0), 2)
+
+
+@pytest.mark.parametrize(("low", "high"), [(4, 20), (20, 16)])
+def test_impossible_resizing_is_refused(photos, low, high):
+    with pytest.raises(InputError, match=rf"resize_min={low} and data\.resize_max={high} .*\(8\)"):
+        take(1, photos, batch_size=4, resize_min=low, resize_max=high)
+
+
+@pytest.mark.parametrize("batch_size", [0, 6])
+def test_a_batch_that_hosts_cannot_share_is_refused(photos, batch_size):
+    with pytest.raises(InputError, match=f"batch size {batch_size} .* multiple of the 4"):
+        take(1, photos, batch_size=batch_size, process_count=4)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_damaged_file_is_replaced_named_and_counted(folder, monkeypatch, num_workers):
+    messages = []
+    monkeypatch.setattr(pipeline.logging, "warning", lambda text, *args: messages.append(text % args))
+    source = folder(100, damaged=[21])
+    name = next(source.name(index) for index in range(100) if source.name(index).endswith("021.png"))
+    batches = pipeline.train_batches(source, **CROP, batch_size=10, seed=0, num_workers=num_workers)
+    with contextlib.closing(batches):
+        colours = [batch["image"][:, 0, 0, 0] for batch in itertools.islice(batches, 30)]
+    assert 21 not in np.concatenate(colours)
+    assert len(np.concatenate(colours)) == 300
+    assert batches.skipped == {name: 3}
+    assert len(messages) == 1
+    assert name in messages[0]
+
+
+def test_more_than_one_percent_damaged_stops_the_run(folder):
+    source = folder(120, damaged=[5, 50])
+    with pytest.raises(InputError, match=r"^2 of 120 pictures are unreadable, over 1%: '/.*png', '/.*png'; [^\n]*$"):
+        take(12, source, batch_size=10)
+
+
+def test_evaluation_sees_everything_once_in_order_and_masks_the_rest(folder):
+    source = folder(10, size=(SIZE, SIZE))
+    batches = list(pipeline.eval_batches(source, image_size=SIZE, batch_size=4))
+    assert [batch["mask"].tolist() for batch in batches] == [[True] * 4, [True] * 4, [True, True, False, False]]
+    images = np.concatenate([batch["image"][batch["mask"]] for batch in batches])
+    np.testing.assert_array_equal(images, np.stack([source[index]["image"] for index in range(10)]))
+    labels = np.concatenate([batch["label"][batch["mask"]] for batch in batches])
+    assert labels.tolist() == [0] * 5 + [1] * 5
+    assert all(batch["image"].dtype == np.uint8 and batch["label"].dtype == np.int32 for batch in batches)
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_hosts_evaluate_the_same_number_of_batches_and_the_same_rows(folder, process_count):
+    source = folder(9)
+    parts = [
+        list(
+            pipeline.eval_batches(
+                source, image_size=SIZE, batch_size=4, process_index=index, process_count=process_count
+            )
+        )
+        for index in range(process_count)
+    ]
+    assert {len(part) for part in parts} == {3}
+    assert_same(join_hosts(parts), list(pipeline.eval_batches(source, image_size=SIZE, batch_size=4)))
+
+
+def test_evaluation_in_worker_processes_is_the_same_and_ends(folder):
+    source = folder(10)
+    expected = list(pipeline.eval_batches(source, image_size=SIZE, batch_size=4))
+    assert_same(list(pipeline.eval_batches(source, image_size=SIZE, batch_size=4, num_workers=2)), expected)
+
+
+def test_a_limit_takes_pictures_from_the_whole_source(folder):
+    source = folder(10)
+    (batch,) = pipeline.eval_batches(source, image_size=SIZE, batch_size=5, limit=5)
+    assert batch["label"].tolist() == [0, 0, 0, 1, 1]
+    assert batch["mask"].all()
+    assert len(list(pipeline.eval_batches(source, image_size=SIZE, batch_size=5, limit=1000))) == 2
+
+
+def test_evaluation_crops_the_centre_of_the_resized_picture(tmp_path):
+    pixels = np.zeros((16, 48, 3), np.uint8)
+    pixels[:, 16:32] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    (batch,) = pipeline.eval_batches(FolderSource(tmp_path), image_size=16, batch_size=1)
+    assert (batch["image"] == 255).all()
+
+
+def test_a_damaged_file_is_masked_in_evaluation(folder):
+    source = folder(100, damaged=[8], size=(SIZE, SIZE))
+    batches = pipeline.eval_batches(source, image_size=SIZE, batch_size=10)
+    mask = np.concatenate([batch["mask"] for batch in batches])
+    assert np.flatnonzero(~mask).tolist() == [4]
+    assert list(batches.skipped.values()) == [1]
+    with pytest.raises(InputError, match="1 of 50 pictures"):
+        list(pipeline.eval_batches(source, image_size=SIZE, batch_size=10, limit=50))
+
+
+def test_a_worker_that_dies_ends_the_run(photos):
+    with contextlib.closing(pipeline.train_batches(photos, **CROP, batch_size=4, seed=0, num_workers=1)) as batches:
+        next(batches)
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, signal.SIGKILL)
+        with pytest.raises(RuntimeError, match="terminated unexpectedly"):
+            list(itertools.islice(batches, 20))
+
+
+def test_workers_outlast_the_signals_of_a_scheduler(photos):
+    expected = take(10, photos, batch_size=4)
+    with contextlib.closing(pipeline.train_batches(photos, **CROP, batch_size=4, seed=0, num_workers=1)) as batches:
+        received = [next(batches)]
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, signal.SIGTERM)
+        os.kill(worker.pid, signal.SIGINT)
+        received += itertools.islice(batches, 9)
+    assert_same(received, expected)
+    worker.join(timeout=10)
+    assert worker.exitcode == 0
+
+
+LOADER = """
+import time
+from absl import app
+from fvq_jax.data import pipeline, sources
+
+def main(_):
+    source = sources.PhotoSource(8, "train")
+    options = dict(image_size=8, resize_min=0, resize_max=0, flip=True, batch_size=2, seed=0, num_workers=1)
+    batches = pipeline.train_batches(source, **options)
+    next(batches)
+    print("ready", flush=True)
+    time.sleep({pause})
+
+if __name__ == "__main__":
+    app.run(main)
+"""
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_no_worker_is_left_behind(tmp_path, killed):
+    script = tmp_path / "loader.py"
+    script.write_text(LOADER.format(pause=600 if killed else 0))
+    process = subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])},
+    )
+    with process:
+        assert process.stdout.readline() == "ready\n"
+        if killed:
+            process.kill()
+        # The pipes reach their end when the last process that writes to them is gone, workers included.
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == (-signal.SIGKILL if killed else 0)
+    assert killed or errors == ""
