@@ -1,0 +1,176 @@
+"""Bridges: networks that map the trained codebook to the table that is searched (arXiv 2509.10140).
+
+Through a bridge one selected code moves all of them, so no code is left behind. Kinds, by name:
+
+  none        the table is the codebook itself (a plain VQ network)
+  linear      one linear layer for every code
+  mlp5        five linear layers for every code
+  SIZE/P      VQBridge: compress groups of P*P codes to tokens, process them with a small ViT, recover the
+              codes. SIZE is XS, S, B, L or XL; SIZE/P-dN sets the number of blocks (default 2).
+
+Arrays are [k, d] on both sides, parameters and results float32.
+"""
+
+import dataclasses
+import math
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from fvq_jax.models.layers import matmul_precision
+
+HEAD_WIDTH = {"XS": 8, "S": 16, "B": 32, "L": 64, "XL": 128}
+HEADS = 4
+MLP_LAYERS = 5
+XAVIER = nn.initializers.xavier_uniform()
+
+
+@dataclasses.dataclass(frozen=True)
+class BridgeSpec:
+    """What a bridge name says; `width`, `patch` and `depth` are 0 for the bridges without groups."""
+
+    kind: str  # none | linear | mlp5 | vit
+    width: int = 0
+    patch: int = 0
+    depth: int = 0
+
+    @property
+    def group_size(self) -> int:
+        """Codes that are compressed into one token; 1 where codes are mapped one by one."""
+        return max(self.patch, 1) ** 2
+
+
+def parse_bridge(name: str) -> BridgeSpec:
+    """Reads a bridge name; ValueError with the possible names if it is none of them."""
+    if name in ("none", "linear", "mlp5"):
+        return BridgeSpec(name)
+    match = re.fullmatch(r"(XS|S|B|L|XL)/([1-9]\d*)(?:-d([1-9]\d*))?", name)
+    if not match:
+        raise ValueError(
+            f"unknown bridge {name!r}: use none, linear, mlp5 or SIZE/P[-dN] with SIZE one of {', '.join(HEAD_WIDTH)}, "
+            "for instance L/4 or B/8-d4"
+        )
+    size, patch, depth = match.groups()
+    return BridgeSpec("vit", HEADS * HEAD_WIDTH[size], int(patch), int(depth or 2))
+
+
+def rows_of_groups(codebook_size: int, group_size: int, groups: str) -> int:
+    """Into how many equal, whole-group row blocks the codebook can be cut: what a `codebook` axis must divide.
+
+    With `2d` patches a block is a row of patches of the square raster, with `1d` groups a single group.
+    ValueError if the groups do not fit the codebook.
+    """
+    if groups == "1d":
+        if codebook_size % group_size:
+            raise ValueError(f"{codebook_size} codes are not divisible by groups of {group_size}")
+        return codebook_size // group_size
+    side, patch = math.isqrt(codebook_size), math.isqrt(group_size)
+    if side * side != codebook_size:
+        raise ValueError(f"{codebook_size} codes are not a square, which 2d patches need")
+    if side % patch:
+        raise ValueError(
+            f"the {side} x {side} raster of {codebook_size} codes is not divisible by {patch} x {patch} patches"
+        )
+    return side // patch
+
+
+def group_codes(codebook: Float[Array, "k d"], group_size: int, groups: str) -> Float[Array, "g p"]:
+    """One row per group: its codes, flattened. `2d`: patches of the row-major square raster; `1d`: runs of codes."""
+    k, d = codebook.shape
+    if groups == "1d":
+        return codebook.reshape(k // group_size, group_size * d)
+    side, patch = math.isqrt(k), math.isqrt(group_size)
+    raster = codebook.reshape(side // patch, patch, side // patch, patch, d)
+    return raster.transpose(0, 2, 1, 3, 4).reshape(k // group_size, group_size * d)
+
+
+def ungroup_codes(grouped: Float[Array, "g p"], group_size: int, groups: str) -> Float[Array, "k d"]:
+    """The inverse of `group_codes`."""
+    k, d = grouped.shape[0] * group_size, grouped.shape[1] // group_size
+    if groups == "1d":
+        return grouped.reshape(k, d)
+    side, patch = math.isqrt(k), math.isqrt(group_size)
+    raster = grouped.reshape(side // patch, side // patch, patch, patch, d)
+    return raster.transpose(0, 2, 1, 3, 4).reshape(k, d)
+
+
+def _dense(features: int, dtype: DTypeLike, name: str, kernel_init=XAVIER) -> nn.Dense:
+    return nn.Dense(features, dtype=dtype, precision=matmul_precision(dtype), kernel_init=kernel_init, name=name)
+
+
+def _layer_norm(x: Float[Array, "g c"], dtype: DTypeLike, name: str) -> Float[Array, "g c"]:
+    return nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, use_fast_variance=False, dtype=dtype, name=name)(
+        x
+    )
+
+
+class BridgeBlock(nn.Module):
+    """Pre-LayerNorm transformer block over all tokens: 4 heads, MLP of twice the width, tanh GELU."""
+
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "g c"]) -> Float[Array, "g c"]:
+        """Applies the block; softmax in float32."""
+        g, width = x.shape
+        qkv = _dense(3 * width, self.dtype, "qkv")(_layer_norm(x, self.dtype, "norm1"))
+        q, k, v = qkv.reshape(1, g, 3, HEADS, width // HEADS).transpose(2, 0, 1, 3, 4)
+        with jax.default_matmul_precision(matmul_precision(self.dtype)):
+            h = jax.nn.dot_product_attention(q, k, v)
+        x = x + _dense(width, self.dtype, "out")(h.reshape(g, width))
+        h = _dense(2 * width, self.dtype, "mlp_in")(_layer_norm(x, self.dtype, "norm2"))
+        return x + _dense(width, self.dtype, "mlp_out")(nn.gelu(h, approximate=True))
+
+
+class VQBridge(nn.Module):
+    """Compress, process, recover. Starts as f(C) = 0: the last layer is zero, and every latent ties to code 0.
+
+    Attributes:
+      spec: width, patch and depth.
+      groups: "2d" (published: patches of the sqrt(k) x sqrt(k) raster) or "1d" (runs of consecutive codes).
+      dtype: compute dtype of the blocks. The recovered codes are float32 at full precision, since codes rounded
+        to bfloat16 merge, and of equal codes only the first is ever chosen.
+    """
+
+    spec: BridgeSpec
+    groups: str = "2d"
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, codebook: Float[Array, "k d"]) -> Float[Array, "k d"]:
+        """The bridged codebook."""
+        grouped = group_codes(codebook, self.spec.group_size, self.groups)
+        tokens = _dense(self.spec.width, self.dtype, "compress")(grouped)
+        for i in range(self.spec.depth):
+            tokens = BridgeBlock(self.dtype, name=f"block{i}")(tokens)
+        tokens = _layer_norm(tokens, jnp.float32, "norm_out")
+        recover = _dense(grouped.shape[-1], jnp.float32, "recover", nn.initializers.zeros)
+        return ungroup_codes(recover(tokens), self.spec.group_size, self.groups)
+
+
+class CodewiseBridge(nn.Module):
+    """Linear layers of width d applied to every code alone, GELU between them; one layer is the SimVQ-like baseline."""
+
+    layers: int = 1
+
+    @nn.compact
+    def __call__(self, codebook: Float[Array, "k d"]) -> Float[Array, "k d"]:
+        """The bridged codebook."""
+        d = codebook.shape[-1]
+        for i in range(self.layers):
+            codebook = _dense(d, jnp.float32, f"linear{i}")(codebook if i == 0 else nn.gelu(codebook))
+        return codebook
+
+
+def make_bridge(name: str, groups: str, dtype: DTypeLike) -> nn.Module | None:
+    """The bridge called `name` (see the module's text); None for `none`. ValueError for an unknown name."""
+    spec = parse_bridge(name)
+    if spec.kind == "none":
+        return None
+    if spec.kind == "vit":
+        return VQBridge(spec, groups, dtype)
+    return CodewiseBridge(1 if spec.kind == "linear" else MLP_LAYERS)

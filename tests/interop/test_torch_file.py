@@ -1,0 +1,269 @@
+import argparse
+import collections
+import io
+import os
+import pickle
+import types
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fvq_jax.errors import InputError
+from fvq_jax.interop.torch_file import load_torch_file, read_tensors, require
+
+ZIP = pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "legacy"])
+DTYPES = [
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.bool, torch.complex64, torch.complex128,
+]  # fmt: skip
+
+
+def save(value, path, is_zip):
+    torch.save(value, path, _use_new_zipfile_serialization=is_zip)
+    return path
+
+
+def as_numpy(tensor):
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def assert_same(actual, tensor):
+    expected = as_numpy(tensor)
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    np.testing.assert_array_equal(actual, expected)
+
+
+@ZIP
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype(tmp_path, is_zip, dtype):
+    tensor = torch.tensor([[0, 1, 2], [3, 0, 5]]).to(dtype)
+    assert_same(load_torch_file(save(tensor, tmp_path / "x.pt", is_zip)), tensor)
+
+
+@ZIP
+def test_views_of_one_storage_share_memory(tmp_path, is_zip):
+    base = torch.arange(24.0).reshape(4, 6)
+    views = {
+        "base": base,
+        "transposed": base.T,
+        "strided": base[1:, ::2],
+        "expanded": base[0].expand(3, 6),
+        "number": base[2, 3],
+        "empty": base[:0],
+        "parameter": torch.nn.Parameter(base[1]),
+    }
+    loaded = load_torch_file(save(views, tmp_path / "x.pt", is_zip))
+    assert list(loaded) == list(views)
+    for name, tensor in views.items():
+        assert_same(loaded[name], tensor)
+        assert name == "empty" or np.may_share_memory(loaded[name], loaded["base"])
+
+
+@ZIP
+@settings(max_examples=10, deadline=None)
+@given(data=st.data())
+def test_any_view_equals_what_torch_loads(tmp_path_factory, is_zip, data):
+    shape = data.draw(st.lists(st.integers(0, 4), max_size=4))
+    order = data.draw(st.permutations(range(len(shape))))
+    start = data.draw(st.integers(0, 2))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    count = int(np.prod(shape))
+    tensor = (torch.arange(count + start) % 100).to(dtype)[start:].reshape(shape).permute(order)
+    path = save([tensor], tmp_path_factory.mktemp("any") / "x.pt", is_zip)
+    assert_same(load_torch_file(path)[0], torch.load(path)[0])
+
+
+@ZIP
+def test_a_training_checkpoint(tmp_path, is_zip):
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    optimizer = torch.optim.Adam(network.parameters())
+    network(torch.ones(1, 3, 8, 8)).sum().backward()
+    optimizer.step()
+    checkpoint = {
+        "model": network.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "steps": 12,
+        "args": argparse.Namespace(lr=1e-4, betas=(0.9, 0.95), name="fvq", seen={1, 2}, resume=None),
+        "shape": torch.Size([2, 3]),
+    }
+    path = save(checkpoint, tmp_path / "x.pt", is_zip)
+    loaded = load_torch_file(path)
+    assert isinstance(loaded["model"], collections.OrderedDict)
+    assert loaded["steps"] == 12
+    assert loaded["shape"] == (2, 3)
+    assert isinstance(loaded["args"], types.SimpleNamespace)
+    assert vars(loaded["args"]) == vars(checkpoint["args"])
+    assert loaded["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.999)
+
+    tensors = read_tensors(path)
+    assert_same(tensors["model.0.weight"], network[0].weight)
+    assert_same(tensors["model.1.num_batches_tracked"], network[1].num_batches_tracked)
+    assert_same(tensors["optimizer.state.0.exp_avg"], optimizer.state[network[0].weight]["exp_avg"])
+    assert len(tensors) == 7 + 4 * 3  # the network's tensors; step and both moments of every parameter
+
+
+def test_large_arrays_are_mapped_not_read(tmp_path):
+    loaded = load_torch_file(save({"a": torch.ones(1000)}, tmp_path / "x.pt", True))
+    base = loaded["a"]
+    while base is not None and not isinstance(base, np.memmap):
+        base = base.base
+    assert isinstance(base, np.memmap)
+    assert not loaded["a"].flags.writeable
+
+
+def test_compressed_entries_are_read_too(tmp_path):
+    tensor = torch.arange(100.0)
+    stored, packed = save(tensor, tmp_path / "x.pt", True), tmp_path / "y.pt"
+    with zipfile.ZipFile(stored) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    assert_same(load_torch_file(packed), tensor)
+
+
+class Global:
+    """Pickles as a call of `module.name`, whatever that is; `state` as a second argument of BUILD."""
+
+    def __init__(self, function, *args, state=None):
+        self.reduced = (function, args) if state is None else (function, args, state)
+
+    def __reduce_ex__(self, protocol):
+        return self.reduced
+
+
+class Storage:
+    """A storage of three floats, written under a persistent id as PyTorch does."""
+
+
+def old_file(path, value, window=None, count=3):
+    """Writes `value` in the layout of PyTorch 0.1: five pickles, then the storage."""
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, item):
+            return ("storage", torch.FloatStorage, "7", "cpu", count, window) if isinstance(item, Storage) else None
+
+    with open(path, "wb") as file:
+        for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}, value, ["7"]):
+            Pickler(file, protocol=2).dump(part)
+        file.write((3).to_bytes(8, "little") + np.array([1, 2, 3], "<f4").tobytes())
+    return path
+
+
+def test_the_oldest_tensors_parameters_and_storage_windows(tmp_path):
+    tensor = Global(torch._utils._rebuild_tensor, Storage(), 0, (3,), (1,))
+    parameter = Global(torch.nn.parameter.Parameter, tensor, state=(True, False, collections.OrderedDict()))
+    loaded = load_torch_file(old_file(tmp_path / "x.pth", {"tensor": tensor, "parameter": parameter}))
+    for name in ("tensor", "parameter"):
+        np.testing.assert_array_equal(loaded[name], np.array([1, 2, 3], np.float32))
+    window = Global(torch._utils._rebuild_tensor, Storage(), 0, (2,), (1,))
+    loaded = load_torch_file(old_file(tmp_path / "y.pth", window, window=("8", 1, 2)))
+    np.testing.assert_array_equal(loaded, np.array([2, 3], np.float32))
+
+
+@pytest.mark.parametrize(
+    ("offset", "shape", "strides"),
+    [(0, (4,), (1,)), (1, (3,), (1,)), (0, (2, 2), (2, 2)), (2, (2,), (-1,)), (-1, (1,), (1,))],
+)
+def test_a_tensor_beyond_its_storage_is_refused(tmp_path, offset, shape, strides):
+    tensor = Global(torch._utils._rebuild_tensor, Storage(), offset, shape, strides)
+    with pytest.raises(InputError, match="beyond its 3 stored values"):
+        load_torch_file(old_file(tmp_path / "x.pth", tensor))
+
+
+def test_a_storage_larger_than_the_file_is_refused_before_it_is_allocated(tmp_path):
+    tensor = Global(torch._utils._rebuild_tensor, Storage(), 0, (3,), (1,))
+    with pytest.raises(InputError, match="cannot be in"):
+        load_torch_file(old_file(tmp_path / "x.pth", tensor, count=2**50))
+
+
+@ZIP
+@pytest.mark.parametrize(
+    ("harmful", "name"),
+    [
+        (Global(os.system, "echo harm > harmed"), r"(posix|nt)\.system"),
+        (Global(eval, "open('harmed', 'w')"), r"(builtins|__builtin__)\.eval"),
+        (Global(getattr, [], "append"), r"(builtins|__builtin__)\.getattr"),
+        (torch.nn.Linear(2, 2), r"torch\.nn\.modules\.linear\.Linear"),
+        (np.float64(1), r"numpy\._?core\.multiarray\.(scalar|_reconstruct)"),
+    ],
+    ids=["os.system", "eval", "getattr", "module", "numpy"],
+)
+def test_other_python_objects_are_named_and_never_run(tmp_path, monkeypatch, is_zip, harmful, name):
+    monkeypatch.chdir(tmp_path)
+    path = save({"weights": torch.ones(2), "x": harmful}, tmp_path / "x.pt", is_zip)
+    with pytest.raises(InputError, match=rf"x\.pt holds a {name}, which is not loaded"):
+        load_torch_file(path)
+    assert not (tmp_path / "harmed").exists()
+
+
+@ZIP
+@pytest.mark.parametrize("kept", [0, 3, 40, 300, -1])
+def test_truncated_files_give_one_line(tmp_path, is_zip, kept):
+    path = save({"a": torch.arange(500.0)}, tmp_path / "x.pt", is_zip)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(InputError, match=r"^[^\n]*x\.pt is damaged or not written by torch\.save[^\n]*$"):
+        load_torch_file(path)
+
+
+@pytest.mark.parametrize("content", [b"<html>not found</html>", b"\x89PNG\r\n\x1a\n", pickle.dumps({"a": 1}, 2)])
+def test_other_files_give_one_line(tmp_path, content):
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(InputError, match=r"not written by torch\.save"):
+        load_torch_file(tmp_path / "x.pth")
+
+
+def test_another_zip_file_is_no_torch_file(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("photo.png", b"")
+    with pytest.raises(InputError, match=r"no data\.pkl"):
+        load_torch_file(tmp_path / "x.pt")
+
+
+def test_big_endian_files_are_refused(tmp_path):
+    stream = io.BytesIO()
+    torch.save(torch.ones(2), stream)
+    with zipfile.ZipFile(stream) as source, zipfile.ZipFile(tmp_path / "x.pt", "w") as target:
+        for name in source.namelist():
+            target.writestr(name, b"big" if name.endswith("/byteorder") else source.read(name))
+    with pytest.raises(InputError, match="big-endian"):
+        load_torch_file(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("name", ["none.pth", "none.safetensors"])
+def test_a_missing_file_is_named(tmp_path, name):
+    with pytest.raises(InputError, match=rf"cannot read .*{name}"):
+        read_tensors(tmp_path / name)
+
+
+def test_safetensors(tmp_path):
+    tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.bfloat16), "c": torch.tensor(3)}
+    safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
+    loaded = read_tensors(tmp_path / "x.safetensors")
+    assert set(loaded) == set(tensors)
+    for name, tensor in tensors.items():
+        assert_same(loaded[name], tensor)
+    (tmp_path / "x.safetensors").write_bytes((tmp_path / "x.safetensors").read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"x\.safetensors is damaged"):
+        read_tensors(tmp_path / "x.safetensors")
+
+
+def test_a_file_without_tensors_is_refused(tmp_path):
+    with pytest.raises(InputError, match="holds no tensors"):
+        read_tensors(save({"steps": 3}, tmp_path / "x.pt", True))
+
+
+def test_require_names_what_is_missing():
+    require({"a": np.ones(1)}, ["a"], "x.pt")
+    with pytest.raises(InputError, match=r"^x\.pt lacks b, c \(of 3 needed tensors\)$"):
+        require({"a": np.ones(1)}, ["a", "b", "c"], "x.pt")
+    with pytest.raises(InputError, match=r"^x\.pt lacks b, c, d, e and 1 more \(of 5 needed tensors\)$"):
+        require({}, ["b", "c", "d", "e", "f"], "x.pt")

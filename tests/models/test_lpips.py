@@ -1,0 +1,129 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+
+from fvq_jax.errors import InputError
+from fvq_jax.models.lpips import load_lpips, lpips_distance, lpips_shapes
+from tests.golden_case import load_case, relative_error
+
+
+@pytest.fixture(scope="module")
+def case():
+    return load_case("lpips_vgg16")
+
+
+@pytest.fixture(scope="module")
+def files(case, tmp_path_factory):
+    """The golden weights as users have them: torchvision's VGG16 in the old format, the heads, and both together."""
+    folder = tmp_path_factory.mktemp("lpips")
+    heads = {k: torch.from_numpy(v) for k, v in case.weights.items() if k.startswith("lin")}
+    vgg16 = {
+        "features." + k.split(".", 2)[2]: torch.from_numpy(v) for k, v in case.weights.items() if k.startswith("net")
+    }
+    vgg16["classifier.0.weight"] = torch.zeros(2, 2)
+    torch.save(vgg16, folder / "vgg16-397923af.pth", _use_new_zipfile_serialization=False)
+    torch.save(heads, folder / "vgg.pth")
+    torch.save({k: torch.from_numpy(v) for k, v in case.weights.items()}, folder / "vgg_lpips.pth")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def params(files):
+    return load_lpips(files / "vgg16-397923af.pth", files / "vgg.pth")
+
+
+def test_distance_and_gradient_equal_the_published_ones(case, params):
+    a, b = case.images("a"), case.images("b")
+
+    @jax.jit
+    def distance_and_gradient(params, a, b):
+        distance, pullback = jax.vjp(lambda b: lpips_distance(params, a, b), b)
+        return distance, pullback(jnp.ones_like(distance))[0]
+
+    distance, gradient = distance_and_gradient(params, a, b)
+    assert relative_error(distance, case.outputs["distance"]) < 1e-4
+    # Where a pre-activation rounds to the other side of 0, or two pooled values swap, the gradient jumps in that
+    # unit's receptive field: the stored one is itself 1.2e-3 from float64, and another unit flips here (1.04e-3).
+    expected = case.outputs["grad_b"]
+    error = np.abs(gradient.transpose(0, 3, 1, 2) - expected) / np.max(np.abs(expected))
+    assert np.quantile(error, 0.9) < 1e-5
+    assert np.quantile(error, 0.999) < 1e-3
+    assert np.max(error) < 5e-3
+
+
+def test_bfloat16_features_give_a_float32_distance(case, params):
+    a, b = case.images("a"), case.images("b")
+    distance = jax.jit(lpips_distance, static_argnames="dtype")(params, a, b, dtype=jnp.bfloat16)
+    assert distance.dtype == jnp.float32
+    assert 1e-4 < relative_error(distance, case.outputs["distance"]) < 0.1
+
+
+@jax.jit
+def gradients(params, a, b):
+    return jax.grad(lambda params, a, b: lpips_distance(params, a, b).sum(), argnums=(0, 1, 2))(params, a, b)
+
+
+def test_gradient_reaches_both_images_but_no_parameter(params):
+    a, b = np.random.default_rng(0).uniform(-1, 1, (2, 1, 16, 16, 3)).astype(np.float32)
+    to_params, *to_images = gradients(params, a, b)
+    assert not any(np.any(x) for x in jax.tree.leaves(to_params))
+    assert all(np.any(x) for x in to_images)
+
+
+def test_gradient_is_finite_where_features_vanish(params):
+    dead = jax.tree.map(np.zeros_like, params)
+    images = np.zeros((1, 16, 16, 3), np.float32)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradients(dead, images, images + 0.5)))
+
+
+def test_equal_images_have_distance_zero_and_each_pair_its_own(params):
+    a, b = np.random.default_rng(1).uniform(-1, 1, (2, 2, 16, 16, 3)).astype(np.float32)
+    b[0] = a[0]
+    first, second = lpips_distance(params, jnp.asarray(a), jnp.asarray(b))
+    assert first == 0
+    assert second > 0
+
+
+def test_small_images_are_refused(params):
+    with pytest.raises(ValueError, match="at least 16 pixels, got 16x8"):
+        lpips_distance(params, jnp.zeros((1, 16, 8, 3)), jnp.zeros((1, 16, 8, 3)))
+
+
+@pytest.mark.parametrize("vgg16_path", [None, ""])
+def test_the_combined_file_needs_no_other(files, params, vgg16_path):
+    combined = load_lpips(vgg16_path, files / "vgg_lpips.pth")
+    jax.tree.map(np.testing.assert_array_equal, combined, params)
+
+
+def test_safetensors_files_give_the_same(files, params, case, tmp_path):
+    safetensors.numpy.save_file(case.weights, tmp_path / "both.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, load_lpips(None, tmp_path / "both.safetensors"), params)
+
+
+def test_shapes_are_those_of_the_files(params):
+    expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    assert lpips_shapes() == expected
+    assert sum(x.size for x in jax.tree.leaves(expected)) == 14_714_688 + 1472  # VGG16's convolutions, the heads
+
+
+def test_missing_files_say_what_to_get_and_which_field_to_set(files, tmp_path):
+    with pytest.raises(InputError, match=r"^loss\.lpips_path=\(not set\) .*v0\.1 heads.* set loss\.lpips_path to it$"):
+        load_lpips(files / "vgg16-397923af.pth", None)
+    with pytest.raises(InputError, match=r"^loss\.lpips_path='.*none\.pth' is no file"):
+        load_lpips(files / "vgg16-397923af.pth", tmp_path / "none.pth")
+    with pytest.raises(InputError, match=r"^loss\.vgg16_path=\(not set\) .*vgg16-397923af\.pth.* set loss\.vgg16_path"):
+        load_lpips(None, files / "vgg.pth")
+
+
+def test_wrong_files_name_what_they_lack(files, tmp_path):
+    with pytest.raises(InputError, match=r"vgg16-397923af\.pth lacks lin0\.model\.1\.weight, .* and 1 more \(of 5"):
+        load_lpips(files / "vgg16-397923af.pth", files / "vgg16-397923af.pth")
+    with pytest.raises(InputError, match=r"vgg\.pth lacks features\.0\.weight, .* and 22 more \(of 26"):
+        load_lpips(files / "vgg.pth", files / "vgg.pth")
+    heads = {f"lin{i}.model.1.weight": torch.ones(1, 64, 1, 1) for i in range(5)}
+    torch.save(heads, tmp_path / "alex.pth")
+    with pytest.raises(InputError, match=r"not for VGG16: lin_1 has shape \(64,\), needs \(128,\)"):
+        load_lpips(files / "vgg16-397923af.pth", tmp_path / "alex.pth")
