@@ -1,0 +1,63 @@
+"""What the config files share: reading their argument string, and the smoke size.
+
+`--config=configs/fvq16k.py:smoke,batch=64` hands "smoke,batch=64" to `get_config`.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from fvq_jax.errors import InputError
+
+
+def parse_arg(arg: str, **defaults: Any) -> dict[str, Any]:
+    """Reads "name=value,flag" against the defaults, whose types are binding; a flag alone means True.
+
+    Raises:
+      InputError: an unknown name, or a value of another type.
+    """
+    values = dict(defaults)
+    for item in filter(None, arg.split(",")):
+        name, _, text = item.partition("=")
+        if name not in defaults:
+            raise InputError(f"unknown config argument {name!r}: this config takes {', '.join(defaults)}")
+        kind = type(defaults[name])
+        try:
+            values[name] = {"": True, "true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+        except (KeyError, ValueError):
+            raise InputError(f"config argument {name!r} must be {kind.__name__}, not {text!r}") from None
+    return values
+
+
+def scale_to_batch(config: ConfigDict, batch: int) -> None:
+    """Sets the global batch and the paper's rate for it: 1e-4 per 128 images."""
+    if batch < 1:
+        raise InputError(f"config argument 'batch' must be above 0, not {batch}")
+    config.batch_size = batch
+    config.optim.learning_rate = 1e-4 * batch / 128
+
+
+def shrink_to_smoke(config: ConfigDict) -> None:
+    """The same kind of run in seconds on a CPU: bundled photographs, tiny networks, every loss but LPIPS."""
+    config.steps, config.epochs = 6, 0.0
+    config.optim.warmup_steps, config.optim.warmup_epochs = 2, 0.0
+    config.optim.learning_rate = 1e-3
+    config.batch_size = config.eval.batch_size = 8
+    config.tokenizer.ch = 32
+    config.tokenizer.ch_mult = (1, 1)
+    config.tokenizer.num_res_blocks = 1
+    config.tokenizer.z_channels = 32
+    config.tokenizer.code_dim = 16
+    config.tokenizer.codebook_size //= 16
+    config.tokenizer.bridge = "S/" + config.tokenizer.bridge.rsplit("/", 1)[-1]
+    config.loss.perceptual_weight = 0.0
+    config.adversarial.start = 4
+    config.adversarial.ndf = 16
+    config.adversarial.layers = 1
+    config.data.source = "photos"
+    config.data.image_size = 32
+    config.data.resize_min = config.data.resize_max = 0
+    config.data.num_workers = 0
+    config.eval.images = 64
+    config.checkpoint.every_steps = 3
+    config.log.every_steps = 1

@@ -1,0 +1,72 @@
+"""Command line: `python -m fvq_jax.main --config=configs/fvq16k.py --workdir=DIR [--mode=train|eval]`.
+
+The last line on standard output is the result as one JSON object. Exit codes: 0 the last step was reached,
+2 bad input, 75 interrupted and saved (start me again), 1 anything else.
+"""
+
+import json
+import logging as std_logging
+import os
+import sys
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from fvq_jax.errors import InputError, NonFiniteError
+from fvq_jax.train import evaluate_checkpoint, train
+
+BAD_INPUT, INTERRUPTED, FAILED = 2, 75, 1
+
+CONFIG = config_flags.DEFINE_config_file("config", help_string="The run, for instance configs/fvq16k.py:smoke")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, report")
+MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "eval: score the last checkpoint")
+
+
+def main(argv: list[str]) -> int:
+    """Runs the chosen mode; returns the exit code."""
+    if len(argv) > 1:
+        return _fail(f"unexpected argument {argv[1]!r}: options start with --", BAD_INPUT)
+    if CONFIG.value is None or WORKDIR.value is None:
+        return _fail("--config=FILE and --workdir=DIR are both needed, see --help", BAD_INPUT)
+    _set_up_logging()
+    run = train if MODE.value == "train" else evaluate_checkpoint
+    try:
+        result = run(CONFIG.value, WORKDIR.value)
+    except InputError as error:
+        return _fail(str(error), BAD_INPUT)
+    except NonFiniteError as error:
+        return _fail(str(error), FAILED)
+    if result.interrupted:
+        return INTERRUPTED
+    if jax.process_index() == 0:
+        sys.stdout.write(json.dumps(result.summary) + "\n")
+        sys.stdout.flush()
+    return 0
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Reads the command line, config file and overrides; anything wrong there is one line and exit code 2."""
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, InputError, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        sys.exit(_fail(str(error), BAD_INPUT))
+
+
+def _set_up_logging() -> None:
+    """This program's lines from INFO on; of Orbax, which reports every file it touches, only warnings."""
+    logging.set_verbosity(logging.INFO)
+
+    def keep(line):
+        return line.levelno > std_logging.INFO or f"{os.sep}orbax{os.sep}" not in line.pathname
+
+    logging.get_absl_handler().addFilter(keep)
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"fvq_jax: {' '.join(message.split())}\n")
+    return code
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

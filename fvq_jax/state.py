@@ -1,0 +1,52 @@
+"""The training state, one pytree for every task, and how it comes to life already laid out on the mesh."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import struct
+from jax.sharding import Mesh
+
+from fvq_jax.sharding import state_shardings
+
+
+@struct.dataclass
+class NetworkState:
+    """One network: parameters, its optimizer's state, and BatchNorm statistics ({} if it has none)."""
+
+    params: Any
+    opt_state: Any
+    batch_stats: Any
+
+
+@struct.dataclass
+class TrainState:
+    """All that training carries from step to step. Leaves are arrays, or their shapes or layouts.
+
+    Attributes:
+      step: int32, steps done; also the position in the data.
+      skipped: int32, how many of them were not applied because something was not finite.
+      networks: a `NetworkState` by name, for instance tokenizer and discriminator.
+      ema: moving average of the main network's parameters, {} if there is none.
+    """
+
+    step: Any
+    skipped: Any
+    networks: dict[str, Any]
+    ema: Any
+
+
+def abstract_state(init: Callable[[jax.Array], TrainState], mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and layout of the state that `init` makes, without making it."""
+    abstract = jax.eval_shape(init, jax.random.key(0))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        state_shardings(abstract, mesh),
+    )
+
+
+def create_state(init: Callable[[jax.Array], TrainState], seed: int, mesh: Mesh) -> TrainState:
+    """Runs `init(key)` so that every array is born on the devices it belongs to; nothing is ever whole on one."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(init, mesh))
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
