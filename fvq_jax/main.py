@@ -7,6 +7,7 @@ The last line on standard output is the result as one JSON object. Exit codes: 0
 import json
 import logging as std_logging
 import os
+import re
 import sys
 
 import jax
@@ -48,17 +49,33 @@ def main(argv: list[str]) -> int:
 def parse_flags(argv: list[str]) -> list[str]:
     """Reads the command line, config file and overrides; anything wrong there is one line and exit code 2."""
     try:
-        return flags.FLAGS(argv)
-    except (flags.Error, InputError, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        sys.exit(_fail(str(error), BAD_INPUT))
+        rest = flags.FLAGS(argv)
+        if CONFIG.value is not None:
+            CONFIG.value.keys()  # a file that could not be read raises here, and not before
+        return rest
+    except (KeyError, AttributeError) as error:
+        names = re.findall(r"\w+", str(error).replace("\\n", " "))
+        hint = f"; did you mean {names[4]}?" if names[1:4] == ["Did", "you", "mean"] else ""
+        sys.exit(_fail(f"unknown config field {names[0]}{hint}", BAD_INPUT))
+    except (flags.Error, InputError, TypeError, ValueError, OSError) as error:
+        sys.exit(_fail(_last_line(error), BAD_INPUT))
+
+
+def _last_line(error: Exception) -> str:
+    """What went wrong, without the traceback that ml_collections puts into its message."""
+    text = str(error).strip()
+    if "Traceback (most recent call last)" not in text:
+        return text
+    return re.sub(r"^[\w.]+: ", "", text.splitlines()[-1])
 
 
 def _set_up_logging() -> None:
-    """This program's lines from INFO on; of Orbax, which reports every file it touches, only warnings."""
+    """This package's lines from INFO on; of the libraries, which report every file they touch, only warnings."""
     logging.set_verbosity(logging.INFO)
+    package = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
     def keep(line):
-        return line.levelno > std_logging.INFO or f"{os.sep}orbax{os.sep}" not in line.pathname
+        return line.levelno > std_logging.INFO or os.path.abspath(line.pathname).startswith(package)
 
     logging.get_absl_handler().addFilter(keep)
 

@@ -36,6 +36,9 @@ from fvq_jax.state import TrainState, abstract_state, create_state
 from fvq_jax.tasks.tokenizer import TokenizerTask
 
 
+CONFIG_FILE = "config.json"
+
+
 @dataclasses.dataclass(frozen=True)
 class Result:
     """How a run ended: `summary` is what main prints; after an interruption the run is saved and not complete."""
@@ -360,8 +363,7 @@ def _prepare(config: ConfigDict, workdir: str | os.PathLike[str]) -> _Run:
     if config.batch_size % jax.process_count():
         raise InputError(f"batch_size {config.batch_size} is not divisible by {jax.process_count()} processes")
     workdir = Path(workdir).absolute()
-    first = jax.process_index() == 0
-    _claim(workdir, config, write=first)
+    _check_workdir(workdir, config)
     splits = {
         split: make_source(
             config.data.source,
@@ -382,19 +384,22 @@ def _prepare(config: ConfigDict, workdir: str | os.PathLike[str]) -> _Run:
             "optim.warmup_steps or optim.warmup_epochs"
         )
     task = TokenizerTask(config, mesh, total, warmup)
+    first = jax.process_index() == 0
+    if first and not (workdir / CONFIG_FILE).exists():  # only now, when nothing is left that could be refused
+        (workdir / CONFIG_FILE).write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
     return _Run(config, workdir, mesh, task, total, splits["train"], splits["eval"], first)
 
 
-def _claim(workdir: Path, config: ConfigDict, *, write: bool) -> None:
-    """Makes the workdir, or checks that the run in it is this one."""
-    path = workdir / "config.json"
+def _check_workdir(workdir: Path, config: ConfigDict) -> None:
+    """Makes the workdir, or checks that it can be written and that the run in it is this one."""
+    path = workdir / CONFIG_FILE
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        if not os.access(workdir, os.R_OK | os.W_OK | os.X_OK):
+            raise InputError(f"workdir {workdir} cannot be used: no permission to read and write")
         if path.exists():
             for line in check_continues(json.loads(path.read_text()), config):
                 logging.info("changed since the run began: %s", line)
-        elif write:
-            path.write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
     except json.JSONDecodeError as error:
         raise InputError(f"{path} is not a config: {error}") from None
     except OSError as error:

@@ -1,0 +1,215 @@
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fvq_jax.checkpoint import Checkpoints
+from fvq_jax.data import pipeline
+from fvq_jax.errors import InputError, NonFiniteError
+from fvq_jax.metrics import read_metrics
+from fvq_jax.sharding import make_mesh
+from fvq_jax.state import abstract_state
+from fvq_jax.tasks.tokenizer import TokenizerTask
+from fvq_jax.train import evaluate_checkpoint, train
+from tests.tiny import tiny_config
+
+# Everything that has a state: discriminator, moving average, micro-batches, a rate of its own for the codebook.
+WHOLE = {
+    "adversarial.weight": 0.5,
+    "adversarial.start": 2,
+    "optim.ema_decay": 0.9,
+    "optim.accumulate": 2,
+    "optim.codebook_learning_rate": 2e-3,
+    "checkpoint.every_steps": 2,
+    "log.every_steps": 1,
+}
+
+
+def restored(config, workdir):
+    task = TokenizerTask(config, make_mesh(config.mesh.data, config.mesh.codebook), config.steps, 1)
+    with Checkpoints(workdir) as checkpoints:
+        return checkpoints.restore(abstract_state(task.init, task.mesh))
+
+
+def assert_same_bits(a, b):
+    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of four steps that nothing disturbed: its workdir and its result."""
+    workdir = tmp_path_factory.mktemp("finished")
+    return workdir, train(tiny_config(**WHOLE), workdir)
+
+
+def interrupt_before_step(monkeypatch, step, number=signal.SIGTERM):
+    """The signal arrives while the loop fetches the batch of this step (counted from 0)."""
+    fetched = {"batches": 0}
+    original = pipeline.Batches.__next__
+
+    def fetch(self):
+        if fetched["batches"] == step:
+            os.kill(os.getpid(), number)
+        fetched["batches"] += 1
+        return original(self)
+
+    monkeypatch.setattr(pipeline.Batches, "__next__", fetch)
+
+
+@pytest.mark.parametrize("stop_at", [1, 3])
+def test_stop_and_resume_gives_the_weights_of_never_stopping(finished, tmp_path, monkeypatch, stop_at):
+    config = tiny_config(**WHOLE)
+    with monkeypatch.context() as patch:
+        interrupt_before_step(patch, stop_at)
+        assert train(config, tmp_path).interrupted
+    assert int(restored(config, tmp_path).state.step) == stop_at
+    result = train(config, tmp_path)
+    assert not result.interrupted
+    ours, theirs = restored(config, tmp_path), restored(config, finished[0])
+    assert_same_bits(ours.state, theirs.state)
+    assert ours.record["data"] == theirs.record["data"] == {"next_step": 4, "seed": 0}
+    scores = ("psnr", "ssim", "l1", "mse", "usage", "perplexity", "step", "tokens")
+    assert {name: result.summary[name] for name in scores} == {name: finished[1].summary[name] for name in scores}
+    steps = [row["step"] for row in read_metrics(tmp_path) if "loss/total" in row]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_interrupted_evaluation_is_done_by_the_next_call(tmp_path, monkeypatch):
+    config = tiny_config(steps=2)
+    with monkeypatch.context() as patch:
+        interrupt_before_step(patch, 2, signal.SIGINT)  # two training batches, then one of the evaluation
+        assert train(config, tmp_path).interrupted
+    result = train(config, tmp_path)
+    assert result.summary["step"] == 2
+    assert result.summary["images"] == 24
+
+
+def test_result_and_files_of_a_run(finished):
+    workdir, result = finished
+    summary = result.summary
+    assert summary["step"] == 4
+    assert summary["codebook_size"] == 64
+    assert summary["images"] == 24
+    assert summary["tokens"] == 24 * 8 * 8
+    assert 0 < summary["usage"] <= 1
+    assert 1 <= summary["perplexity"] <= 64
+    assert summary["workdir"] == str(workdir)
+    assert summary["seconds"] > 0
+    assert summary["images_per_second"] > 0
+    json.dumps(summary, allow_nan=False)
+    for name in ("reconstructions", "usage", "code_frequencies", "losses"):
+        assert (workdir / "report" / f"{name}.png").stat().st_size > 1000
+    assert json.loads((workdir / "config.json").read_text())["tokenizer"]["codebook_size"] == 64
+    record = restored(tiny_config(**WHOLE), workdir).record
+    assert record["config"]["optim"]["ema_decay"] == 0.9
+
+
+def test_every_scalar_reaches_tensorboard(finished):
+    events = EventAccumulator(str(finished[0] / "tensorboard")).Reload()
+    scalars = set(events.Tags()["scalars"])
+    losses = {"total", "reconstruction", "codebook", "commitment", "adversarial", "discriminator"}
+    expected = {f"loss/{name}" for name in losses}
+    expected |= {"grad_norm/tokenizer", "grad_norm/discriminator", "learning_rate", "usage/batch", "usage/window"}
+    expected |= {"perplexity/window", "images_per_second", "time/data", "time/compute", "mfu", "memory/peak_bytes"}
+    expected |= {"eval/psnr", "eval/ssim", "eval/usage", "eval/perplexity"}
+    assert expected <= scalars
+    assert events.Tags()["images"] == ["reconstructions"]
+    assert events.Tags()["histograms"] == ["codes/window"]
+
+
+def test_window_usage_covers_the_steps_since_the_last_log(tmp_path):
+    train(tiny_config(steps=4, **{"log.every_steps": 2}), tmp_path)
+    rows = [row for row in read_metrics(tmp_path) if "usage/window" in row]
+    assert [row["step"] for row in rows] == [2, 4]
+    assert {row["tokens/window"] for row in rows} == {2 * 16 * 64}
+
+
+def test_evaluating_the_checkpoint_gives_the_scores_of_the_run(finished):
+    workdir, result = finished
+    config = tiny_config(**WHOLE)
+    again = evaluate_checkpoint(config, workdir).summary
+    assert again == result.summary | {"seconds": again["seconds"], "images_per_second": again["images_per_second"]}
+
+
+def test_evaluation_uses_the_moving_average(finished):
+    workdir, result = finished
+    config = tiny_config(**WHOLE)
+    state = restored(config, workdir).state
+    task = TokenizerTask(config, make_mesh(-1, 1), 4, 1)
+    assert_same_bits(
+        task.eval_params(state)["encoder"],
+        state.ema["encoder"],
+    )
+    with pytest.raises(AssertionError):
+        assert_same_bits(state.ema["encoder"], state.networks["tokenizer"].params["encoder"])
+
+
+def test_the_step_is_traced_once(tmp_path, monkeypatch):
+    traces = []
+    original = TokenizerTask.train_step
+
+    def counted(self, *args):
+        traces.append(1)
+        return original(self, *args)
+
+    monkeypatch.setattr(TokenizerTask, "train_step", counted)
+    train(tiny_config(steps=3), tmp_path)
+    assert len(traces) == 1
+
+
+def test_evaluates_every_so_many_steps(tmp_path):
+    train(tiny_config(steps=4, **{"eval.every_steps": 2}), tmp_path)
+    assert [row["step"] for row in read_metrics(tmp_path) if "eval/psnr" in row] == [2, 4]
+
+
+def test_keeps_the_last_checkpoints_and_every_so_many_steps(tmp_path):
+    changes = {"checkpoint.every_steps": 1, "checkpoint.keep_last": 1, "checkpoint.keep_every": 2}
+    train(tiny_config(steps=5, **changes), tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_2", "step_4", "step_5"]
+
+
+def test_another_model_or_data_does_not_continue(finished):
+    for name, value in {"tokenizer.bridge": "none", "data.flip": False, "seed": 1}.items():
+        with pytest.raises(InputError, match=f"{name}: .* -> "):
+            train(tiny_config(**WHOLE, **{name: value}), finished[0])
+
+
+def test_a_longer_run_continues(tmp_path):
+    train(tiny_config(steps=2), tmp_path)
+    assert train(tiny_config(steps=3), tmp_path).summary["step"] == 3
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+def test_a_step_that_is_not_finite_stops_the_run(tmp_path):
+    config = tiny_config(steps=6, **{"optim.learning_rate": 1e38, "checkpoint.every_steps": 1, "optim.warmup_steps": 0})
+    with pytest.raises(NonFiniteError, match=r"step 2: .*loss/total is (nan|inf)"):
+        train(config, tmp_path)
+    assert int(restored(config, tmp_path).state.step) == 1
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
+    changes = {"optim.learning_rate": 1e38, "on_nan": "skip", "log.every_steps": 1, "optim.warmup_steps": 0}
+    config = tiny_config(steps=3, **changes)
+    train(config, tmp_path)
+    state = restored(config, tmp_path).state
+    assert int(state.skipped) == 2
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    assert [row["skipped_steps"] for row in read_metrics(tmp_path) if "skipped_steps" in row] == [0, 1, 2]
+
+
+def test_the_wrong_checkpoint_is_one_clear_error(finished, tmp_path):
+    with pytest.raises(InputError, match="no checkpoint"):
+        evaluate_checkpoint(tiny_config(), tmp_path / "nothing")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"workdir .*file cannot be used"):
+        train(tiny_config(), tmp_path / "file")
+
+
+def test_a_warm_up_longer_than_the_run_is_refused(tmp_path):
+    with pytest.raises(InputError, match="warm-up of 9 steps leaves nothing of the 4 steps"):
+        train(tiny_config(**{"optim.warmup_steps": 9}), tmp_path)
