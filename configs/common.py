@@ -3,6 +3,7 @@
 `--config=configs/fvq16k.py:smoke,batch=64` hands "smoke,batch=64" to `get_config`.
 """
 
+import re
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -13,8 +14,10 @@ from fvq_jax.errors import InputError
 def parse_arg(arg: str, **defaults: Any) -> dict[str, Any]:
     """Reads "name=value,flag" against the defaults, whose types are binding; a flag alone means True.
 
+    A default of 0 stands for "not given".
+
     Raises:
-      InputError: an unknown name, or a value of another type.
+      InputError: an unknown name, a value of another type, or a number below 1.
     """
     values = dict(defaults)
     for item in filter(None, arg.split(",")):
@@ -26,15 +29,15 @@ def parse_arg(arg: str, **defaults: Any) -> dict[str, Any]:
             values[name] = {"": True, "true": True, "false": False}[text.lower()] if kind is bool else kind(text)
         except (KeyError, ValueError):
             raise InputError(f"config argument {name!r} must be {kind.__name__}, not {text!r}") from None
+        if kind is int and values[name] < 1:
+            raise InputError(f"config argument {name!r} must be above 0, not {text}")
     return values
 
 
-def scale_to_batch(config: ConfigDict, batch: int) -> None:
-    """Sets the global batch and the paper's rate for it: 1e-4 per 128 images."""
-    if batch < 1:
-        raise InputError(f"config argument 'batch' must be above 0, not {batch}")
+def scale_to_batch(config: ConfigDict, batch: int, *, rate: float = 1e-4, per: int = 128) -> None:
+    """Sets the global batch and the learning rate for it: `rate` per `per` images, by default the paper's."""
     config.batch_size = batch
-    config.optim.learning_rate = 1e-4 * batch / 128
+    config.optim.learning_rate = rate * batch / per
 
 
 def shrink_to_smoke(config: ConfigDict) -> None:
@@ -49,7 +52,7 @@ def shrink_to_smoke(config: ConfigDict) -> None:
     config.tokenizer.z_channels = 32
     config.tokenizer.code_dim = 16
     config.tokenizer.codebook_size //= 16
-    config.tokenizer.bridge = "S/" + config.tokenizer.bridge.rsplit("/", 1)[-1]
+    config.tokenizer.bridge = re.sub(r"(XS|S|B|L|XL)/", "S/", config.tokenizer.bridge)
     config.loss.perceptual_weight = 0.0
     config.adversarial.start = 4
     config.adversarial.ndf = 16

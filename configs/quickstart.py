@@ -5,7 +5,8 @@
 
 Trains on the photographs that ship inside scikit-image and scikit-learn, and scores 2,048 crops of picture
 regions it never saw. No LPIPS and no discriminator: neither pays off in so few steps. The README has the results.
-Argument: `bridge=NAME`; `bridge=none` is the plain VQ network, for comparison.
+Arguments: `bridge=NAME` (`bridge=none` is the plain VQ network, for comparison), `smoke` (seconds), `batch=N`
+(rate 1e-3 x N / 32).
 """
 
 from configs import common
@@ -14,9 +15,9 @@ from fvq_jax.config import default_config
 
 def get_config(arg=""):
     """Small networks, the paper's bridge and annealing."""
-    args = common.parse_arg(arg, bridge="S/4")
+    args = common.parse_arg(arg, bridge="S/2", smoke=False, batch=0)
     config = default_config()
-    config.steps, config.epochs = 800, 0.0
+    config.steps, config.epochs = 600, 0.0
     config.batch_size = 32
 
     config.tokenizer.ch = 32
@@ -32,7 +33,7 @@ def get_config(arg=""):
     config.adversarial.weight = 0.0
 
     config.optim.learning_rate = 1e-3
-    config.optim.warmup_steps, config.optim.warmup_epochs = 80, 0.0
+    config.optim.warmup_steps, config.optim.warmup_epochs = 60, 0.0
 
     config.data.source = "photos"
     config.data.image_size = 32
@@ -43,4 +44,9 @@ def get_config(arg=""):
     config.eval.every_steps = 200
     config.checkpoint.every_steps = 200
     config.log.every_steps = 20
+    config.log.images = 16
+    if args["smoke"]:
+        common.shrink_to_smoke(config)
+    if args["batch"]:
+        common.scale_to_batch(config, args["batch"], rate=1e-3, per=32)
     return config

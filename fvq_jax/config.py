@@ -4,15 +4,19 @@
 in it. The defaults are the paper's recipe for 16,384 codes (arXiv 2509.10140).
 """
 
+import difflib
 import math
+import re
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from fvq_jax.errors import InputError
+from fvq_jax.evals.image_metrics import SSIM_WINDOW
 from fvq_jax.models.bridge import parse_bridge, rows_of_groups
 from fvq_jax.models.layers import GROUPS
 from fvq_jax.optim import DECAYS
+from fvq_jax.sharding import mesh_shape
 
 
 def default_config() -> ConfigDict:
@@ -78,7 +82,7 @@ def default_config() -> ConfigDict:
     config.data.train_dir = ""
     config.data.eval_dir = ""
     config.data.image_size = 256
-    config.data.resize_min = 256  # of the shorter side, before the random crop
+    config.data.resize_min = 256  # of the shorter side, before the random crop; 0: no resizing
     config.data.resize_max = 320
     config.data.flip = True
     config.data.num_workers = 8  # processes per host; 0: threads
@@ -91,7 +95,7 @@ def default_config() -> ConfigDict:
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 5000
     config.checkpoint.keep_last = 2
-    config.checkpoint.keep_every = 0  # steps; 0: none beside the last ones
+    config.checkpoint.keep_every = 0  # steps, a multiple of every_steps; 0: none beside the last ones
 
     config.log = ConfigDict()
     config.log.every_steps = 100
@@ -100,7 +104,7 @@ def default_config() -> ConfigDict:
 
 
 # Fields that may differ when a run goes on in its workdir: they change no weights, or only how long it runs.
-FREE_TO_CHANGE = ("data.num_workers", "data.train_dir", "data.eval_dir", "loss.vgg16_path", "loss.lpips_path")
+FREE_TO_CHANGE = ("tokenizer.remat", "data.num_workers", "data.train_dir", "data.eval_dir")
 MUST_STAY = (
     "tokenizer",
     "data",
@@ -127,9 +131,11 @@ def validate(config: ConfigDict, devices: int) -> None:
     """Refuses, with one `InputError`, a configuration that is misspelt or cannot run on that many devices."""
     _check_fields(config)
     _check_numbers(config)
-    _check_tokenizer(config)
+    _check_schedule(config)
+    _check_channels(config)
+    _check_codebook(config, devices)
     _check_batch(config, devices)
-    _check_data(config)
+    _check_images(config)
 
 
 def downsampling(config: ConfigDict) -> int:
@@ -167,154 +173,156 @@ def _require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+def _near(value: int, unit: int) -> str:
+    """The multiples of `unit` around `value`, as text: what would work."""
+    below, above = value // unit * unit, -(-value // unit) * unit
+    return f"{below} or {above}" if below else str(above)
+
+
+TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "text", list: "numbers such as (1, 2)"}
+
+
 def _check_fields(config: ConfigDict) -> None:
     """Same fields, same types as the defaults; an int where a float is expected is fine."""
     expected, given = flatten(default_config()), flatten(config)
-    for name in given.keys() - expected.keys():
-        known = [field for field in expected if field.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
-        hint = f"; did you mean {known[0]}?" if known else ""
+    for name in sorted(given.keys() - expected.keys()):
+        same = [field for field in expected if field.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+        close = same or difflib.get_close_matches(name, expected, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
         raise InputError(f"unknown config field {name}{hint} (all fields: fvq_jax/config.py)")
-    for name in expected.keys() - given.keys():
+    for name in sorted(expected.keys() - given.keys()):
         raise InputError(f"config field {name} is missing: start from fvq_jax.config.default_config()")
     for name, value in given.items():
         want = type(expected[name])
-        fits = isinstance(value, want) and (want is bool or not isinstance(value, bool))
-        if want is float and isinstance(value, int) and not isinstance(value, bool):
-            fits = True
-        _require(fits, f"config field {name} must be {want.__name__}, not {value!r}")
+        # A bool counts as an int in Python, and not here.
+        fits = isinstance(value, (int, float) if want is float else want) and isinstance(value, bool) == (want is bool)
+        _require(fits, f"config field {name} must be {TYPES[want]}, not {value!r}")
+
+
+POSITIVE = re.compile(
+    r"(eval\.)?batch_size|tokenizer\..*|log\..*|data\.image_size|loss\.entropy_temperature|"
+    r"adversarial\.(ndf|layers)|optim\.(learning_rate|accumulate)|checkpoint\.(every_steps|keep_last)"
+)
+CHOICES = {
+    "on_nan": ("stop", "skip"),
+    "tokenizer.dtype": ("bfloat16", "float32"),
+    "tokenizer.bridge_groups": ("2d", "1d"),
+    "loss.reconstruction": ("l2", "l1"),
+    "adversarial.loss": ("hinge", "vanilla", "non_saturating"),
+    "optim.decay": DECAYS,
+    "optim.codebook_decay": DECAYS,
+    "data.source": ("folder", "photos"),
+}
 
 
 def _check_numbers(config: ConfigDict) -> None:
     flat = flatten(config)
-    positive = [
-        "batch_size",
-        "tokenizer.ch",
-        "tokenizer.num_res_blocks",
-        "tokenizer.z_channels",
-        "tokenizer.codebook_size",
-        "tokenizer.code_dim",
-        "optim.learning_rate",
-        "optim.accumulate",
-        "data.image_size",
-        "eval.batch_size",
-        "log.every_steps",
-        "checkpoint.every_steps",
-        "checkpoint.keep_last",
-        "loss.entropy_temperature",
-        "adversarial.ndf",
-        "adversarial.layers",
-        "log.images",
-    ]
-    for name in positive:
-        _require(flat[name] > 0, f"config field {name} must be above 0, not {flat[name]}")
     for name, value in flat.items():
         if isinstance(value, float | int) and not isinstance(value, bool) and not name.startswith("mesh."):
-            _require(
-                math.isfinite(value) and value >= 0,
-                f"config field {name} must not be negative or infinite: {value}",
-            )
-    choices = {
-        "on_nan": ("stop", "skip"),
-        "tokenizer.dtype": ("bfloat16", "float32"),
-        "tokenizer.bridge_groups": ("2d", "1d"),
-        "loss.reconstruction": ("l2", "l1"),
-        "adversarial.loss": ("hinge", "vanilla", "non_saturating"),
-        "optim.decay": DECAYS,
-        "optim.codebook_decay": DECAYS,
-        "data.source": ("folder", "photos"),
-    }
-    for name, allowed in choices.items():
-        _require(
-            flat[name] in allowed,
-            f"config field {name} must be one of {', '.join(allowed)}, not {flat[name]!r}",
-        )
-    for a, b in (("steps", "epochs"), ("optim.warmup_steps", "optim.warmup_epochs")):
-        _require(not (flat[a] and flat[b]), f"give {a} or {b}, not both ({flat[a]} and {flat[b]}): set one to 0")
-    _require(bool(config.steps or config.epochs), "the run has no length: set steps or epochs")
+            positive = POSITIVE.fullmatch(name)
+            fits = math.isfinite(value) and (value > 0 if positive else value >= 0)
+            least = "above 0" if positive else "0 or more"
+            _require(fits, f"config field {name} must be {least} and finite, not {value}")
+    for name, allowed in CHOICES.items():
+        _require(flat[name] in allowed, f"config field {name} must be one of {', '.join(allowed)}, not {flat[name]!r}")
     for name in ("optim.hold", "optim.b1", "optim.b2", "optim.ema_decay"):
         _require(flat[name] < 1, f"config field {name} must be below 1, not {flat[name]}")
+    _require(config.seed < 2**32, f"config field seed must be at most {2**32 - 1}, not {config.seed}")
 
 
-def _check_tokenizer(config: ConfigDict) -> None:
+def _check_schedule(config: ConfigDict) -> None:
+    flat = flatten(config)
+    for name in ("", "optim.warmup_"):
+        steps, epochs = flat[f"{name}steps"], flat[f"{name}epochs"]
+        _require(not (steps and epochs), f"{name}steps is {steps} and {name}epochs is {epochs}: set one of them to 0")
+    _require(bool(config.steps or config.epochs), "the run has no length: set steps or epochs")
+    every, keep = config.checkpoint.every_steps, config.checkpoint.keep_every
+    _require(
+        keep % every == 0,
+        f"checkpoint.keep_every {keep} is not a multiple of checkpoint.every_steps {every}: use {_near(keep, every)}",
+    )
+
+
+def _check_channels(config: ConfigDict) -> None:
     model = config.tokenizer
     _require(
-        len(model.ch_mult) >= 1 and all(isinstance(m, int) and m > 0 for m in model.ch_mult),
-        f"tokenizer.ch_mult must be positive whole numbers, not {model.ch_mult}",
+        len(model.ch_mult) >= 1 and all(type(mult) is int and mult > 0 for mult in model.ch_mult),
+        f"config field tokenizer.ch_mult must be positive whole {TYPES[list]}, not {model.ch_mult}",
     )
     for mult in model.ch_mult:
-        channels = model.ch * mult
         _require(
-            channels % GROUPS == 0,
-            f"tokenizer.ch {model.ch} x {mult} = {channels} channels are not divisible by the "
-            f"{GROUPS} groups of GroupNorm",
+            model.ch * mult % GROUPS == 0,
+            f"tokenizer.ch {model.ch} x {mult} (of tokenizer.ch_mult) = {model.ch * mult} channels are not divisible "
+            f"by the {GROUPS} groups of GroupNorm: set tokenizer.ch to {_near(model.ch, GROUPS)}",
         )
+
+
+def _check_codebook(config: ConfigDict, devices: int) -> None:
+    model, mesh = config.tokenizer, config.mesh
     try:
         spec = parse_bridge(model.bridge)
     except ValueError as error:
         raise InputError(f"tokenizer.bridge: {error}") from None
-    axis = config.mesh.codebook
-    if spec.kind != "vit":
-        rows = model.codebook_size
-    else:
+    rows = model.codebook_size
+    if spec.patch:
         try:
             rows = rows_of_groups(model.codebook_size, spec.group_size, model.bridge_groups)
         except ValueError as error:
-            other = "1d" if model.bridge_groups == "2d" and model.codebook_size % spec.group_size == 0 else None
-            hint = f"; tokenizer.bridge_groups={other} takes any multiple of {spec.group_size}" if other else ""
             raise InputError(
-                f"tokenizer.codebook_size {model.codebook_size} does not fit bridge {model.bridge}: {error}{hint}"
+                f"tokenizer.codebook_size {model.codebook_size} does not fit tokenizer.bridge {model.bridge} with "
+                f"tokenizer.bridge_groups {model.bridge_groups}: {error}; {_fitting(model, spec.patch)}"
             ) from None
-    if axis > 0 and rows % axis:
-        allowed = [size for size in range(1, rows + 1) if rows % size == 0 and size <= 4096]
-        raise InputError(
-            f"mesh.codebook {axis} does not divide the {rows} rows of groups of the codebook; "
-            f"allowed sizes: {', '.join(map(str, allowed))}"
-        )
+    if mesh.codebook > 0:
+        _check_axis(mesh.codebook, rows)
+    _check_axis(mesh_shape(mesh.data, mesh.codebook, devices)[1], rows)
+
+
+def _fitting(model: ConfigDict, patch: int) -> str:
+    """Codebook sizes near this one that the bridge takes, as text."""
+    if model.bridge_groups == "1d":
+        return f"use {_near(model.codebook_size, patch**2)} codes"
+    side = math.isqrt(model.codebook_size) // patch
+    squares = " or ".join(str((n * patch) ** 2) for n in (side, side + 1) if n)
+    return f"use {squares} codes, or any multiple of {patch**2} with tokenizer.bridge_groups=1d"
+
+
+def _check_axis(size: int, rows: int) -> None:
+    _require(
+        rows % size == 0,
+        f"mesh.codebook {size} does not divide the {rows} rows of groups of the codebook; allowed sizes: "
+        f"{', '.join(str(n) for n in range(1, min(rows, 4096) + 1) if rows % n == 0)}",
+    )
 
 
 def _check_batch(config: ConfigDict, devices: int) -> None:
-    axis = config.mesh.codebook
-    _require(
-        axis == -1 or (axis > 0 and devices % axis == 0),
-        f"mesh.codebook {axis} does not divide the {devices} devices",
-    )
-    unit = devices * config.optim.accumulate
-    size = config.batch_size
-    parts = f"{devices} devices" + (
-        f" x {config.optim.accumulate} micro-batches" if config.optim.accumulate > 1 else ""
-    )
+    micro = config.optim.accumulate
+    unit, size = devices * micro, config.batch_size
+    parts = f"{devices} devices" + (f" x {micro} micro-batches (optim.accumulate)" if micro > 1 else "")
     _require(size >= unit, f"batch_size {size} is below {parts}: the smallest that works is {unit}")
-    _require(
-        size % unit == 0,
-        f"batch_size {size} is not divisible by {parts}: "
-        f"the nearest that work are {size // unit * unit} and {-(-size // unit) * unit}",
-    )
-    size = config.eval.batch_size
-    _require(
-        size % devices == 0,
-        f"eval.batch_size {size} is not divisible by {devices} devices: "
-        f"the next that works is {-(-size // devices) * devices}",
-    )
+    _require(size % unit == 0, f"batch_size {size} is not divisible by {parts}: use {_near(size, unit)}")
+    size, near = config.eval.batch_size, _near(config.eval.batch_size, devices)
+    _require(size % devices == 0, f"eval.batch_size {size} is not divisible by {devices} devices: use {near}")
 
 
-def _check_data(config: ConfigDict) -> None:
-    data, factor = config.data, downsampling(config)
+def _check_images(config: ConfigDict) -> None:
+    data, size, factor = config.data, config.data.image_size, downsampling(config)
     _require(
-        data.image_size % factor == 0,
-        f"data.image_size {data.image_size} is not divisible by the down-sampling of {factor} (tokenizer.ch_mult has "
-        f"{len(config.tokenizer.ch_mult)} levels)",
+        size % factor == 0,
+        f"data.image_size {size} is not divisible by the down-sampling of {factor} (tokenizer.ch_mult has "
+        f"{len(config.tokenizer.ch_mult)} levels): use {_near(size, factor)}",
     )
+    layers = config.adversarial.layers
+    for wanted, least, reason in (
+        (True, SSIM_WINDOW, "SSIM, which evaluation computes, has a window of that size"),
+        (config.loss.perceptual_weight > 0, 16, "LPIPS (loss.perceptual_weight above 0) halves images four times"),
+        (config.adversarial.weight > 0, 3 * 2**layers, f"PatchGAN has adversarial.layers={layers}"),
+    ):
+        _require(not wanted or size >= least, f"data.image_size {size} is below {least}: {reason}")
     if data.source == "folder":
-        _require(
-            bool(data.train_dir),
-            "data.train_dir is empty: set --config.data.train_dir=DIR to a folder of images",
-        )
-        _require(
-            bool(data.eval_dir),
-            "data.eval_dir is empty: set --config.data.eval_dir=DIR to a folder of images",
-        )
-        _require(
-            data.image_size <= data.resize_min <= data.resize_max,
-            f"data.resize_min {data.resize_min} and resize_max {data.resize_max} must satisfy "
-            f"image_size {data.image_size} <= resize_min <= resize_max",
-        )
+        for name in ("train_dir", "eval_dir"):
+            _require(bool(data[name]), f"data.{name} is empty: set --config.data.{name}=DIR to a folder of images")
+    _require(
+        data.resize_min == 0 or size <= data.resize_min <= data.resize_max,
+        f"data.resize_min {data.resize_min} and data.resize_max {data.resize_max} must satisfy "
+        f"image_size {size} <= resize_min <= resize_max, or data.resize_min must be 0 (no resizing)",
+    )

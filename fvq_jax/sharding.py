@@ -27,19 +27,27 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
+def mesh_shape(data: int, codebook: int, devices: int) -> tuple[int, int]:
+    """Sizes of both axes over that many devices; one may be given as -1: what is left.
+
+    Raises:
+      InputError: the sizes are no mesh, or not one of that many devices.
+    """
+    given = f"mesh.data={data}, mesh.codebook={codebook}"
+    if min(data, codebook) < -1 or 0 in (data, codebook) or data == codebook == -1:
+        raise InputError(f"{given}: both sizes must be positive, and at most one of them -1 (all devices left)")
+    shape = (devices // codebook if data == -1 else data, devices // data if codebook == -1 else codebook)
+    if shape[0] * shape[1] != devices:
+        raise InputError(
+            f"{given} does not fit {devices} devices: the product must be {devices}, and -1 stands for what is left"
+        )
+    return shape
+
+
 def make_mesh(data: int, codebook: int) -> Mesh:
-    """A mesh of all devices of all processes; one size may be -1: what is left. InputError if it cannot fit."""
-    devices = jax.device_count()
-    sizes = {"data": data, "codebook": codebook}
-    free = [name for name, size in sizes.items() if size == -1]
-    if len(free) > 1 or any(size < 1 for size in sizes.values() if size != -1):
-        raise InputError(f"mesh sizes must be positive, and at most one -1: data={data}, codebook={codebook}")
-    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
-    if devices % fixed or (not free and fixed != devices):
-        raise InputError(f"mesh data={data}, codebook={codebook} does not fit {devices} devices")
-    for name in free:
-        sizes[name] = devices // fixed
-    return jax.make_mesh((sizes["data"], sizes["codebook"]), ("data", "codebook"), axis_types=(AxisType.Auto,) * 2)
+    """A mesh of all devices of all processes; see `mesh_shape` for the sizes and errors."""
+    shape = mesh_shape(data, codebook, jax.device_count())
+    return jax.make_mesh(shape, ("data", "codebook"), axis_types=(AxisType.Auto,) * 2)
 
 
 def path_name(path: tuple[Any, ...]) -> str:

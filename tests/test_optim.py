@@ -150,6 +150,4 @@ def test_a_separate_rate_has_its_own_decay():
 
 def test_clipping_counts_all_parameters_when_rates_differ():
     with_both = updates(clip_norm=1.0, codebook_rate=0.1)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), with_both, updates(clip_norm=1.0, rate=0.1)
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), with_both, updates(clip_norm=1.0, rate=0.1))

@@ -7,6 +7,8 @@ Through a bridge one selected code moves all of them, so no code is left behind.
   mlp5        five linear layers for every code
   SIZE/P      VQBridge: compress groups of P*P codes to tokens, process them with a small ViT, recover the
               codes. SIZE is XS, S, B, L or XL; SIZE/P-dN sets the number of blocks (default 2).
+  dit-SIZE/P  the same with DiT blocks (arXiv 2212.09748): fixed position embedding, and every layer norm shifted,
+              scaled and gated by one learned vector, which stands where a class embedding would.
 
 Arrays are [k, d] on both sides, parameters and results float32.
 """
@@ -18,8 +20,9 @@ import re
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from fvq_jax.models.layers import matmul_precision
 
@@ -33,7 +36,7 @@ XAVIER = nn.initializers.xavier_uniform()
 class BridgeSpec:
     """What a bridge name says; `width`, `patch` and `depth` are 0 for the bridges without groups."""
 
-    kind: str  # none | linear | mlp5 | vit
+    kind: str  # none | linear | mlp5 | vit | dit
     width: int = 0
     patch: int = 0
     depth: int = 0
@@ -48,14 +51,25 @@ def parse_bridge(name: str) -> BridgeSpec:
     """Reads a bridge name; ValueError with the possible names if it is none of them."""
     if name in ("none", "linear", "mlp5"):
         return BridgeSpec(name)
-    match = re.fullmatch(r"(XS|S|B|L|XL)/([1-9]\d*)(?:-d([1-9]\d*))?", name)
+    match = re.fullmatch(r"(dit-)?(XS|S|B|L|XL)/([1-9]\d*)(?:-d([1-9]\d*))?", name)
     if not match:
         raise ValueError(
             f"unknown bridge {name!r}: use none, linear, mlp5 or SIZE/P[-dN] with SIZE one of {', '.join(HEAD_WIDTH)}, "
-            "for instance L/4 or B/8-d4"
+            "for instance L/4 or B/8-d4; dit-SIZE/P[-dN] has DiT blocks"
         )
-    size, patch, depth = match.groups()
-    return BridgeSpec("vit", HEADS * HEAD_WIDTH[size], int(patch), int(depth or 2))
+    dit, size, patch, depth = match.groups()
+    return BridgeSpec("dit" if dit else "vit", HEADS * HEAD_WIDTH[size], int(patch), int(depth or 2))
+
+
+def bridge_name(spec: BridgeSpec) -> str:
+    """The name that `parse_bridge` reads as `spec`; ValueError if its width is none of the sizes."""
+    if not spec.patch:
+        return spec.kind
+    sizes = {HEADS * width: size for size, width in HEAD_WIDTH.items()}
+    if spec.width not in sizes:
+        raise ValueError(f"no bridge is {spec.width} wide: the sizes are {', '.join(map(str, sizes))}")
+    depth = "" if spec.depth == 2 else f"-d{spec.depth}"
+    return f"{'dit-' if spec.kind == 'dit' else ''}{sizes[spec.width]}/{spec.patch}{depth}"
 
 
 def rows_of_groups(codebook_size: int, group_size: int, groups: str) -> int:
@@ -98,6 +112,24 @@ def ungroup_codes(grouped: Float[Array, "g p"], group_size: int, groups: str) ->
     return raster.transpose(0, 2, 1, 3, 4).reshape(k, d)
 
 
+def position_embedding(groups: int, width: int, kind: str) -> Float[np.ndarray, "g c"]:
+    """Sines and cosines of each group's position, the wavelengths a geometric series from 2 pi to 10,000 x 2 pi.
+
+    `1d`: of its index. `2d`: one half of the channels of its column in the square raster of groups, the other of its
+    row, in the order of DiT (arXiv 2212.09748).
+    """
+    index = np.arange(groups)
+    if kind == "1d":
+        return _waves(index, width).astype(np.float32)
+    row, column = np.divmod(index, math.isqrt(groups))
+    return np.concatenate([_waves(column, width // 2), _waves(row, width // 2)], axis=1).astype(np.float32)
+
+
+def _waves(position: Int[np.ndarray, "g"], width: int) -> Float[np.ndarray, "g c"]:
+    angle = position[:, None] / 10000.0 ** (np.arange(width // 2) / (width // 2))
+    return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+
+
 def _dense(features: int, dtype: DTypeLike, name: str, kernel_init=XAVIER) -> nn.Dense:
     return nn.Dense(features, dtype=dtype, precision=matmul_precision(dtype), kernel_init=kernel_init, name=name)
 
@@ -108,29 +140,55 @@ def _layer_norm(x: Float[Array, "g c"], dtype: DTypeLike, name: str) -> Float[Ar
     )
 
 
+def _modulation(condition: Float[Array, "1 c"], parts: int, name: str) -> list[Float[Array, "1 c"]]:
+    """Shifts, scales and gates, float32; all zero at the start (adaLN-zero)."""
+    layer = _dense(parts * condition.shape[1], jnp.float32, name, nn.initializers.zeros)
+    return jnp.split(layer(nn.silu(condition)), parts, axis=1)
+
+
+def _modulate(x: Float[Array, "g c"], shift: Float[Array, "1 c"], scale: Float[Array, "1 c"]) -> Float[Array, "g c"]:
+    return x * (1 + scale.astype(x.dtype)) + shift.astype(x.dtype)
+
+
 class BridgeBlock(nn.Module):
-    """Pre-LayerNorm transformer block over all tokens: 4 heads, MLP of twice the width, tanh GELU."""
+    """Pre-LayerNorm transformer block over all tokens: 4 heads, MLP of twice the width, tanh GELU.
+
+    With a `condition` both halves are shifted and scaled behind their layer norm, and gated before they are added: at
+    the start the block is the identity.
+    """
 
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "g c"]) -> Float[Array, "g c"]:
+    def __call__(self, x: Float[Array, "g c"], condition: Float[Array, "1 c"] | None = None) -> Float[Array, "g c"]:
         """Applies the block; softmax in float32."""
+        if condition is None:
+            x = x + self._attention(_layer_norm(x, self.dtype, "norm1"))
+            return x + self._mlp(_layer_norm(x, self.dtype, "norm2"))
+        shift1, scale1, gate1, shift2, scale2, gate2 = _modulation(condition, 6, "modulation")
+        h = self._attention(_modulate(_layer_norm(x, self.dtype, "norm1"), shift1, scale1))
+        x = x + gate1.astype(self.dtype) * h
+        h = self._mlp(_modulate(_layer_norm(x, self.dtype, "norm2"), shift2, scale2))
+        return x + gate2.astype(self.dtype) * h
+
+    def _attention(self, x):
         g, width = x.shape
-        qkv = _dense(3 * width, self.dtype, "qkv")(_layer_norm(x, self.dtype, "norm1"))
+        qkv = _dense(3 * width, self.dtype, "qkv")(x)
         q, k, v = qkv.reshape(1, g, 3, HEADS, width // HEADS).transpose(2, 0, 1, 3, 4)
         with jax.default_matmul_precision(matmul_precision(self.dtype)):
             h = jax.nn.dot_product_attention(q, k, v)
-        x = x + _dense(width, self.dtype, "out")(h.reshape(g, width))
-        h = _dense(2 * width, self.dtype, "mlp_in")(_layer_norm(x, self.dtype, "norm2"))
-        return x + _dense(width, self.dtype, "mlp_out")(nn.gelu(h, approximate=True))
+        return _dense(width, self.dtype, "out")(h.reshape(g, width))
+
+    def _mlp(self, x):
+        h = _dense(2 * x.shape[1], self.dtype, "mlp_in")(x)
+        return _dense(x.shape[1], self.dtype, "mlp_out")(nn.gelu(h, approximate=True))
 
 
 class VQBridge(nn.Module):
     """Compress, process, recover. Starts as f(C) = 0: the last layer is zero, and every latent ties to code 0.
 
     Attributes:
-      spec: width, patch and depth.
+      spec: kind (vit or dit), width, patch and depth.
       groups: "2d" (published: patches of the sqrt(k) x sqrt(k) raster) or "1d" (runs of consecutive codes).
       dtype: compute dtype of the blocks. The recovered codes are float32 at full precision, since codes rounded
         to bfloat16 merge, and of equal codes only the first is ever chosen.
@@ -145,11 +203,22 @@ class VQBridge(nn.Module):
         """The bridged codebook."""
         grouped = group_codes(codebook, self.spec.group_size, self.groups)
         tokens = _dense(self.spec.width, self.dtype, "compress")(grouped)
+        condition = None
+        if self.spec.kind == "dit":
+            tokens = tokens + self._positions(*tokens.shape).astype(self.dtype)
+            condition = self.param("class_embedding", nn.initializers.normal(0.02), (1, self.spec.width))
         for i in range(self.spec.depth):
-            tokens = BridgeBlock(self.dtype, name=f"block{i}")(tokens)
+            tokens = BridgeBlock(self.dtype, name=f"block{i}")(tokens, condition)
         tokens = _layer_norm(tokens, jnp.float32, "norm_out")
+        if condition is not None:
+            tokens = _modulate(tokens, *_modulation(condition, 2, "modulation_out"))
         recover = _dense(grouped.shape[-1], jnp.float32, "recover", nn.initializers.zeros)
         return ungroup_codes(recover(tokens), self.spec.group_size, self.groups)
+
+    def _positions(self, g, width):
+        """Kept among the parameters, so that a checkpoint's own table is used and written back, but never trained."""
+        table = self.param("position_embedding", lambda _: jnp.asarray(position_embedding(g, width, self.groups)))
+        return jax.lax.stop_gradient(table)
 
 
 class CodewiseBridge(nn.Module):
@@ -171,6 +240,6 @@ def make_bridge(name: str, groups: str, dtype: DTypeLike) -> nn.Module | None:
     spec = parse_bridge(name)
     if spec.kind == "none":
         return None
-    if spec.kind == "vit":
+    if spec.patch:
         return VQBridge(spec, groups, dtype)
     return CodewiseBridge(1 if spec.kind == "linear" else MLP_LAYERS)

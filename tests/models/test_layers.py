@@ -1,4 +1,5 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -200,17 +201,20 @@ def test_bfloat16_features_and_float32_pixels():
     assert {leaf.dtype for leaf in (params | more).values()} == {jnp.dtype(jnp.float32)}
 
 
-@pytest.mark.parametrize(("module", "blocks"), [(Encoder(32, (1, 1), 1, 8), 6), (Decoder(32, (1, 1), 1), 9)])
+@pytest.mark.parametrize(("module", "blocks"), [(Encoder(32, (1,), 1, 8), 5), (Decoder(32, (1,), 1), 7)])
 def test_remat_recomputes_blocks_and_changes_no_number(module, blocks):
-    x = images(1, 8, 3 if isinstance(module, Encoder) else 8)
+    x = images(1, 4, 3 if isinstance(module, Encoder) else 8)
     params = jax.jit(module.init)(jax.random.key(0), x)
 
     def gradient(module):
         return jax.grad(lambda params: jnp.sum(jnp.square(module.apply(params, x))))
 
+    def recomputed(module):
+        return len(re.findall(r"\b(?:checkpoint|remat2?)\[", str(jax.make_jaxpr(module.apply)(params, x))))
+
     remat = module.clone(remat=True)
-    assert str(jax.make_jaxpr(remat.apply)(params, x)).count("checkpoint[") == blocks
-    assert str(jax.make_jaxpr(module.apply)(params, x)).count("checkpoint[") == 0
+    assert recomputed(remat) == blocks
+    assert recomputed(module) == 0
     assert jax.tree.structure(jax.eval_shape(remat.init, jax.random.key(0), x)) == jax.tree.structure(params)
     expected, actual = jax.jit(gradient(module))(params), jax.jit(gradient(remat))(params)
     scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
@@ -221,7 +225,8 @@ def test_decoder_shows_what_enters_its_last_layer():
     module = Decoder(32, (1,), 1)
     x = images(1, 4, 8)
     params = jax.jit(module.init)(jax.random.key(0), x)["params"]
-    pixels, captured = module.apply({"params": params}, x, mutable=["intermediates"])
+    show = jax.jit(functools.partial(module.apply, mutable=["intermediates"]))
+    pixels, captured = show({"params": params}, x)
     (features,) = captured["intermediates"]["last_features"]
     again = Conv(3).apply({"params": params["conv_out"]}, features)
     np.testing.assert_allclose(again, pixels, atol=1e-6)

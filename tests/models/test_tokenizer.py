@@ -1,0 +1,288 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fvq_jax.interop.torch_layout import tokenizer_params, torch_name
+from fvq_jax.models.tokenizer import TokenizerNet, fold_bridge
+from fvq_jax.sharding import path_name
+from tests.golden_case import load_case, relative_error
+
+GOLDEN_CASES = ("fvq_vit", "fvq_dit", "fvq_linear", "llamagen_l2")
+K = 100  # codes of the tiny network; no other axis of it has this size
+
+
+@functools.cache
+def load(name):
+    return load_case(name)
+
+
+def published_net(config):
+    return TokenizerNet(
+        ch=config["ch"],
+        ch_mult=tuple(config["ch_mult"]),
+        num_res_blocks=config["num_res_blocks"],
+        z_channels=config["z_channels"],
+        codebook_size=config["codebook_size"],
+        code_dim=config["codebook_dim"],
+        bridge=config["bridge"].replace("dit:", "dit-").replace("vit:", "").replace("QBridge-", ""),
+        l2_normalize=config["l2_norm"],
+        entropy_temperature=config["entropy_temperature"],
+    )
+
+
+def channels_first(x):
+    return np.moveaxis(np.asarray(x), -1, 1)
+
+
+@functools.cache
+def published_pass(name):
+    """Output, weighted losses, latent and table of one golden case, and the gradient of the total loss."""
+    case = load(name)
+    images, whole = case.images(), published_net(case.config)
+
+    def parts(net, images):
+        return net(images), net.encode_latent(images), net.bridged_codebook()
+
+    def loss(params):
+        output, latent, table = whole.apply({"params": params}, images, method=parts)
+        losses = {
+            "vq_loss": output.quantized.codebook_loss,
+            "commit_loss": case.config["commit_loss_beta"] * output.quantized.commitment_loss,
+            "entropy_loss": case.config["entropy_loss_ratio"] * output.quantized.entropy_loss,
+        }
+        losses["loss"] = jnp.mean(jnp.square(output.reconstruction - images)) + sum(losses.values())
+        return losses["loss"], (output, losses, latent, table)
+
+    grad, aux = jax.jit(jax.grad(loss, has_aux=True))(tokenizer_params(case.weights, whole))
+    return *aux, grad
+
+
+def assert_same_codes(actual, expected, latent, table):
+    """Codes are equal, but for latents whose two best distances are as close as float32 can tell."""
+    latent, table = latent.astype(np.float64), table.astype(np.float64)
+    for i in np.flatnonzero(actual != expected):
+        distances = np.square(latent[i] - table[[actual[i], expected[i]]]).sum(axis=1)
+        scale = np.square(latent[i]).sum() + np.square(table).sum(axis=1).max()
+        assert abs(distances[0] - distances[1]) < 2e-6 * scale, i
+
+
+@pytest.mark.parametrize("name", GOLDEN_CASES)
+def test_every_output_equals_the_published_one(name):
+    expected = load(name).outputs
+    output, losses, latent, table, _ = published_pass(name)
+    assert relative_error(channels_first(latent), expected["latent"]) < 1e-4
+    if "codebook" in expected:
+        assert relative_error(table, expected["codebook"]) < 1e-4
+    assert relative_error(channels_first(output.quantized.vectors), expected["quantized"]) < 1e-4
+    assert relative_error(channels_first(output.reconstruction), expected["reconstruction"]) < 1e-4
+    for loss, value in losses.items():
+        np.testing.assert_allclose(value, expected[loss], rtol=1e-4, err_msg=loss)
+    latent = np.asarray(latent).reshape(-1, latent.shape[-1])
+    if load(name).config["l2_norm"]:
+        latent = latent / np.linalg.norm(latent, axis=1, keepdims=True)
+    codes = np.asarray(output.quantized.codes).reshape(-1)
+    assert_same_codes(codes, expected["indices"].reshape(-1), latent, np.asarray(table))
+
+
+@pytest.mark.parametrize("name", GOLDEN_CASES)
+def test_the_gradient_of_every_parameter_equals_the_published_one(name):
+    expected = load(name).outputs
+    norms = {key.removeprefix("gradnorm/"): float(x) for key, x in expected.items() if key.startswith("gradnorm/")}
+    leaves = jax.tree.leaves_with_path(published_pass(name)[-1])
+    grads = {torch_name(path_name(path), levels=3): np.asarray(leaf) for path, leaf in leaves}
+    not_trained = grads.pop("quantize.qbridge.pos_embed", np.zeros(1))
+    assert (not_trained == 0).all()
+    assert set(grads) == set(norms)
+    for key, norm in norms.items():
+        # Biases of keys, and those that a norm of one channel per group takes away again, have gradient zero in
+        # exact arithmetic; what is left is rounding, of the size of 1e-7 of the same layer's weight gradient.
+        rounding = 1e-6 * norms[key.replace(".bias", ".weight")]
+        np.testing.assert_allclose(np.linalg.norm(grads[key]), norm, rtol=1e-3, atol=rounding, err_msg=key)
+    grads["encoder.conv_in.weight"] = grads["encoder.conv_in.weight"].transpose(3, 2, 0, 1)
+    for key in ("quantize.embedding.weight", "encoder.conv_in.weight", "decoder.conv_out.bias"):
+        assert relative_error(grads[key], expected[f"grad/{key}"]) < 1e-3, key
+
+
+def test_a_folded_bridge_gives_the_published_codes_and_reconstruction():
+    case = load("fvq_vit")
+    net = published_net(case.config)
+    params = jax.tree.map(jnp.asarray, tokenizer_params(case.weights, net))
+    plain, folded = fold_bridge(net, params)
+    assert plain.bridge == "none"
+    assert plain.entropy_temperature is None
+    assert set(folded["quantizer"]) == {"codebook"}
+    output = jax.jit(plain.apply)({"params": folded}, case.images())
+    before = published_pass("fvq_vit")[0]
+    np.testing.assert_array_equal(output.quantized.codes, before.quantized.codes)
+    assert relative_error(channels_first(output.reconstruction), case.outputs["reconstruction"]) < 1e-4
+
+
+# --- options, on the smallest network ---------------------------------------------------------------------------
+
+
+def tiny_net(**changes):
+    options = {
+        "ch": 32,
+        "ch_mult": (1,),
+        "num_res_blocks": 1,
+        "z_channels": 8,
+        "codebook_size": K,
+        "code_dim": 4,
+        "bridge": "XS/2",
+    }
+    return TokenizerNet(**(options | changes))
+
+
+def tiny_images():
+    return jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3)), jnp.float32)
+
+
+@functools.cache
+def tiny_params(bridge="XS/2"):
+    """Random parameters with which every layer matters, the bridge's last one included, and codes differ."""
+    rng = np.random.default_rng(0)
+
+    def fill(path, leaf):
+        name, x = path_name(path), rng.standard_normal(leaf.shape).astype(np.float32)
+        if name.endswith("kernel"):
+            x *= np.prod(leaf.shape[:-1]) ** -0.5
+        return jnp.asarray({"scale": 1 + 0.1 * x, "bias": 0.05 * x}.get(name.rpartition("/")[2], x))
+
+    shapes = jax.eval_shape(tiny_net(bridge=bridge).init, jax.random.key(0), tiny_images())["params"]
+    return jax.tree.map_with_path(fill, shapes)
+
+
+def program(net, params=None, method=None):
+    """The equations of a method (the forward pass if None) as one flat list; those of loops and calls included."""
+    params = tiny_params() if params is None else params
+    inputs = () if method == "bridged_codebook" else (tiny_images(),)
+    equations = []
+
+    def visit(jaxpr):
+        for equation in jaxpr.eqns:
+            equations.append(equation)
+            inner = jax.tree.leaves(equation.params, is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr"))
+            for value in inner:
+                if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
+                    visit(getattr(value, "jaxpr", value))
+
+    visit(jax.make_jaxpr(functools.partial(net.apply, method=method))({"params": params}, *inputs).jaxpr)
+    return equations
+
+
+@pytest.mark.parametrize(("bridge", "l2_normalize"), [("XS/2", False), ("linear", True)])
+def test_each_method_agrees_with_the_forward_pass(bridge, l2_normalize):
+    net, variables = tiny_net(bridge=bridge, l2_normalize=l2_normalize), {"params": tiny_params(bridge)}
+
+    @jax.jit
+    def methods(images):
+        output = net.apply(variables, images)
+        codes = net.apply(variables, images, method="encode")
+        decoded = net.apply(variables, codes, method="decode")
+        return output, codes, decoded, net.apply(variables, method="bridged_codebook")
+
+    output, codes, decoded, table = methods(tiny_images())
+    assert codes.shape == (2, 8, 8)
+    assert codes.dtype == jnp.int32
+    assert len(np.unique(codes)) > 3
+    np.testing.assert_array_equal(codes, output.quantized.codes)
+    np.testing.assert_allclose(table[codes], output.quantized.vectors, atol=1e-6)
+    np.testing.assert_allclose(decoded, output.reconstruction, rtol=0, atol=1e-5)
+    lengths = np.linalg.norm(table, axis=1)
+    assert np.allclose(lengths, 1, atol=1e-6) == l2_normalize
+
+
+@pytest.mark.parametrize(("bridge", "l2_normalize"), [("linear", False), ("XS/2", True)])
+def test_folding_changes_neither_codes_nor_pictures(bridge, l2_normalize):
+    net, params = tiny_net(bridge=bridge, l2_normalize=l2_normalize), tiny_params(bridge)
+    plain, folded = fold_bridge(net, params)
+    before = jax.jit(net.apply)({"params": params}, tiny_images())
+    after = jax.jit(plain.apply)({"params": folded}, tiny_images())
+    np.testing.assert_array_equal(before.quantized.codes, after.quantized.codes)
+    np.testing.assert_allclose(before.reconstruction, after.reconstruction, rtol=0, atol=1e-5)
+
+
+def test_groups_of_the_bridge_are_as_asked():
+    tables = [
+        tiny_net(bridge_groups=groups).apply({"params": tiny_params()}, method="bridged_codebook")
+        for groups in ("2d", "1d")
+    ]
+    assert np.abs(tables[0] - tables[1]).max() > 1e-3
+
+
+def test_remat_recomputes_and_changes_no_number():
+    def total(params, remat):
+        output = tiny_net(remat=remat).apply({"params": params}, tiny_images())
+        return jnp.mean(jnp.square(output.reconstruction - tiny_images())) + output.quantized.commitment_loss
+
+    results = [
+        jax.jit(jax.value_and_grad(functools.partial(total, remat=remat)))(tiny_params()) for remat in (False, True)
+    ]
+    (loss, grads), (loss_remat, grads_remat) = results
+    np.testing.assert_allclose(loss_remat, loss, rtol=1e-6)
+    assert optax.tree.norm(optax.tree.sub(grads_remat, grads)) < 1e-5 * optax.tree.norm(grads)
+
+    def recomputed(remat):
+        names = [equation.primitive.name for equation in program(tiny_net(remat=remat))]
+        return sum(name in ("checkpoint", "remat", "remat2") for name in names)
+
+    # Encoder: 3 residual blocks and 2 attentions; decoder: 4 and 3.
+    assert recomputed(remat=False) == 0
+    assert recomputed(remat=True) == 3 + 2 + 4 + 3
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_what_must_be_exact_in_float32():
+    net = tiny_net(dtype=jnp.bfloat16, entropy_temperature=0.01)
+    made = jax.eval_shape(net.init, jax.random.key(0), tiny_images())["params"]
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(made)} == {"float32"}
+    output = jax.eval_shape(net.apply, {"params": made}, tiny_images())
+    floats = [leaf for leaf in jax.tree.leaves(output) if leaf.dtype != jnp.int32]
+    assert {leaf.dtype.name for leaf in floats} == {"float32"}
+    assert len(floats) == 5  # reconstruction, vectors, three losses
+
+    def operands(primitive, method=None):
+        equations = [e for e in program(net, method=method) if e.primitive.name == primitive]
+        return [e.invars[0].aval.dtype.name for e in equations]
+
+    convolutions = operands("conv_general_dilated")
+    assert convolutions.count("float32") == 3  # quant_conv, post_quant_conv, and the one that makes pixels
+    assert convolutions.count("bfloat16") == len(convolutions) - 3 > 20
+    products = operands("dot_general", "bridged_codebook")
+    assert products.count("float32") == 1  # recover
+    assert products.count("bfloat16") == 1 + 2 * 6  # compress; in each block four layers and the attention's two
+
+
+def test_bfloat16_moves_latents_codes_and_pictures_only_a_little():
+    vectors = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
+
+    def parts(net):
+        return net.encode_latent(tiny_images()), net.bridged_codebook(), net.decode_vectors(vectors)
+
+    exact, rounded = (
+        jax.jit(functools.partial(tiny_net(dtype=dtype).apply, method=parts))({"params": tiny_params()})
+        for dtype in (jnp.float32, jnp.bfloat16)
+    )
+    for a, b in zip(exact, rounded, strict=True):
+        assert b.dtype == jnp.float32
+        assert 1e-5 < relative_error(b, a) < 3e-2
+
+
+def test_the_entropy_term_costs_nothing_when_it_is_off():
+    def softmax_over_codes(temperature):
+        equations = program(tiny_net(entropy_temperature=temperature))
+        return any(e.primitive.name == "exp" and e.outvars[0].aval.shape[-1:] == (K,) for e in equations)
+
+    assert jax.jit(tiny_net().apply)({"params": tiny_params()}, tiny_images()).quantized.entropy_loss == 0
+    assert not softmax_over_codes(None)
+    assert softmax_over_codes(0.01)
+
+
+def test_a_mesh_is_handed_to_the_search():
+    mesh = jax.make_mesh((1, 2), ("data", "codebook"), (jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:2])
+    names = [e.primitive.name for e in program(tiny_net(mesh=mesh))]
+    assert "shard_map" in names
+    assert "shard_map" not in [e.primitive.name for e in program(tiny_net())]

@@ -1,0 +1,202 @@
+import functools
+import importlib
+import math
+import pathlib
+import sys
+
+import jax
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from fvq_jax.config import flatten, validate
+from fvq_jax.errors import InputError
+from fvq_jax.sharding import make_mesh
+from fvq_jax.state import abstract_state
+from fvq_jax.tasks.tokenizer import TokenizerTask
+
+FOLDER = pathlib.Path(__file__).parents[1] / "configs"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("common", "__init__"))
+PAPER = ["fvq16k", "fvq262k", "fvq65k"]
+FOLDERS = {"data.train_dir": "train", "data.eval_dir": "eval"}
+
+
+def get_config(name, arg=""):
+    return importlib.import_module(f"configs.{name}").get_config(arg)
+
+
+def differences(a, b):
+    a, b = flatten(a), flatten(b)
+    return {name: b[name] for name in a if a[name] != b[name]}
+
+
+@functools.cache
+def state_of(name, arg="", codebook_axis=1):
+    config = get_config(name, arg)
+    config.loss.perceptual_weight = 0.0  # its weight files are not here, and it has no state
+    mesh = make_mesh(-1, codebook_axis)
+    return abstract_state(TokenizerTask(config, mesh, 100, 10).init, mesh)
+
+
+def count(params):
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def test_all_configs_are_here():
+    assert set(NAMES) >= {"quickstart", *PAPER}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_is_valid_once_it_has_data(name):
+    config = get_config(name)
+    assert config.is_locked
+    if config.data.source == "folder":
+        with pytest.raises(InputError, match="train_dir is empty"):
+            validate(config, 8)
+    config.update_from_flattened_dict(FOLDERS)
+    for devices in (1, 2, 8):
+        validate(config, devices)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_smoke_size_is_valid_and_needs_no_data(name):
+    config = get_config(name, "smoke")
+    assert config.is_locked
+    assert config.data.source == "photos"
+    assert config.loss.perceptual_weight == 0
+    assert config.steps <= 10
+    for devices in (1, 2, 8):
+        validate(config, devices)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("arg", ["", "smoke"])
+def test_the_training_state_of_every_config_can_be_made(name, arg):
+    state = state_of(name, arg)
+    config = get_config(name, arg)
+    codebook = state.networks["tokenizer"].params["quantizer"]["codebook"]
+    assert codebook.shape == (config.tokenizer.codebook_size, config.tokenizer.code_dim)
+    assert ("discriminator" in state.networks) == (config.adversarial.weight > 0)
+    if arg == "smoke":
+        assert count(state.networks["tokenizer"].params) < 2e6
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_codebooks_of_the_paper_can_be_cut_over_eight_devices(name):
+    config = get_config(name)
+    config.update_from_flattened_dict(FOLDERS | {"mesh.codebook": 8})
+    validate(config, 8)
+    codebook = state_of(name, codebook_axis=8).networks["tokenizer"].params["quantizer"]["codebook"]
+    assert codebook.sharding.shard_shape(codebook.shape) == (codebook.shape[0] // 8, codebook.shape[1])
+
+
+def test_parameter_counts_of_the_main_recipe():
+    networks = state_of("fvq16k").networks
+    params = networks["tokenizer"].params
+    assert {name: count(part) for name, part in params.items()} == {
+        "encoder": 29_298_176,
+        "quant_conv": 256 * 256 + 256,
+        "quantizer": 16384 * 256 + 3_153_664,  # codebook and bridge
+        "post_quant_conv": 256 * 256 + 256,
+        "decoder": 42_449_795,
+    }
+    assert count(params) == 79_227_523
+    assert count(networks["discriminator"].params) == 2_765_633
+
+
+def test_larger_codebooks_differ_from_the_main_recipe_in_few_fields():
+    base = get_config("fvq16k")
+    assert differences(base, get_config("fvq262k")) == {"tokenizer.codebook_size": 262144, "tokenizer.bridge": "L/8"}
+    assert differences(base, get_config("fvq65k")) == {
+        "tokenizer.codebook_size": 65536,
+        "tokenizer.code_dim": 512,
+        "tokenizer.bridge": "L/8",
+        "epochs": 120.0,
+    }
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_batch_scales_the_rate_and_nothing_else(name):
+    assert get_config(name).batch_size == 128
+    assert get_config(name).optim.learning_rate == 1e-4
+    changed = differences(get_config(name), get_config(name, "batch=512"))
+    assert changed == {"batch_size": 512, "optim.learning_rate": pytest.approx(4e-4)}
+    assert differences(get_config(name), get_config(name, "batch=128")) == {}
+    small = get_config(name, "smoke,batch=16")
+    assert small.batch_size == 16
+    assert small.optim.learning_rate == pytest.approx(1e-4 / 8)
+
+
+def test_quickstart_scales_from_its_own_batch():
+    base = get_config("quickstart")
+    assert differences(base, get_config("quickstart", f"batch={base.batch_size}")) == {}
+    changed = differences(base, get_config("quickstart", f"batch={2 * base.batch_size}"))
+    assert changed == {
+        "batch_size": 2 * base.batch_size,
+        "optim.learning_rate": pytest.approx(2 * base.optim.learning_rate),
+    }
+
+
+def test_a_batch_below_the_devices_is_refused_with_the_smallest_that_works():
+    with pytest.raises(InputError, match="batch_size 4 is below 8 devices: the smallest that works is 8"):
+        validate(get_config("fvq16k", "smoke,batch=4"), 8)
+
+
+@pytest.mark.parametrize("bridge", ["none", "linear", "XL/8-d4", "dit-B/8"])
+@pytest.mark.parametrize("size", ["", ",smoke"])
+def test_quickstart_takes_a_bridge(bridge, size):
+    config = get_config("quickstart", f"bridge={bridge}{size}")
+    assert config.tokenizer.bridge == (bridge.replace("XL", "S").replace("B", "S") if size else bridge)
+    validate(config, 8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("arg", "message"),
+    [
+        ("smok", "unknown config argument 'smok': this config takes .*smoke.*batch"),
+        ("steps=3", "unknown config argument 'steps'"),
+        ("batch=many", "config argument 'batch' must be int, not 'many'"),
+        ("batch", "config argument 'batch' must be int, not ''"),
+        ("batch=0", "config argument 'batch' must be above 0, not 0"),
+        ("batch=-8", "config argument 'batch' must be above 0, not -8"),
+        ("smoke=2", "config argument 'smoke' must be bool, not '2'"),
+    ],
+)
+def test_unknown_and_impossible_arguments_are_refused(name, arg, message):
+    with pytest.raises(InputError, match=message):
+        get_config(name, arg)
+
+
+def test_flags_can_be_given_a_value():
+    assert differences(get_config("fvq16k", "smoke"), get_config("fvq16k", "smoke=true")) == {}
+    assert differences(get_config("fvq16k"), get_config("fvq16k", "smoke=false")) == {}
+
+
+def from_command_line(monkeypatch, *overrides):
+    """A config with overrides as the program reads them."""
+    values = flags.FlagValues()
+    monkeypatch.setattr(sys, "argv", ["program", *overrides])  # config_flags looks there
+    config_flags.DEFINE_config_dict("config", get_config("fvq16k", "smoke"), flag_values=values)
+    values(sys.argv)
+    return values.config
+
+
+@pytest.mark.parametrize("text", ["1,2", "(1, 2)", "[1,2]"])
+def test_levels_can_be_given_on_the_command_line(monkeypatch, text):
+    config = from_command_line(monkeypatch, f"--config.tokenizer.ch_mult={text}")
+    assert config.tokenizer.ch_mult == (1, 2)
+    validate(config, 8)
+
+
+@pytest.mark.parametrize(("text", "named"), [("abc", "'abc'"), ("1.5,2", "1.5"), ("()", r"\(\)"), ("1,0", "0")])
+def test_levels_that_are_no_whole_numbers_are_refused(monkeypatch, text, named):
+    config = from_command_line(monkeypatch, f"--config.tokenizer.ch_mult={text}")
+    with pytest.raises(InputError, match=f"tokenizer.ch_mult must be positive whole numbers such as .*{named}"):
+        validate(config, 8)
+
+
+def test_numbers_on_the_command_line_keep_their_type(monkeypatch):
+    config = from_command_line(monkeypatch, "--config.optim.learning_rate=1", "--config.optim.clip_norm=0")
+    assert config.optim.learning_rate == 1.0
+    validate(config, 8)

@@ -1,0 +1,128 @@
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fvq_jax.errors import InputError
+from fvq_jax.sharding import (
+    BATCH,
+    RULES,
+    global_batch,
+    make_mesh,
+    mesh_shape,
+    partition_spec,
+    path_name,
+    replicated,
+    state_shardings,
+)
+from fvq_jax.state import abstract_state
+from fvq_jax.tasks.tokenizer import TokenizerTask
+from tests.tiny import tiny_config
+
+EVERYTHING = {"adversarial.weight": 0.5, "adversarial.layers": 2, "optim.ema_decay": 0.9}
+
+
+@functools.cache
+def state_of(codebook_rate=0.0, bridge="XS/2-d1"):
+    """The abstract state with all that a run can have: discriminator, moving average, separate codebook rate."""
+    config = tiny_config(**EVERYTHING | {"optim.codebook_learning_rate": codebook_rate, "tokenizer.bridge": bridge})
+    mesh = make_mesh(2, 4)
+    return abstract_state(TokenizerTask(config, mesh, 10, 1).init, mesh)
+
+
+def names(state):
+    return [path_name(path) for path, _ in jax.tree.leaves_with_path(state)]
+
+
+@pytest.mark.parametrize("codebook_rate", [0.0, 1e-3])
+@pytest.mark.parametrize("bridge", ["XS/2-d1", "mlp5", "none"])
+def test_every_array_of_the_state_matches_exactly_one_rule(codebook_rate, bridge):
+    paths = names(state_of(codebook_rate, bridge))
+    assert {"step", "skipped", "ema/quantizer/codebook", "networks/tokenizer/params/quantizer/codebook"} <= set(paths)
+    for name in paths:
+        assert sum(bool(re.search(pattern, name)) for pattern, _ in RULES) == 1, name
+
+
+def test_every_rule_is_needed():
+    paths = names(state_of())
+    for pattern, _ in RULES:
+        assert [name for name in paths if re.search(pattern, name)], pattern
+
+
+@pytest.mark.parametrize("codebook_rate", [0.0, 1e-3])
+def test_codebook_moments_and_average_are_cut_into_rows_and_nothing_else_is(codebook_rate):
+    cut = [
+        path_name(path)
+        for path, leaf in jax.tree.leaves_with_path(state_of(codebook_rate))
+        if leaf.sharding.spec != P()
+    ]
+    assert len(cut) == 4  # codebook, both moments, moving average
+    assert all(name.endswith("/quantizer/codebook") for name in cut)
+    assert sum("/mu/" in name for name in cut) == 1
+    assert sum("/nu/" in name for name in cut) == 1
+    assert sum(name.startswith("ema/") for name in cut) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["networks/tokenizer/params/quantizer/colours", "networks/generator/params/kernel", "codebook", ""]
+)
+def test_an_unknown_array_raises(name):
+    with pytest.raises(ValueError, match="matches 0 sharding rules instead of one; see RULES"):
+        partition_spec(name)
+
+
+def test_an_array_of_two_rules_raises():
+    with pytest.raises(ValueError, match="matches 2 sharding rules"):
+        partition_spec("networks/tokenizer/params/encoder/quantizer/codebook")
+
+
+def test_state_shardings_names_the_unknown_array():
+    state = {"networks": {"tokenizer": {"params": {"lost": jnp.zeros(3)}}}}
+    with pytest.raises(ValueError, match="networks/tokenizer/params/lost matches 0"):
+        state_shardings(state, make_mesh(8, 1))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [((-1, 1), (8, 1)), ((-1, 4), (2, 4)), ((2, -1), (2, 4)), ((1, 8), (1, 8)), ((2, 4), (2, 4))]
+)
+def test_meshes(given, expected):
+    mesh = make_mesh(*given)
+    assert mesh_shape(*given, 8) == expected
+    assert (mesh.shape["data"], mesh.shape["codebook"]) == expected
+    assert mesh.axis_names == ("data", "codebook")
+    assert mesh.size == 8
+
+
+@pytest.mark.parametrize("given", [(3, -1), (-1, 3), (2, 2), (16, 1), (1, 16), (-1, 16), (16, -1)])
+def test_meshes_that_do_not_fit_the_devices_are_refused(given):
+    message = f"mesh.data={given[0]}, mesh.codebook={given[1]} does not fit 8 devices: the product must be 8"
+    with pytest.raises(InputError, match=message):
+        make_mesh(*given)
+
+
+@pytest.mark.parametrize("given", [(-1, -1), (0, 1), (1, 0), (-2, 1), (1, -8), (0, -1)])
+def test_sizes_that_are_no_mesh_are_refused(given):
+    with pytest.raises(InputError, match="both sizes must be positive, and at most one of them -1"):
+        make_mesh(*given)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1), (2, 4)])
+def test_a_global_batch_is_spread_over_all_devices_in_order(sizes):
+    mesh = make_mesh(*sizes)
+    rows = {"image": np.arange(16 * 3).reshape(16, 3), "mask": np.arange(16) < 11}
+    batch = global_batch(rows, mesh)
+    for name, array in batch.items():
+        np.testing.assert_array_equal(array, rows[name])
+        assert array.sharding.is_equivalent_to(NamedSharding(mesh, BATCH), array.ndim)
+        assert {shard.data.shape[0] for shard in array.addressable_shards} == {2}
+    assert len({shard.device for shard in batch["image"].addressable_shards}) == 8
+
+
+def test_replicated():
+    array = jax.device_put(jnp.arange(3), replicated(make_mesh(2, 4)))
+    assert [shard.data.shape for shard in array.addressable_shards] == [(3,)] * 8
