@@ -14,30 +14,39 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from fvq_jax.command import BAD_INPUT, FAILED, INTERRUPTED, fail
 from fvq_jax.errors import InputError, NonFiniteError
 from fvq_jax.train import evaluate_checkpoint, train
 
-BAD_INPUT, INTERRUPTED, FAILED = 2, 75, 1
-
 CONFIG = config_flags.DEFINE_config_file("config", help_string="The run, for instance configs/fvq16k.py:smoke")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, report")
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "One of several processes: TPU pods and Slurm are detected, elsewhere set JAX_COORDINATOR_ADDRESS, "
+    "JAX_NUM_PROCESSES and JAX_PROCESS_ID",
+)
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "eval: score the last checkpoint")
 
 
 def main(argv: list[str]) -> int:
     """Runs the chosen mode; returns the exit code."""
     if len(argv) > 1:
-        return _fail(f"unexpected argument {argv[1]!r}: options start with --", BAD_INPUT)
+        return fail(f"unexpected argument {argv[1]!r}: options start with --", BAD_INPUT)
     if CONFIG.value is None or WORKDIR.value is None:
-        return _fail("--config=FILE and --workdir=DIR are both needed, see --help", BAD_INPUT)
+        return fail("--config=FILE and --workdir=DIR are both needed, see --help", BAD_INPUT)
     _set_up_logging()
+    if DISTRIBUTED.value:
+        # JAX reads the coordinator's address itself, but not the other two.
+        count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+        jax.distributed.initialize(num_processes=count and int(count), process_id=index and int(index))
     run = train if MODE.value == "train" else evaluate_checkpoint
     try:
         result = run(CONFIG.value, WORKDIR.value)
     except InputError as error:
-        return _fail(str(error), BAD_INPUT)
+        return fail(str(error), BAD_INPUT)
     except NonFiniteError as error:
-        return _fail(str(error), FAILED)
+        return fail(str(error), FAILED)
     if result.interrupted:
         return INTERRUPTED
     if jax.process_index() == 0:
@@ -56,9 +65,9 @@ def parse_flags(argv: list[str]) -> list[str]:
     except (KeyError, AttributeError) as error:
         names = re.findall(r"\w+", str(error).replace("\\n", " "))
         hint = f"; did you mean {names[4]}?" if names[1:4] == ["Did", "you", "mean"] else ""
-        sys.exit(_fail(f"unknown config field {names[0]}{hint}", BAD_INPUT))
+        sys.exit(fail(f"unknown config field {names[0]}{hint}", BAD_INPUT))
     except (flags.Error, InputError, TypeError, ValueError, OSError) as error:
-        sys.exit(_fail(_last_line(error), BAD_INPUT))
+        sys.exit(fail(_last_line(error), BAD_INPUT))
 
 
 def _last_line(error: Exception) -> str:
@@ -78,11 +87,6 @@ def _set_up_logging() -> None:
         return line.levelno > std_logging.INFO or os.path.abspath(line.pathname).startswith(package)
 
     logging.get_absl_handler().addFilter(keep)
-
-
-def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"fvq_jax: {' '.join(message.split())}\n")
-    return code
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ from fvq_jax.sharding import BATCH, global_batch, make_mesh, replicated
 from fvq_jax.state import TrainState, abstract_state, create_state
 from fvq_jax.tasks.tokenizer import TokenizerTask
 
-
 CONFIG_FILE = "config.json"
 
 
@@ -398,10 +397,13 @@ def _check_workdir(workdir: Path, config: ConfigDict) -> None:
         if not os.access(workdir, os.R_OK | os.W_OK | os.X_OK):
             raise InputError(f"workdir {workdir} cannot be used: no permission to read and write")
         if path.exists():
-            for line in check_continues(json.loads(path.read_text()), config):
+            saved = json.loads(path.read_text())
+            if not isinstance(saved, dict):
+                raise InputError(f"{path} is not a config, but {type(saved).__name__}")
+            for line in check_continues(saved, config):
                 logging.info("changed since the run began: %s", line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not a config: {error}") from None
+    except ValueError as error:
+        raise error if isinstance(error, InputError) else InputError(f"{path} is not a config: {error}") from None
     except OSError as error:
         raise InputError(f"workdir {workdir} cannot be used: {error.strerror or error}") from None
 

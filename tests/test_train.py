@@ -137,9 +137,8 @@ def test_evaluating_the_checkpoint_gives_the_scores_of_the_run(finished):
 
 
 def test_evaluation_uses_the_moving_average(finished):
-    workdir, result = finished
     config = tiny_config(**WHOLE)
-    state = restored(config, workdir).state
+    state = restored(config, finished[0]).state
     task = TokenizerTask(config, make_mesh(-1, 1), 4, 1)
     assert_same_bits(
         task.eval_params(state)["encoder"],

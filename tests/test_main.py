@@ -1,0 +1,135 @@
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = (
+    "--config=configs/fvq16k.py:smoke",
+    "--config.tokenizer.ch_mult=(1,)",
+    "--config.tokenizer.codebook_size=64",
+    "--config.tokenizer.bridge=XS/2",
+    "--config.tokenizer.dtype=float32",
+    "--config.adversarial.weight=0.0",
+    "--config.data.image_size=16",
+    "--config.eval.images=16",
+)
+
+
+def start(*args):
+    # One device: the suite's eight simulated ones are not needed and cost compile time.
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "fvq_jax.main", *args]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True)
+
+
+def run(*args):
+    process = start(*args)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def test_a_run_prints_its_result_last_and_exits_0(tmp_path):
+    code, out, err = run(*TINY, f"--workdir={tmp_path}")
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert out.endswith("}\n")
+    wanted = [
+        "step",
+        "psnr",
+        "ssim",
+        "usage",
+        "perplexity",
+        "codebook_size",
+        "tokens",
+        "images_per_second",
+        "seconds",
+        "workdir",
+    ]
+    assert set(wanted) <= result.keys()
+    assert result["step"] == 6
+    assert "LPIPS is not used" in err
+    assert "orbax" not in err
+
+    code, out, err = run(*TINY, f"--workdir={tmp_path}", "--mode=eval")
+    assert code == 0, err
+    again = json.loads(out.splitlines()[-1])
+    assert again["psnr"] == result["psnr"]
+    assert again["seconds"] == pytest.approx(result["seconds"], abs=60)
+
+
+def test_sigterm_saves_says_so_and_exits_75(tmp_path):
+    args = [*TINY, f"--workdir={tmp_path}", "--config.steps=100000", "--config.log.every_steps=20"]
+    process = start(*args)
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if "step 40/" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, "".join(lines) + err
+    assert "SIGTERM: saved step" in err
+    assert out == ""
+    assert list((tmp_path / "checkpoints").glob("step_*"))
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--config.optim.lerning_rate=1"], ["unknown config field lerning_rate", "learning_rate?"]),
+        (["--config.optim.learning_rate=fast"], ["optim.learning_rate", "fast"]),
+        (["--config.tokenizer.codebook_size=1000"], ["tokenizer.codebook_size 1000", "not a square", "1d"]),
+        (["--config.mesh.codebook=3"], ["mesh.codebook 3", "does not divide", "allowed sizes: 1, 2, 4"]),
+        (
+            ["--config.data.image_size=17"],
+            ["data.image_size 17", "not divisible by the down-sampling of 2", "16 or 18"],
+        ),
+        (["--config.tokenizer.ch=48"], ["48 channels", "32 groups"]),
+        (
+            ["--config.data.source=folder", "--config.data.train_dir=EMPTY", "--config.data.eval_dir=EMPTY"],
+            ["EMPTY", ".jpg"],
+        ),
+        (["--config.loss.perceptual_weight=1.0", "--config.data.image_size=32"], ["LPIPS", "loss.lpips_path"]),
+        (["--bogus"], ["bogus"]),
+        (["surplus"], ["surplus"]),
+        (["--mode=test"], ["train|eval"]),
+        (["--config=configs/missing.py"], ["configs/missing.py"]),
+        (["--config=configs/fvq16k.py:smoke,batch=many"], ["'batch'", "int", "many"]),
+        (["--config=configs/fvq16k.py:smok"], ["smok", "smoke"]),
+        (["--workdir=/dev/null/x"], ["workdir /dev/null/x"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) and value[0].startswith(("-", "s")) else None,
+)
+def test_bad_input_is_one_line_and_exit_2(tmp_path, args, words):
+    (tmp_path / "empty").mkdir()
+    args = [arg.replace("EMPTY", str(tmp_path / "empty")) for arg in args]
+    words = [word.replace("EMPTY", str(tmp_path / "empty")) for word in words]
+    base = ["--config=configs/fvq16k.py:smoke", f"--workdir={tmp_path / 'run'}"]
+    code, out, err = run(*base, *args)
+    assert code == 2, err
+    assert out == ""
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("fvq_jax: ")
+    for word in words:
+        assert word in lines[0]
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_needs_config_and_workdir():
+    code, _, err = run()
+    assert code == 2
+    assert "--workdir" in err
+
+
+def test_a_loss_that_is_not_finite_exits_1(tmp_path):
+    code, out, err = run(*TINY, f"--workdir={tmp_path}", "--config.optim.learning_rate=1e38")
+    assert code == 1
+    assert out == ""
+    assert "fvq_jax: step " in err.splitlines()[-1]
+    assert "loss/total is" in err.splitlines()[-1]
