@@ -82,22 +82,21 @@ class Stage(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """The encoder, or with `down` False the decoder, whose stages count from the lowest resolution."""
+    """The encoder, which starts from `ch` channels, or with `ch` None the decoder, lowest resolution first."""
 
-    def __init__(self, channels_in, channels_out, widths, blocks, down):
+    def __init__(self, channels_in, channels_out, widths, blocks, ch=None):
         super().__init__()
-        lowest = widths[-1]
-        widths = widths if down else widths[::-1]
-        self.down = down
-        self.conv_in = nn.Conv2d(channels_in, widths[0], 3, padding=1)
+        self.down = ch is not None
+        outer, lowest = [ch, *widths] if self.down else [widths[-1], *widths[::-1]], widths[-1]
+        self.conv_in = nn.Conv2d(channels_in, outer[0], 3, padding=1)
         self.mid = nn.Sequential(ResBlock(lowest, lowest), Attention(lowest), ResBlock(lowest, lowest))
-        last, low = len(widths) - 1, len(widths) - 1 if down else 0
-        names = ["downsample" if down else "upsample"] * last + [None]
+        last, low = len(widths) - 1, len(widths) - 1 if self.down else 0
+        names = ["downsample" if self.down else "upsample"] * last + [None]
         self.conv_blocks = nn.Sequential(
-            *(Stage(widths[max(i - 1, 0)], widths[i], blocks, i == low, names[i]) for i in range(len(widths)))
+            *(Stage(outer[i], outer[i + 1], blocks, i == low, names[i]) for i in range(len(widths)))
         )
-        self.norm_out = group_norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], channels_out, 3, padding=1)
+        self.norm_out = group_norm(outer[-1])
+        self.conv_out = nn.Conv2d(outer[-1], channels_out, 3, padding=1)
 
     def forward(self, x):
         h = self.conv_in(x)
@@ -211,8 +210,8 @@ class Tokenizer(nn.Module):
         super().__init__()
         widths = [config["ch"] * mult for mult in config["ch_mult"]]
         blocks, z, dim = config["num_res_blocks"], config["z_channels"], config["codebook_dim"]
-        self.encoder = ConvNet(3, z, widths, blocks, down=True)
-        self.decoder = ConvNet(z, 3, widths, blocks + 1, down=False)
+        self.encoder = ConvNet(3, z, widths, blocks, config["ch"])
+        self.decoder = ConvNet(z, 3, widths, blocks + 1)
         self.quantize = Quantizer(config["codebook_size"], dim, config["bridge"], config.get("l2_norm", False))
         self.quant_conv, self.post_quant_conv = nn.Conv2d(z, dim, 1), nn.Conv2d(dim, z, 1)
 
