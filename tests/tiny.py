@@ -57,7 +57,7 @@ def spread_codes(params: dict, seed: int = 0) -> dict:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if name.endswith("quantizer/codebook") or "/recover/kernel" in name:
             value = rng.normal(size=leaf.shape).astype(np.float32)
-            return jax.device_put(value * (1.0 if name.endswith("codebook") else 0.1), leaf.sharding)
+            return jax.device_put(value * (1.0 if name.endswith("codebook") else 0.05), leaf.sharding)
         return leaf
 
     return jax.tree.map_with_path(spread, params)

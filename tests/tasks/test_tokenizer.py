@@ -5,7 +5,7 @@ import pytest
 
 from fvq_jax.interop.discriminator import patchgan_from_torch
 from fvq_jax.interop.torch_layout import tokenizer_params
-from fvq_jax.sharding import global_batch, make_mesh, state_shardings
+from fvq_jax.sharding import global_batch, make_mesh, replicated, state_shardings
 from fvq_jax.state import NetworkState, TrainState, create_state
 from fvq_jax.tasks.tokenizer import TokenizerTask
 from tests.golden_case import load_case, relative_error
@@ -33,13 +33,26 @@ def make_state(task, seed=0):
 
 
 def run(task, state, steps=1, seed=0, batch=16):
-    step = jax.jit(task.train_step)
+    layout = state_shardings(state, task.mesh)
+    step = jax.jit(task.train_step, out_shardings=(layout, replicated(task.mesh)))
     rows = []
     for i in range(steps):
         images = random_images(batch, task.image_shape[1], seed + i)
         state, metrics = step(state, global_batch({"image": images}, task.mesh), task.frozen)
         rows.append({name: float(value) for name, value in metrics.scalars.items()})
     return state, rows
+
+
+def forward(**changes):
+    """The tokenizer's loss terms at spread codes; no gradients, which take most of the time to compile."""
+    task = make_task(**changes)
+    state = make_state(task)
+    critic = state.networks.get("discriminator")
+    variables = critic and {"params": critic.params, "batch_stats": critic.batch_stats}
+    images = jnp.asarray(random_images(16, task.image_shape[1]).astype(np.float32) / 127.5 - 1)
+    params = state.networks["tokenizer"].params
+    _, (_, terms, _, _) = jax.jit(task._tokenizer_loss)(params, variables, images, True, task.frozen)
+    return {name: float(value) for name, value in terms.items()}
 
 
 def largest_difference(a, b):
@@ -138,7 +151,21 @@ def test_twelve_steps_equal_the_published_training():
         assert relative_error(reconstruct(params), expected) <= 2e-2, name
 
 
-CRITIC = {"adversarial.weight": 0.5}
+CRITIC = {"adversarial.weight": 0.5, "adversarial.start": 1}
+
+
+@pytest.mark.parametrize("sizes", [(8, 1), (2, 4)])
+def test_eight_devices_give_the_loss_curve_of_one(sizes):
+    """From codes that differ and are used, over 5 steps, with the discriminator and its global BatchNorm."""
+    curves = []
+    for mesh in (one_device_mesh(), make_mesh(*sizes)):
+        task = make_task(mesh, **CRITIC)
+        _, rows = run(task, make_state(task), steps=5)
+        curves.append(rows)
+    assert curves[0][0]["usage/batch"] > 0.25
+    for one, eight in zip(*curves, strict=True):
+        for name in ("loss/total", "loss/codebook", "loss/adversarial", "loss/discriminator", "grad_norm/tokenizer"):
+            np.testing.assert_allclose(eight[name], one[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 def test_each_network_learns_from_its_own_loss_only():
@@ -217,7 +244,7 @@ def test_the_adaptive_weight_balances_the_gradients_of_the_last_layer():
         {"loss.codebook_weight": 2.0},
         {"loss.commitment_weight": 2.0},
         {"loss.entropy_weight": 0.1},
-        {"adversarial.weight": 0.3},
+        {"adversarial.weight": 0.3, "adversarial.start": 1},
         {"tokenizer.l2_normalize": True},
         {"tokenizer.dtype": "bfloat16"},
         {"tokenizer.bridge": "linear"},
@@ -226,22 +253,16 @@ def test_the_adaptive_weight_balances_the_gradients_of_the_last_layer():
     ids=str,
 )
 def test_every_loss_option_changes_the_loss(changes):
-    base = make_task()
-    _, base_rows = run(base, make_state(base))
-    task = make_task(**changes)
-    _, rows = run(task, make_state(task))
-    assert rows[0]["loss/total"] != base_rows[0]["loss/total"]
+    assert forward(**changes)["loss/total"] != forward()["loss/total"]
 
 
 def test_the_entropy_term_needs_its_weight_and_temperature():
-    totals = []
-    for temperature in (0.01, 1.0):
-        task = make_task(**{"loss.entropy_weight": 0.1, "loss.entropy_temperature": temperature})
-        _, rows = run(task, make_state(task))
-        totals.append(rows[0]["loss/entropy"])
-    assert totals[0] != totals[1]
-    _, rows = run(make_task(), make_state(make_task()))
-    assert "loss/entropy" not in rows[0]
+    terms = [
+        forward(**{"loss.entropy_weight": 0.1, "loss.entropy_temperature": temperature})["loss/entropy"]
+        for temperature in (0.01, 1.0)
+    ]
+    assert terms[0] != terms[1]
+    assert "loss/entropy" not in forward()
 
 
 def test_lpips_is_part_of_the_loss(tmp_path):
@@ -331,7 +352,8 @@ def test_evaluation_sees_the_same_codes_as_training():
     state = make_state(task)
     images = random_images(8, 16)
     sums, reconstruction = jax.jit(task.eval_step)(task.eval_params(state), {"image": images, "mask": np.ones(8, bool)})
-    output = task.net.apply({"params": state.networks["tokenizer"].params}, images.astype(np.float32) / 127.5 - 1)
+    x = jnp.asarray(images.astype(np.float32) / 127.5 - 1)
+    output = task.net.apply({"params": state.networks["tokenizer"].params}, x)
     codes = np.asarray(output.quantized.codes)
     np.testing.assert_array_equal(sums.code_counts, np.bincount(codes.ravel(), minlength=64))
     np.testing.assert_allclose(reconstruction, np.clip(output.reconstruction, -1, 1), atol=1e-5)

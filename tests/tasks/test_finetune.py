@@ -1,0 +1,203 @@
+"""Starting from a converted tokenizer, training only a part of it, and the other discriminator."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from fvq_jax.checkpoint import Checkpoints
+from fvq_jax.config import validate
+from fvq_jax.errors import InputError
+from fvq_jax.interop.named_tensors import flatten
+from fvq_jax.models.discriminator_stylegan import StyleGANDiscriminator
+from fvq_jax.pretrained import Tokenizer
+from fvq_jax.saved_tokenizer import load, load_params
+from fvq_jax.sharding import make_mesh, state_shardings
+from fvq_jax.state import abstract_state, create_state, with_params
+from fvq_jax.tasks.tokenizer import TokenizerTask
+from fvq_jax.train import train
+from tests.random_tokenizer import random_tokenizer
+from tests.tiny import random_images, spread_codes, tiny_config
+
+ONE_LEVEL = {"tokenizer.ch_mult": (1,), "tokenizer.z_channels": 16}
+
+
+def config_of(**changes):
+    return tiny_config(**{**ONE_LEVEL, **changes})
+
+
+def two_steps(**changes):
+    """The state before and after two steps of 8 images, and the scalars of the second."""
+    config = config_of(batch_size=8, **{"optim.warmup_steps": 0, **changes})
+    validate(config, 1)
+    mesh = jax.make_mesh((1, 1), ("data", "codebook"), (AxisType.Auto,) * 2, devices=jax.devices()[:1])
+    task = TokenizerTask(config, mesh, config.steps, 0)
+    state = create_state(task.init, 0, mesh)
+    network = state.networks["tokenizer"]
+    params = spread_codes(network.params)
+    ema = jax.tree.map(jnp.copy, params) if config.optim.ema_decay else {}
+    state = state.replace(networks={**state.networks, "tokenizer": network.replace(params=params)}, ema=ema)
+    before = jax.device_get(state)
+    quick = {"xla_backend_optimization_level": 0}  # to compile, for two steps
+    step = jax.jit(task.train_step, out_shardings=(state_shardings(state, mesh), None), compiler_options=quick)
+    for seed in range(2):
+        state, metrics = step(state, {"image": random_images(8, 16, seed)}, task.frozen)
+    return before, jax.device_get(state), jax.device_get(metrics.scalars)
+
+
+def changed(before, after):
+    """Names of the arrays that are not the same to the last bit."""
+    before, after = flatten(before), flatten(after)
+    assert before.keys() == after.keys()
+    return {name for name in before if before[name].tobytes() != after[name].tobytes()}
+
+
+@functools.cache
+def run(train_only):
+    return two_steps(**{"optim.train_only": train_only, "adversarial.weight": 0.5, "optim.ema_decay": 0.9})
+
+
+@pytest.mark.parametrize("train_only", ["tokenizer", "decoder"])
+def test_only_what_is_asked_for_changes(train_only):
+    before, after, scalars = run(train_only)
+    tokenizers = [state.networks["tokenizer"].params for state in (before, after)]
+    moved = {name.split("/")[0] for name in changed(*tokenizers)}
+    everything = {"encoder", "quant_conv", "quantizer", "post_quant_conv", "decoder"}
+    assert moved == ({"post_quant_conv", "decoder"} if train_only == "decoder" else everything)
+    assert changed(before.ema, after.ema) == changed(*tokenizers)
+    critics = [state.networks["discriminator"] for state in (before, after)]
+    learns = train_only != "tokenizer"
+    for part in ("params", "batch_stats", "opt_state"):
+        assert bool(changed(*(getattr(critic, part) for critic in critics))) == learns, part
+    assert ("loss/discriminator" in scalars) == learns
+    assert scalars["loss/adversarial"] != 0
+    assert all(np.isfinite(value) for value in scalars.values())
+
+
+def test_what_does_not_train_has_no_gradient():
+    """So it counts neither for clipping nor in the gradient norm, and is never computed."""
+    moments = flatten(run("decoder")[1].networks["tokenizer"].opt_state)
+    assert any(np.any(value) for name, value in moments.items() if "/decoder/" in name)
+    frozen = [value for name, value in moments.items() if "/encoder/" in name or "/quantizer/" in name]
+    assert frozen
+    assert not any(np.any(value) for value in frozen)
+
+
+def test_the_stylegan_discriminator_is_trained_when_it_is_asked_for():
+    """Shapes only: with its 512 channels a step takes minutes to compile on a CPU."""
+    mesh = make_mesh(2, 4)
+    config = config_of(**{"adversarial.weight": 0.5, "adversarial.discriminator": "stylegan"})
+    validate(config, mesh.size)
+    task = TokenizerTask(config, mesh, config.steps, 1)
+    assert task.discriminator == StyleGANDiscriminator(config.data.image_size)
+    state = abstract_state(task.init, mesh)  # every array has its rule
+    network = state.networks["discriminator"]
+    assert network.batch_stats == {}
+    assert {"block_0", "dense_0", "dense_1"} <= network.params.keys()
+    images = jax.ShapeDtypeStruct((16, 16, 16, 3), jnp.uint8)
+    after, metrics = jax.eval_shape(task.train_step, state, {"image": images}, task.frozen)
+    shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (state, after)]
+    assert shapes[0] == shapes[1]
+    assert {"loss/discriminator", "grad_norm/discriminator"} <= metrics.scalars.keys()
+
+
+def test_stylegan_takes_only_its_sizes():
+    sizes = {"data.image_size": 24, "adversarial.discriminator": "stylegan"}
+    with pytest.raises(InputError, match=r"data\.image_size 24 does not fit .*stylegan, which takes 8, 16, .*1024$"):
+        validate(config_of(**{"adversarial.weight": 0.5, **sizes}), 8)
+    validate(config_of(**sizes), 8)  # without any adversarial loss
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("optim.train_only", "one of nothing, tokenizer, decoder"),
+        ("adversarial.discriminator", "one of patchgan, stylegan"),
+    ],
+)
+def test_unknown_choices_are_refused(field, message):
+    with pytest.raises(InputError, match=f"{field} must be {message}, not 'encoder'"):
+        validate(config_of(**{field: "encoder"}), 8)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    tok = Tokenizer(random_tokenizer(ch_mult=(1,), bridge="XS/2"))
+    tok.save_pretrained(folder / "native")
+    tok.save_pretrained(folder / "fvq.safetensors", layout="fvq")
+    tok.save_pretrained(folder / "llamagen.safetensors", layout="llamagen")
+    return folder
+
+
+def test_a_run_starts_where_a_saved_tokenizer_ended_and_goes_on_without_it(saved, tmp_path):
+    """A decoder-only run leaves the codes as they were; the average starts at the tokenizer too."""
+    source = tmp_path / "x.safetensors"
+    source.write_bytes((saved / "fvq.safetensors").read_bytes())
+    changes = {"init_from": str(source), "optim.train_only": "decoder", "optim.ema_decay": 0.5, "eval.images": 16}
+    config = config_of(**changes, steps=2)
+    train(config, tmp_path / "run")
+    start, end = load(source), load(tmp_path / "run")
+    assert end.net == start.net
+    moved = {part.split("/")[0] for part in changed(start.params, end.params)}
+    assert moved == {"post_quant_conv", "decoder"}
+    images = random_images(4, 16)
+    before, after = Tokenizer(start), Tokenizer(end)
+    codes = before.encode(images)
+    np.testing.assert_array_equal(codes, after.encode(images))
+    assert np.abs(before.decode(codes) - after.decode(codes)).max() > 1e-4
+
+    source.unlink()
+    train(config, tmp_path / "run")
+    assert not changed(end.params, load(tmp_path / "run").params)
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        assert checkpoints.latest_step() == 2
+
+
+@pytest.mark.parametrize("name", ["native", "fvq.safetensors", "llamagen.safetensors"])
+def test_every_kind_of_saved_tokenizer_can_be_started_from(name, saved):
+    bridge = "none" if "llamagen" in name else "XS/2"
+    params = load_params(config_of(**{"init_from": str(saved / name), "tokenizer.bridge": bridge}))
+    assert not changed(params, load(saved / name).params)
+    # Where there are no groups, the kind of groups is nothing that could differ.
+    groups = {"tokenizer.bridge": bridge, "tokenizer.bridge_groups": "1d"}
+    if bridge == "none":
+        load_params(config_of(**{"init_from": str(saved / name), **groups}))
+    else:
+        with pytest.raises(InputError, match="bridge_groups is '2d' there and '1d' here"):
+            load_params(config_of(**{"init_from": str(saved / name), **groups}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"tokenizer.code_dim": 16, "tokenizer.bridge": "S/4"},
+            r"^init_from: .*native holds another network: tokenizer\.code_dim is 8 there and 16 here; "
+            r"tokenizer\.bridge is 'XS/2' there and 'S/4' here$",
+        ),
+        ({"tokenizer.l2_normalize": True}, "^init_from: l2_norm=True contradicts"),
+        ({"init_from": "nowhere"}, "^init_from: there is no tokenizer at nowhere"),
+    ],
+)
+def test_what_cannot_be_started_from_is_refused_before_the_workdir_is_claimed(changes, message, saved, tmp_path):
+    with pytest.raises(InputError, match=message):
+        train(config_of(**{"init_from": str(saved / "native"), **changes}), tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_given_parameters_keep_the_layout():
+    config = config_of(**{"mesh.data": 2, "mesh.codebook": 4, "optim.ema_decay": 0.9})
+    mesh = make_mesh(2, 4)
+    task = TokenizerTask(config, mesh, config.steps, 1)
+    state = create_state(task.init, 0, mesh)
+    params = random_tokenizer(ch_mult=(1,), bridge="XS/2").params
+    placed = with_params(state, "tokenizer", params)
+    assert not changed(jax.device_get(placed.networks["tokenizer"].params), params)
+    assert not changed(jax.device_get(placed.ema), params)
+    layouts = [jax.tree.map(lambda leaf: leaf.sharding, x.networks["tokenizer"].params) for x in (state, placed)]
+    assert layouts[0] == layouts[1]
+    assert placed.networks["tokenizer"].params["quantizer"]["codebook"].addressable_shards[0].data.shape == (16, 8)
