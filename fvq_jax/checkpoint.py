@@ -7,11 +7,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from flax import struct
 
 from fvq_jax.errors import InputError
+from fvq_jax.sharding import path_name
 from fvq_jax.state import TrainState
 
 
@@ -72,6 +75,34 @@ class Checkpoints:
             ) from error
         logging.info("restored step %d from %s", step, self._folder)
         return Checkpoint(items.state, items.record)
+
+    def restore_part(self, like: dict[str, Any]) -> dict[str, Any]:
+        """Reads of the newest state only the arrays of `like` (nested by the fields of `TrainState`), as numpy arrays.
+
+        Raises:
+          InputError: there is no checkpoint, or it has no such arrays.
+        """
+        step = self.latest_step()
+        if step is None:
+            raise InputError(f"no checkpoint in {self._folder}")
+        kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
+        part = ocp.args.PyTreeRestore(item=like, restore_args=kinds, partial_restore=True)
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(state=part)).state
+        except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InputError(f"cannot read the checkpoint of step {step} in {self._folder}: {reason}") from error
+        wrong = [
+            f"{path_name(path)} {list(array.shape)} instead of {list(wanted.shape)}"
+            for (path, wanted), array in zip(jax.tree.leaves_with_path(like), jax.tree.leaves(restored), strict=True)
+            if array.shape != wanted.shape
+        ]
+        if wrong:
+            raise InputError(
+                f"the checkpoint of step {step} in {self._folder} has other shapes: {', '.join(wrong[:10])}"
+            )
+        logging.info("read step %d from %s", step, self._folder)
+        return restored
 
     def wait(self) -> None:
         """Returns when everything that was saved is complete on disk."""

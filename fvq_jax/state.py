@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 
@@ -34,6 +35,19 @@ class TrainState:
     skipped: Any
     networks: dict[str, Any]
     ema: Any
+
+
+def with_params(state: TrainState, name: str, params: Any) -> TrainState:
+    """The state with network `name` at `params` (host arrays), laid out as before; the average starts there too."""
+
+    def place(value, leaf):
+        value = np.asarray(value, leaf.dtype)
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: value[index])
+
+    network = state.networks[name]
+    network = network.replace(params=jax.tree.map(place, params, network.params))
+    ema = jax.tree.map(place, params, state.ema) if state.ema else state.ema
+    return state.replace(networks={**state.networks, name: network}, ema=ema)
 
 
 def abstract_state(init: Callable[[jax.Array], TrainState], mesh: Mesh) -> TrainState:

@@ -49,7 +49,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     if str(path).endswith(".safetensors"):
         tensors = _load_safetensors(path)
     else:
-        tensors = dict(_named_tensors(load_torch_file(path), ""))
+        tensors = dict(named_tensors(load_torch_file(path)))
     if not tensors:
         raise InputError(f"{path} holds no tensors")
     return tensors
@@ -77,6 +77,16 @@ def load_torch_file(path: str | os.PathLike[str]) -> Any:
             f"{path} is damaged or not written by torch.save ({type(error).__name__}: {_one_line(error)}); "
             "if PyTorch loads it, save it again with a current torch.save"
         ) from error
+
+
+def named_tensors(tree: Any, name: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors in nested containers, named as by `read_tensors`."""
+    if isinstance(tree, np.ndarray):
+        yield name, tree
+    elif isinstance(tree, Mapping | list | tuple):
+        items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
+        for key, value in items:
+            yield from named_tensors(value, f"{name}.{key}" if name else str(key))
 
 
 def require(tensors: Mapping[str, np.ndarray], keys: Iterable[str], source: str | os.PathLike[str]) -> None:
@@ -220,15 +230,6 @@ def _load_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         raise InputError(f"cannot read {path}: {error.strerror or _one_line(error)}") from error
     except safetensors.SafetensorError as error:
         raise InputError(f"{path} is damaged or not a safetensors file ({_one_line(error)})") from error
-
-
-def _named_tensors(tree: Any, name: str) -> Iterator[tuple[str, np.ndarray]]:
-    if isinstance(tree, np.ndarray):
-        yield name, tree
-    elif isinstance(tree, Mapping | list | tuple):
-        items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
-        for key, value in items:
-            yield from _named_tensors(value, f"{name}.{key}" if name else str(key))
 
 
 def _one_line(error: Exception) -> str:

@@ -1,85 +1,131 @@
-"""Names and shapes of tokenizer weights in the published PyTorch layout, and the way from there to ours.
+"""Tokenizer weights in the published PyTorch layout: names, shapes, and the arrays both ways.
 
-PyTorch keeps convolutions as OIHW and linear layers as [out, in]; here they are HWIO and [in, out].
+Both layouts are one scheme: FVQ's is LlamaGen's plus the bridge (`quantize.qbridge.*`). PyTorch keeps convolutions as
+OIHW and linear layers as [out, in]; here they are HWIO and [in, out]. Which network a file's tensors belong to is
+`infer`'s business, files are `tokenizer_checkpoint`'s.
 """
 
+import math
 import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
-_RES = {"norm1": "norm1/norm", "norm2": "norm2/norm", "conv1": "conv1/conv", "conv2": "conv2/conv"}
-_RES["nin_shortcut"] = "shortcut/conv"
-_ATTENTION = {"norm": "norm/norm", "q": "q/conv", "k": "k/conv", "v": "v/conv", "proj_out": "out/conv"}
-_BRIDGE = {"attn.qkv": "qkv", "attn.proj": "out", "mlp.fc1": "mlp_in", "mlp.fc2": "mlp_out"}
+from fvq_jax.errors import InputError
+from fvq_jax.interop.infer import infer_network
+from fvq_jax.interop.named_tensors import abstract_params, check_tensors, flatten, nest
+from fvq_jax.models.bridge import parse_bridge
+from fvq_jax.models.tokenizer import TokenizerNet
+
+USAGE_BUFFER = "quantize.codebook_used"  # counts of recent codes, kept by the published code among the weights
+USAGE_BUFFER_SIZE = 65536
+
+_MID = {"mid_res0": "mid.0", "mid_attention": "mid.1", "mid_res1": "mid.2"}
+_LAYER = {"shortcut": "nin_shortcut", "out": "proj_out"}
+_BRIDGE = {
+    "linear0": "linear",
+    "compress": "x_embedder.proj",
+    "recover": "final_layer.linear",
+    "modulation_out": "final_layer.adaLN_modulation.1",
+    "class_embedding": "y_embedder.embedding_table",
+    "qkv": "attn.qkv",
+    "out": "attn.proj",
+    "mlp_in": "mlp.fc1",
+    "mlp_out": "mlp.fc2",
+    "modulation": "adaLN_modulation.1",
+}
 
 
-def parameter_path(module: str, levels: int) -> str:
-    """Where the parameters of a PyTorch module live in `TokenizerNet`, as a path; KeyError if it is none of its.
+def torch_name(path: str, levels: int) -> str:
+    """The published name of the parameter at `path` of `TokenizerNet`, for instance encoder/conv_in/conv/kernel.
 
-    `levels` is the number of resolutions: the published decoder counts its levels from the lowest.
+    `levels` is the number of resolutions: the published decoder counts its levels from the lowest. KeyError if the
+    layout has no name for it.
     """
-    if match := re.fullmatch(r"(encoder|decoder)\.(.+)", module):
-        part, rest = match.groups()
-        if rest in ("conv_in", "conv_out", "norm_out"):
-            return f"{part}/{rest}/{'norm' if rest == 'norm_out' else 'conv'}"
-        if match := re.fullmatch(r"mid\.([012])\.(\w+)", rest):
-            block = {"0": "mid_res0", "1": "mid_attention", "2": "mid_res1"}[match[1]]
-            return f"{part}/{block}/{(_ATTENTION if match[1] == '1' else _RES)[match[2]]}"
-        if match := re.fullmatch(r"conv_blocks\.(\d+)\.(.+)", rest):
+    part, *middle, leaf = path.split("/")
+    leaf = "bias" if leaf == "bias" else "weight"
+    if part in ("encoder", "decoder"):
+        block, *layer = middle[:-1]  # without the Flax layer inside ours
+        if match := re.fullmatch(r"level(\d+)_([a-z]+?)(\d*)", block):
             level = int(match[1]) if part == "encoder" else levels - 1 - int(match[1])
-            name = match[2]
-            if name in ("downsample.conv", "upsample.conv"):
-                return f"{part}/level{level}_{name.split('.')[0]}/conv/conv"
-            if match := re.fullmatch(r"res\.(\d+)\.(\w+)", name):
-                return f"{part}/level{level}_res{match[1]}/{_RES[match[2]]}"
-            if match := re.fullmatch(r"attn\.(\d+)\.(\w+)", name):
-                return f"{part}/level{level}_attention{match[1]}/{_ATTENTION[match[2]]}"
-    if module in ("quant_conv", "post_quant_conv"):
-        return f"{module}/conv"
-    if module == "quantize.embedding":
-        return "quantizer/codebook"
-    if match := re.fullmatch(r"quantize\.qbridge\.(.+)", module):
-        name = match[1]
-        if name == "linear":
-            return "quantizer/bridge_net/linear0"
-        if name == "x_embedder.proj":
-            return "quantizer/bridge_net/compress"
-        if name == "final_layer.linear":
-            return "quantizer/bridge_net/recover"
-        if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
-            return f"quantizer/bridge_net/block{match[1]}/{_BRIDGE[match[2]]}"
-    raise KeyError(module)
+            kind = {"attention": "attn"}.get(match[2], match[2])
+            block = ".".join(filter(None, ("conv_blocks", str(level), kind, match[3])))
+        return ".".join((part, _MID.get(block, block), *(_LAYER.get(name, name) for name in layer), leaf))
+    if part in ("quant_conv", "post_quant_conv"):
+        return f"{part}.{leaf}"
+    if path == "quantizer/codebook":
+        return "quantize.embedding.weight"
+    if path == "quantizer/bridge_net/position_embedding":
+        return "quantize.qbridge.pos_embed"
+    if match := re.fullmatch(r"quantizer/bridge_net/(?:block(\d+)/)?(\w+?)(?:/\w+)?", path):
+        block = f"blocks.{match[1]}." if match[1] else ""
+        return f"quantize.qbridge.{block}{_BRIDGE[match[2]]}.{leaf}"
+    raise KeyError(path)
 
 
-def tokenizer_params(tensors: dict[str, np.ndarray]) -> dict:
-    """Parameters of `TokenizerNet` from the tensors of a published checkpoint (FVQ or LlamaGen layout).
+def check_layout(net: TokenizerNet) -> None:
+    """Raises InputError if the published layout cannot hold `net` with its bridge."""
+    spec = parse_bridge(net.bridge)
+    if spec.kind == "mlp5":
+        raise InputError('the layout "fvq" has no names for the bridge mlp5: use layout="llamagen", which folds it')
+    if spec.patch and net.bridge_groups != "2d":
+        raise InputError(
+            f'the layout "fvq" holds bridges over 2d patches only, and this tokenizer has bridge_groups '
+            f'"{net.bridge_groups}": use layout="llamagen", which folds the bridge'
+        )
 
-    `quantize.codebook_used`, a usage buffer, is left out. KeyError for a tensor that belongs to neither layout.
+
+def torch_tensors(net: TokenizerNet, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The parameters of `net` by published name, without the usage buffer. InputError as for `check_layout`."""
+    check_layout(net)
+    levels = len(net.ch_mult)
+    tensors = {}
+    for name, value in flatten(params).items():
+        tensors[torch_name(name, levels)] = _to_torch(name, np.asarray(value), net.code_dim)
+    return tensors
+
+
+def tokenizer_params(
+    tensors: Mapping[str, np.ndarray],
+    net: TokenizerNet | None = None,
+    source: str = "the checkpoint",
+    track: Callable[[Iterable[str]], Iterable[str]] = iter,
+) -> dict:
+    """Parameters of `net` (None: the network the tensors are inferred to belong to), float32.
+
+    The usage buffer is left out. All or nothing: InputError that lists every tensor that is missing, extra or of
+    another shape (the first ten names and a count), naming `source`. `track` sees the names go by, for a progress bar.
     """
-    levels = 1 + max(int(k.split(".")[2]) for k in tensors if k.startswith("encoder.conv_blocks."))
-    params: dict = {}
-    for key, value in tensors.items():
-        if key == "quantize.codebook_used":
-            continue
-        module, kind = key.rsplit(".", 1)
-        *parents, last = parameter_path(module, levels).split("/")
-        node = params
-        for name in parents:
-            node = node.setdefault(name, {})
-        if module == "quantize.embedding":
-            node[last] = value
-        else:
-            node.setdefault(last, {}).update(_leaf(kind, value, is_compress=last == "compress"))
-    return params
+    net = infer_network(tensors, source) if net is None else net
+    shapes = {name: leaf.shape for name, leaf in flatten(abstract_params(net)).items()}
+    names = {torch_name(name, len(net.ch_mult)): name for name in shapes}
+    weights = {key: value for key, value in tensors.items() if key != USAGE_BUFFER}
+    check_tensors(weights, {key: _torch_shape(name, shapes[name], net) for key, name in names.items()}, source)
+    params = {}
+    for key in track(names):
+        value = _from_torch(names[key], weights[key], shapes[names[key]])
+        params[names[key]] = np.ascontiguousarray(value, np.float32)
+    return nest(params)
 
 
-def _leaf(kind: str, value: np.ndarray, is_compress: bool) -> dict[str, np.ndarray]:
-    if kind == "bias":
-        return {"bias": value}
-    if value.ndim == 1:
-        return {"scale": value}
-    if value.ndim == 2:
-        return {"kernel": value.T}
-    kernel = value.transpose(2, 3, 1, 0)
-    # The published bridge compresses with a convolution whose stride is its size: a linear layer on patches.
-    return {"kernel": kernel.reshape(-1, kernel.shape[-1]) if is_compress else kernel}
+def _to_torch(name: str, value: np.ndarray, code_dim: int) -> np.ndarray:
+    if name.endswith("compress/kernel"):
+        # The published bridge compresses with a convolution whose stride is its size: a linear layer on patches.
+        patch = math.isqrt(value.shape[0] // code_dim)
+        value = value.reshape(patch, patch, code_dim, -1)
+    if name.endswith("/kernel"):
+        value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
+    if name.endswith("/position_embedding"):
+        value = value[None]
+    return value
+
+
+def _from_torch(name: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if name.endswith("/kernel"):
+        value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+    return value.reshape(shape)
+
+
+def _torch_shape(name: str, shape: tuple[int, ...], net: TokenizerNet) -> tuple[int, ...]:
+    return _to_torch(name, np.broadcast_to(np.float32(0), shape), net.code_dim).shape

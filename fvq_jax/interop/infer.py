@@ -1,0 +1,108 @@
+"""Which tokenizer network a set of published tensors belongs to, read off their names and shapes."""
+
+import collections
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from fvq_jax.errors import InputError
+from fvq_jax.models.bridge import BridgeSpec, bridge_name, rows_of_groups
+from fvq_jax.models.layers import GROUPS
+from fvq_jax.models.tokenizer import TokenizerNet
+
+_BRIDGE = "quantize.qbridge."
+
+
+def infer_network(
+    tensors: Mapping[str, np.ndarray], source: str = "the checkpoint", *, l2_normalize: bool = False
+) -> TokenizerNet:
+    """The network whose parameters `tensors` are (published names, FVQ's or LlamaGen's); float32 compute.
+
+    Channels, resolutions, blocks, code number and dimension, and the bridge follow from shapes; `l2_normalize` does
+    not, and is taken as given. Each number is what most of the tensors that show it say, so that a missing or
+    mis-shaped one can be named against the rest: that is what `torch_layout.tokenizer_params` does.
+
+    Raises:
+      InputError: the tensors are no tokenizer's, or one that does not exist here; names `source`.
+    """
+    evidence = _Evidence(tensors, source)
+    ch = evidence.size("encoder.conv_in.weight 0", "encoder.conv_in.bias 0", "encoder.conv_blocks.0.res.0.norm1.bias 0")
+    widths = []
+    for level in range(evidence.count(r"encoder\.conv_blocks\.(\d+)\.")):
+        block = f"encoder.conv_blocks.{level}.res.0"
+        widths.append(evidence.size(f"{block}.conv1.weight 0", f"{block}.conv1.bias 0", f"{block}.norm2.weight 0"))
+    if any(width % ch or width % GROUPS for width in widths) or ch % GROUPS:
+        raise InputError(
+            f"{source} has {ch} channels at first and {', '.join(map(str, widths))} in its levels, "
+            f"which must be multiples of the first and of {GROUPS}"
+        )
+    code_dim = evidence.size("quant_conv.weight 0", "quant_conv.bias 0", "quantize.embedding.weight 1")
+    codebook_size = evidence.size("quantize.embedding.weight 0")
+    try:
+        spec = _infer_bridge(evidence)
+        bridge = bridge_name(spec)
+        if spec.patch:
+            rows_of_groups(codebook_size, spec.group_size, "2d")
+    except ValueError as error:
+        raise InputError(f"{source} has a bridge that does not exist here: {error}") from None
+    return TokenizerNet(
+        ch=ch,
+        ch_mult=tuple(width // ch for width in widths),
+        num_res_blocks=evidence.count(r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
+        z_channels=evidence.size("encoder.conv_out.weight 0", "encoder.conv_out.bias 0", "post_quant_conv.bias 0"),
+        codebook_size=codebook_size,
+        code_dim=code_dim,
+        bridge=bridge,
+        l2_normalize=l2_normalize,
+    )
+
+
+def _infer_bridge(evidence: "_Evidence") -> BridgeSpec:
+    if not evidence.any(_BRIDGE):
+        return BridgeSpec("none")
+    if evidence.any(f"{_BRIDGE}linear."):
+        return BridgeSpec("linear")
+    compress = f"{_BRIDGE}x_embedder.proj"
+    width = evidence.size(f"{compress}.weight 0", f"{compress}.bias 0", f"{_BRIDGE}blocks.0.attn.proj.bias 0")
+    patch, across = (evidence.size(f"{compress}.weight {axis}") for axis in (2, 3))
+    if patch != across:
+        raise ValueError(f"its patches of {patch} x {across} codes are not square")
+    kind = "vit"
+    if evidence.any(f"{_BRIDGE}y_embedder."):
+        kind = "dit"
+        classes = evidence.size(f"{_BRIDGE}y_embedder.embedding_table.weight 0")
+        if classes != 1:
+            raise ValueError(f"it is conditional on {classes} classes")
+    return BridgeSpec(kind, width, patch, evidence.count(rf"{re.escape(_BRIDGE)}blocks\.(\d+)\."))
+
+
+class _Evidence:
+    """Questions to the names and shapes of a checkpoint."""
+
+    def __init__(self, tensors: Mapping[str, np.ndarray], source: str):
+        self._shapes = {key: value.shape for key, value in tensors.items()}
+        self._source = source
+
+    def any(self, prefix: str) -> bool:
+        """Whether a name starts like this."""
+        return any(key.startswith(prefix) for key in self._shapes)
+
+    def count(self, pattern: str) -> int:
+        """How many indices, at least one, `pattern` finds in the names."""
+        return 1 + max((int(match[1]) for key in self._shapes if (match := re.match(pattern, key))), default=0)
+
+    def size(self, *places: str) -> int:
+        """What most of the `places` ("NAME AXIS") that exist say; InputError if none does."""
+        votes: collections.Counter[int] = collections.Counter()
+        for place in places:
+            key, axis = place.split()
+            shape = self._shapes.get(key, ())
+            if len(shape) > int(axis):
+                votes[shape[int(axis)]] += 1
+        size = votes.most_common(1)[0][0] if votes else 0
+        if not size:
+            raise InputError(
+                f"{self._source} is no FVQ or LlamaGen tokenizer: it lacks {places[0].split()[0]}, or that is empty"
+            )
+        return size

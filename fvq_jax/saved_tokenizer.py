@@ -1,0 +1,195 @@
+"""Loading a tokenizer from wherever it may lie, and the native folder it is saved to.
+
+A native folder holds `weights.safetensors`, everything that encoding and decoding need, with the bridge folded into the
+codebook; `config.json`, the shape of the network; and where there is a bridge `bridge.safetensors`, the codebook before
+the bridge and the bridge itself. Only the layout "fvq" and further training need the last, which may be deleted.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from fvq_jax.checkpoint import Checkpoints
+from fvq_jax.errors import InputError
+from fvq_jax.interop.named_tensors import abstract_params, check_tensors, flatten, nest, write_safetensors
+from fvq_jax.interop.tokenizer_checkpoint import read_checkpoint
+from fvq_jax.interop.torch_file import read_tensors
+from fvq_jax.models.bridge import parse_bridge, rows_of_groups
+from fvq_jax.models.tokenizer import TokenizerNet
+
+FORMAT = "fvq_jax tokenizer"
+CONFIG, WEIGHTS, BRIDGE = "config.json", "weights.safetensors", "bridge.safetensors"
+CHECKPOINTS = "checkpoints"  # what a training workdir has
+FIELDS = (
+    "ch",
+    "ch_mult",
+    "num_res_blocks",
+    "z_channels",
+    "codebook_size",
+    "code_dim",
+    "bridge",
+    "bridge_groups",
+    "l2_normalize",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedTokenizer:
+    """A network, its parameters (float32, on the host) with the bridge if that is known, and the folded codebook.
+
+    `folded` is the codebook [k, d] that replaces codebook and bridge; None if it has not been computed.
+    """
+
+    net: TokenizerNet
+    params: dict[str, Any]
+    folded: np.ndarray | None = None
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    l2_norm: bool | None = None,
+    track: Callable[[Iterable[str]], Iterable[str]] = iter,
+) -> SavedTokenizer:
+    """The tokenizer in a published checkpoint, a native folder, or a training workdir (its newest checkpoint).
+
+    Of a workdir the moving average is taken if it has one. `l2_norm` is for published checkpoints, `track` sees the
+    names of their tensors go by.
+
+    Raises:
+      InputError: there is nothing of the kind at `path`, it is damaged or incomplete, or `l2_norm` contradicts it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"there is no tokenizer at {path}: the path does not exist")
+    if not path.is_dir():
+        return SavedTokenizer(*read_checkpoint(path, l2_norm=l2_norm, track=track))
+    if (path / WEIGHTS).exists():
+        saved = _read_folder(path)
+    elif (path / CHECKPOINTS).is_dir() and (path / CONFIG).exists():
+        saved = _read_workdir(path)
+    else:
+        raise InputError(
+            f"there is no tokenizer in the folder {path}: it has neither {WEIGHTS} (a saved tokenizer) nor "
+            f"{CONFIG} and {CHECKPOINTS}/ (a training workdir)"
+        )
+    if l2_norm is not None and l2_norm != saved.net.l2_normalize:
+        raise InputError(f"l2_norm={l2_norm} contradicts {path / CONFIG}, which says {saved.net.l2_normalize}")
+    return saved
+
+
+def load_params(config: ConfigDict) -> dict[str, Any]:
+    """The parameters, on the host, with which `config.init_from` tells a new run to start.
+
+    Raises:
+      InputError: there is no tokenizer, or one of another architecture: every difference is named.
+    """
+    try:
+        saved = load(config.init_from, l2_norm=config.tokenizer.l2_normalize)
+    except InputError as error:
+        raise InputError(f"init_from: {error}") from error
+    there = {name: getattr(saved.net, name) for name in FIELDS}
+    here = {name: config.tokenizer[name] for name in FIELDS}
+    if not parse_bridge(saved.net.bridge).patch:
+        here["bridge_groups"] = there["bridge_groups"]  # means nothing without groups
+    differences = [
+        f"tokenizer.{name} is {there[name]!r} there and {here[name]!r} here"
+        for name in FIELDS
+        if there[name] != here[name]
+    ]
+    if differences:
+        raise InputError(f"init_from: {config.init_from} holds another network: {'; '.join(differences)}")
+    return saved.params
+
+
+def save_folder(path: str | os.PathLike[str], saved: SavedTokenizer) -> None:
+    """Writes a native folder; one that is already there is replaced.
+
+    Raises:
+      InputError: `path` is a file or holds something else, for instance a training workdir, or cannot be written.
+    """
+    path = Path(path)
+    if (path / CHECKPOINTS).exists() or ((path / CONFIG).exists() and not (path / WEIGHTS).exists()):
+        raise InputError(f"{path} holds a training run, which a tokenizer must not overwrite: use another folder")
+    fields = {name: getattr(saved.net, name) for name in FIELDS}
+    config = {"format": FORMAT, "version": 1, "tokenizer": fields}
+    named = flatten(saved.params)
+    bridged = saved.net.bridge != "none"
+    trained = {name: value for name, value in named.items() if bridged and name.startswith("quantizer/")}
+    weights = {name: value for name, value in named.items() if name not in trained}
+    if bridged:
+        weights["quantizer/codebook"] = saved.folded
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_safetensors(path / WEIGHTS, weights)
+        (path / BRIDGE).unlink(missing_ok=True)
+        if bridged:
+            write_safetensors(path / BRIDGE, trained)
+        (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"cannot write the folder {path}: {error.strerror or error}") from error
+
+
+def _read_folder(path: Path) -> SavedTokenizer:
+    config = _read_json(path / CONFIG)
+    if config.get("format") != FORMAT or config.get("version") != 1:
+        raise InputError(f"{path / CONFIG} is not the config of a tokenizer that was saved by this version")
+    net = _network(config.get("tokenizer"), path / CONFIG)
+    weights = read_tensors(path / WEIGHTS)
+    check_tensors(weights, _shapes(net.clone(bridge="none")), str(path / WEIGHTS))
+    if net.bridge == "none":
+        return SavedTokenizer(net, nest(weights))
+    folded = weights["quantizer/codebook"]
+    if not (path / BRIDGE).exists():
+        return SavedTokenizer(net.clone(bridge="none"), nest(weights))
+    trained = read_tensors(path / BRIDGE)
+    wanted = {name: shape for name, shape in _shapes(net).items() if name.startswith("quantizer/")}
+    check_tensors(trained, wanted, str(path / BRIDGE))
+    return SavedTokenizer(net, nest(weights | trained), folded)
+
+
+def _read_workdir(path: Path) -> SavedTokenizer:
+    config = _read_json(path / CONFIG)
+    net = _network(config.get("tokenizer"), path / CONFIG)
+    params = abstract_params(net)
+    averaged = config.get("optim", {}).get("ema_decay", 0) > 0
+    with Checkpoints(path) as checkpoints:
+        part = checkpoints.restore_part(
+            {"ema": params} if averaged else {"networks": {"tokenizer": {"params": params}}}
+        )
+    return SavedTokenizer(net, part["ema"] if averaged else part["networks"]["tokenizer"]["params"])
+
+
+def _shapes(net: TokenizerNet) -> dict[str, tuple[int, ...]]:
+    return {name: leaf.shape for name, leaf in flatten(abstract_params(net)).items()}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is damaged: it holds no config")
+    return content
+
+
+def _network(fields: Any, source: Path) -> TokenizerNet:
+    """The network that a config describes; computes in float32, whatever it was trained in."""
+    try:
+        values = {name: fields[name] for name in FIELDS}
+        net = TokenizerNet(**values | {"ch_mult": tuple(values["ch_mult"])})
+        spec = parse_bridge(net.bridge)
+        if spec.patch:
+            rows_of_groups(net.codebook_size, spec.group_size, net.bridge_groups)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{source} does not describe a tokenizer: {error}") from error
+    return net

@@ -1,0 +1,99 @@
+import argparse
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from fvq_jax import convert
+from fvq_jax.command import Parser, true_or_false
+from fvq_jax.pretrained import Tokenizer
+from tests.golden_case import load_case
+from tests.random_tokenizer import random_tokenizer
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def program(*args):
+    # One device: the suite's eight simulated ones are not needed and cost compile time.
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "fvq_jax.convert", *map(str, args)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_there_and_back_through_all_layouts(tmp_path, capsys):
+    case = load_case("fvq_dit")
+    safetensors.numpy.save_file(case.weights, tmp_path / "a.safetensors")
+    assert convert.main([f"{tmp_path}/a.safetensors", f"{tmp_path}/b", "--layout=jax"]) == 0
+    assert convert.main([f"{tmp_path}/b", f"{tmp_path}/c.safetensors", "--layout=fvq"]) == 0
+    assert convert.main([f"{tmp_path}/c.safetensors", f"{tmp_path}/d.safetensors", "--layout=llamagen"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    count = sum(value.size for value in case.weights.values()) - 65536
+    recognised = (
+        f"FVQ tokenizer with a DiT bridge, {count:,} parameters, 256 x 16 codes, bridge dit-S/4, down-sampling 4"
+    )
+    assert lines[0] == f"{tmp_path}/a.safetensors: {recognised}"
+    assert lines[1].startswith(f"{tmp_path}/b: written, layout jax, ")
+    assert lines[2] == f"{tmp_path}/b: {recognised}"
+    back = safetensors.numpy.load_file(tmp_path / "c.safetensors")
+    assert back.keys() == case.weights.keys()
+    for key, value in case.weights.items():
+        np.testing.assert_array_equal(back[key], value, err_msg=key)
+    assert convert.main([f"{tmp_path}/d.safetensors", f"{tmp_path}/e"]) == 0
+    assert "plain VQ tokenizer (LlamaGen)" in capsys.readouterr().out
+    codebooks = [Tokenizer.from_pretrained(tmp_path / name).codebook for name in ("b", "e")]
+    np.testing.assert_array_equal(*codebooks)
+
+
+def test_l2_norm_can_be_said(tmp_path, capsys):
+    tok = Tokenizer(random_tokenizer(ch_mult=(1,)))
+    tok.save_pretrained(tmp_path / "a.safetensors", layout="llamagen")
+    assert convert.main([f"{tmp_path}/a.safetensors", f"{tmp_path}/b", "--l2_norm=true"]) == 0
+    assert "64 x 8 unit-length codes" in capsys.readouterr().out
+    assert Tokenizer.from_pretrained(tmp_path / "b").net.l2_normalize
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_large_files_have_a_progress_bar(large, tmp_path, capsys, monkeypatch):
+    Tokenizer(random_tokenizer(ch_mult=(1,))).save_pretrained(tmp_path / "a.safetensors", layout="fvq")
+    if large:
+        monkeypatch.setattr(convert, "LARGE", 1000)
+    assert convert.main([f"{tmp_path}/a.safetensors", f"{tmp_path}/b"]) == 0
+    assert ("reading a.safetensors" in capsys.readouterr().err) == large
+
+
+def test_the_program_reports_bad_input_in_one_line_and_exits_2(tmp_path):
+    code, out, err = program(tmp_path / "nowhere.pt", tmp_path / "out")
+    assert (code, out) == (2, "")
+    assert err == f"fvq_jax: there is no tokenizer at {tmp_path}/nowhere.pt: the path does not exist\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["a"], "the following arguments are required: DST"),
+        (["a", "b", "--layout=onnx"], "argument --layout: invalid choice: 'onnx'"),
+        (["a", "b", "--l2_norm=1"], "argument --l2_norm: must be true or false, not '1'"),
+    ],
+)
+def test_bad_arguments_are_one_line(args, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        convert.main(args)
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"fvq_jax: {message}")
+    assert err.endswith("(see python -m fvq_jax.convert --help)\n")
+    assert err.count("\n") == 1
+
+
+def test_true_or_false():
+    parser = Parser()
+    parser.add_argument("--x", type=true_or_false)
+    assert parser.parse_args([]) == argparse.Namespace(x=None)
+    assert parser.parse_args(["--x=True"]).x is True
+    assert parser.parse_args(["--x=false"]).x is False
