@@ -14,9 +14,12 @@ from ml_collections import ConfigDict
 from fvq_jax.errors import InputError
 from fvq_jax.evals.image_metrics import SSIM_WINDOW
 from fvq_jax.models.bridge import parse_bridge, rows_of_groups
+from fvq_jax.models.discriminator_stylegan import SIZES
 from fvq_jax.models.layers import GROUPS
 from fvq_jax.optim import DECAYS
 from fvq_jax.sharding import mesh_shape
+
+STYLEGAN_SIZES = SIZES[1:]  # the smallest is where it ends
 
 
 def default_config() -> ConfigDict:
@@ -26,6 +29,7 @@ def default_config() -> ConfigDict:
     config.batch_size = 128  # global, over all devices and hosts
     config.steps = 0  # length of the run: either steps or epochs, the other is 0
     config.epochs = 40.0
+    config.init_from = ""  # tokenizer to start from: checkpoint file, saved tokenizer or workdir of the same network
     config.on_nan = "stop"  # stop | skip (the update, and count it)
     config.mesh = ConfigDict({"data": -1, "codebook": 1})  # -1: all devices that are left
 
@@ -55,10 +59,11 @@ def default_config() -> ConfigDict:
 
     config.adversarial = ConfigDict()
     config.adversarial.weight = 0.5  # of both networks' adversarial terms; 0: no discriminator at all
+    config.adversarial.discriminator = "patchgan"  # patchgan | stylegan (images of 8, 16, ... 1024 pixels)
     config.adversarial.loss = "hinge"  # hinge | vanilla | non_saturating
     config.adversarial.start = 20000  # both terms are 0 before this step, counted from 1
     config.adversarial.adaptive = False  # scale by the ratio of gradients at the last layer (VQGAN)
-    config.adversarial.ndf = 64
+    config.adversarial.ndf = 64  # of patchgan
     config.adversarial.layers = 3
 
     config.optim = ConfigDict()
@@ -74,6 +79,7 @@ def default_config() -> ConfigDict:
     config.optim.end_factor = 0.01
     config.optim.codebook_learning_rate = 0.0  # 0: codebook and bridge follow learning_rate
     config.optim.codebook_decay = "constant"  # where they have their own rate
+    config.optim.train_only = ""  # tokenizer (not the discriminator) | decoder (and the convolution before it)
     config.optim.accumulate = 1  # micro-batches per step
     config.optim.ema_decay = 0.0  # 0: no moving average
 
@@ -208,7 +214,9 @@ CHOICES = {
     "tokenizer.dtype": ("bfloat16", "float32"),
     "tokenizer.bridge_groups": ("2d", "1d"),
     "loss.reconstruction": ("l2", "l1"),
+    "adversarial.discriminator": ("patchgan", "stylegan"),
     "adversarial.loss": ("hinge", "vanilla", "non_saturating"),
+    "optim.train_only": ("", "tokenizer", "decoder"),
     "optim.decay": DECAYS,
     "optim.codebook_decay": DECAYS,
     "data.source": ("folder", "photos"),
@@ -224,7 +232,8 @@ def _check_numbers(config: ConfigDict) -> None:
             least = "above 0" if positive else "0 or more"
             _require(fits, f"config field {name} must be {least} and finite, not {value}")
     for name, allowed in CHOICES.items():
-        _require(flat[name] in allowed, f"config field {name} must be one of {', '.join(allowed)}, not {flat[name]!r}")
+        names = ", ".join(choice or "nothing" for choice in allowed)
+        _require(flat[name] in allowed, f"config field {name} must be one of {names}, not {flat[name]!r}")
     for name in ("optim.hold", "optim.b1", "optim.b2", "optim.ema_decay"):
         _require(flat[name] < 1, f"config field {name} must be below 1, not {flat[name]}")
     _require(config.seed < 2**32, f"config field seed must be at most {2**32 - 1}, not {config.seed}")
@@ -311,13 +320,19 @@ def _check_images(config: ConfigDict) -> None:
         f"data.image_size {size} is not divisible by the down-sampling of {factor} (tokenizer.ch_mult has "
         f"{len(config.tokenizer.ch_mult)} levels): use {_near(size, factor)}",
     )
-    layers = config.adversarial.layers
+    layers, kind = config.adversarial.layers, config.adversarial.discriminator
+    adversarial = config.adversarial.weight > 0
     for wanted, least, reason in (
         (True, SSIM_WINDOW, "SSIM, which evaluation computes, has a window of that size"),
         (config.loss.perceptual_weight > 0, 16, "LPIPS (loss.perceptual_weight above 0) halves images four times"),
-        (config.adversarial.weight > 0, 3 * 2**layers, f"PatchGAN has adversarial.layers={layers}"),
+        (adversarial and kind == "patchgan", 3 * 2**layers, f"PatchGAN has adversarial.layers={layers}"),
     ):
         _require(not wanted or size >= least, f"data.image_size {size} is below {least}: {reason}")
+    _require(
+        not adversarial or kind != "stylegan" or size in STYLEGAN_SIZES,
+        f"data.image_size {size} does not fit adversarial.discriminator=stylegan, which takes "
+        f"{', '.join(map(str, STYLEGAN_SIZES))}",
+    )
     if data.source == "folder":
         for name in ("train_dir", "eval_dir"):
             _require(bool(data[name]), f"data.{name} is empty: set --config.data.{name}=DIR to a folder of images")

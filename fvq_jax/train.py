@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,8 +32,9 @@ from fvq_jax.interrupt import Interrupt
 from fvq_jax.metrics import MetricWriter, Progress, StepTimer, read_metrics
 from fvq_jax.ops.code_statistics import perplexity, usage
 from fvq_jax.report import reconstruction_grid, write_report
+from fvq_jax.saved_tokenizer import CHECKPOINTS, load_params
 from fvq_jax.sharding import BATCH, global_batch, make_mesh, replicated
-from fvq_jax.state import TrainState, abstract_state, create_state
+from fvq_jax.state import TrainState, abstract_state, create_state, with_params
 from fvq_jax.tasks.tokenizer import TokenizerTask
 
 CONFIG_FILE = "config.json"
@@ -62,6 +64,7 @@ class _Run:
     train_source: Source
     eval_source: Source
     first: bool  # this process writes
+    init_params: dict[str, Any] | None  # where the tokenizer of a new run starts, if not at random
 
     def evaluation(self, state: TrainState, interrupt: Interrupt | None = None) -> Evaluation:
         """The evaluation of this state over the whole evaluation set."""
@@ -129,6 +132,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> Result:
         like = abstract_state(run.task.init, run.mesh)
         if checkpoints.latest_step() is None:
             state, record = create_state(run.task.init, config.seed, run.mesh), {}
+            if run.init_params is not None:
+                state = with_params(state, "tokenizer", run.init_params)
         else:
             restored = checkpoints.restore(like)
             state, record = restored.state, restored.record
@@ -383,10 +388,13 @@ def _prepare(config: ConfigDict, workdir: str | os.PathLike[str]) -> _Run:
             "optim.warmup_steps or optim.warmup_epochs"
         )
     task = TokenizerTask(config, mesh, total, warmup)
+    # One that was interrupted while it was written has a longer name.
+    new = not any(re.fullmatch(r"step_\d+", path.name) for path in (workdir / CHECKPOINTS).glob("*"))
+    init_params = load_params(config) if config.init_from and new else None
     first = jax.process_index() == 0
     if first and not (workdir / CONFIG_FILE).exists():  # only now, when nothing is left that could be refused
         (workdir / CONFIG_FILE).write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
-    return _Run(config, workdir, mesh, task, total, splits["train"], splits["eval"], first)
+    return _Run(config, workdir, mesh, task, total, splits["train"], splits["eval"], first, init_params)
 
 
 def _check_workdir(workdir: Path, config: ConfigDict) -> None:

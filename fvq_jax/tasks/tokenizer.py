@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from fvq_jax.config import downsampling
 from fvq_jax.evals import image_metrics
 from fvq_jax.models.discriminator import PatchGAN
+from fvq_jax.models.discriminator_stylegan import StyleGANDiscriminator
 from fvq_jax.models.layers import Conv
 from fvq_jax.models.lpips import load_lpips, lpips_distance
 from fvq_jax.models.tokenizer import TokenizerNet, fold_bridge
@@ -29,6 +30,7 @@ from fvq_jax.sharding import replicated
 from fvq_jax.state import NetworkState, TrainState
 
 MAX_ADAPTIVE_WEIGHT = 1e4
+DECODER = ("post_quant_conv", "decoder")  # what optim.train_only="decoder" trains
 
 
 @struct.dataclass
@@ -84,7 +86,10 @@ class TokenizerTask:
         self.image_shape = (1, config.data.image_size, config.data.image_size, 3)
         self.discriminator = None
         if config.adversarial.weight > 0:
-            self.discriminator = PatchGAN(config.adversarial.ndf, config.adversarial.layers, dtype)
+            if config.adversarial.discriminator == "stylegan":
+                self.discriminator = StyleGANDiscriminator(config.data.image_size, dtype=dtype)
+            else:
+                self.discriminator = PatchGAN(config.adversarial.ndf, config.adversarial.layers, dtype)
         self.frozen = {}
         if config.loss.perceptual_weight > 0:
             weights = load_lpips(config.loss.vgg16_path, config.loss.lpips_path)
@@ -126,7 +131,7 @@ class TokenizerTask:
             networks["discriminator"] = NetworkState(
                 variables["params"],
                 self.optimizers["discriminator"].init(variables["params"]),
-                variables["batch_stats"],
+                variables.get("batch_stats", {}),
             )
         zero = jnp.zeros((), jnp.int32)
         # A copy, so that state and average never share a buffer that a step donates.
@@ -148,12 +153,17 @@ class TokenizerTask:
 
         networks = {}
         for name, network in state.networks.items():
+            if name not in grads:
+                networks[name] = network
+                continue
             updates, opt_state = self.optimizers[name].update(grads[name], network.opt_state, network.params)
             params = optax.apply_updates(network.params, updates)
             networks[name] = NetworkState(params, opt_state, stats[name])
         ema = state.ema
         if self.optim.ema_decay > 0:
-            ema = optax.incremental_update(networks["tokenizer"].params, ema, 1 - self.optim.ema_decay)
+            # In this form the average of a parameter that never moves is that parameter, to the last bit.
+            step = 1 - self.optim.ema_decay
+            ema = jax.tree.map(lambda old, new: old + step * (new - old), ema, networks["tokenizer"].params)
         networks, ema = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (networks, ema), (state.networks, state.ema)
         )
@@ -201,6 +211,8 @@ class TokenizerTask:
 
     def _tokenizer_loss(self, params, discriminator, images, active, frozen):
         """Total loss of the tokenizer, and (reconstruction, named terms, code counts, statistics)."""
+        if self.optim.train_only == "decoder":
+            params = {n: p if n in DECODER else jax.lax.stop_gradient(p) for n, p in params.items()}
         output, captured = self.net.apply({"params": params}, images, mutable=["intermediates"])
         quantized, loss = output.quantized, self.loss
         terms = {
@@ -257,7 +269,7 @@ class TokenizerTask:
 
     def _logits(self, variables, images):
         logits, updated = self.discriminator.apply(variables, images, train=True, mutable=["batch_stats"])
-        return logits, updated["batch_stats"]
+        return logits, updated.get("batch_stats", {})
 
     def _adaptive_weight(self, params, features, reconstruction, images, discriminator, frozen):
         """|gradient of the image loss| / |gradient of the adversarial term| at the decoder's last kernel.
@@ -297,7 +309,9 @@ class TokenizerTask:
             tokenizer, variables, images, active, frozen
         )
         grads, stats = {"tokenizer": grad}, {"tokenizer": {}}
-        if critic is not None:
+        if critic is not None and self.optim.train_only == "tokenizer":
+            stats["discriminator"] = critic.batch_stats
+        elif critic is not None:
 
             def learn(critic_stats):
                 grad, (term, critic_stats) = jax.grad(self._discriminator_loss, has_aux=True)(
