@@ -11,7 +11,7 @@ quickstart: $(VENV)/runtime
 	$(BIN)/python -m fvq_jax.main --config=configs/quickstart.py --workdir=$(WORKDIR)
 
 test: $(VENV)/test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/test
 	$(BIN)/ruff format --check .

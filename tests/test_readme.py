@@ -1,0 +1,28 @@
+import pathlib
+import re
+
+import numpy as np
+
+from fvq_jax.train import train
+from tests.tiny import tiny_config
+
+README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_the_example_runs_on_a_workdir(tmp_path, monkeypatch):
+    """Exports to both PyTorch layouts, reads back, and gets the same codes and pictures."""
+    train(tiny_config(steps=2), tmp_path / "runs" / "quickstart")
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    names = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["codes"].shape == (2, 128, 128)
+    assert np.isfinite(names["images"]).all()
+
+
+def test_every_file_that_is_named_exists():
+    root = pathlib.Path(__file__).parents[1]
+    for path in re.findall(r"\]\(((?:docs|fvq_jax|configs)/[^)#]+)", README):
+        assert (root / path).exists(), path
+    for path in re.findall(r"configs/\w+\.py", README):
+        assert (root / path).exists(), path
