@@ -68,8 +68,8 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like), record=ocp.args.JsonRestore())
         try:
             items = self._manager.restore(step, args=args)
-        except (ValueError, KeyError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(
                 f"the checkpoint of step {step} in {self._folder} does not fit this config: {reason}"
             ) from error

@@ -76,6 +76,8 @@ class CodeWriter:
                         name = self._names.read(length).decode("utf-8", "replace")
                         member.write(np.array([name], name_type).tobytes())
             os.replace(unfinished, self._path)
+        except OSError as error:
+            raise InputError(f"cannot write {self._path}: {error.strerror or error}") from error
         finally:
             unfinished.unlink(missing_ok=True)
 

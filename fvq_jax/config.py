@@ -118,6 +118,7 @@ MUST_STAY = (
     "seed",
     "batch_size",
     "optim.ema_decay",
+    "optim.train_only",
     "optim.codebook_learning_rate",
 )
 

@@ -39,7 +39,10 @@ def main(argv: list[str]) -> int:
     if DISTRIBUTED.value:
         # JAX reads the coordinator's address itself, but not the other two.
         count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
-        jax.distributed.initialize(num_processes=count and int(count), process_id=index and int(index))
+        try:
+            jax.distributed.initialize(num_processes=count and int(count), process_id=index and int(index))
+        except (ValueError, RuntimeError) as error:
+            return fail(f"--distributed: cannot join the other processes: {error}", BAD_INPUT)
     run = train if MODE.value == "train" else evaluate_checkpoint
     try:
         result = run(CONFIG.value, WORKDIR.value)

@@ -91,7 +91,7 @@ def load_params(config: ConfigDict) -> dict[str, Any]:
       InputError: there is no tokenizer, or one of another architecture: every difference is named.
     """
     try:
-        saved = load(config.init_from, l2_norm=config.tokenizer.l2_normalize)
+        saved = load(config.init_from)
     except InputError as error:
         raise InputError(f"init_from: {error}") from error
     there = {name: getattr(saved.net, name) for name in FIELDS}

@@ -3,7 +3,9 @@
 What a step computes belongs to the task; where arrays live, to `sharding`; what is refused, to `config`.
 """
 
+import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -38,6 +40,7 @@ from fvq_jax.state import TrainState, abstract_state, create_state, with_params
 from fvq_jax.tasks.tokenizer import TokenizerTask
 
 CONFIG_FILE = "config.json"
+AGREE_EVERY = 5  # steps between two looks at whether any process was told to stop: each look waits for all of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +81,25 @@ class _Run:
             process_count=jax.process_count(),
             num_workers=config.data.num_workers,
         )
-        params = jax.jit(self.task.eval_params)(state)
-        layout = (replicated(self.mesh), NamedSharding(self.mesh, BATCH))
-        eval_step = jax.jit(self.task.eval_step, out_shardings=layout)
+        params, batches_left = self._eval_params(state), _until(batches, interrupt)
         try:
-            return evaluate(eval_step, params, _until(batches, interrupt), self.mesh, keep_images=config.log.images)
+            return evaluate(self._eval_step, params, batches_left, self.mesh, keep_images=config.log.images)
         finally:
             batches.close()
+
+    # Kept, since a new jitted function would compile again at every evaluation.
+    @functools.cached_property
+    def _eval_params(self):
+        return jax.jit(self.task.eval_params)
+
+    @functools.cached_property
+    def _eval_step(self):
+        layout = (replicated(self.mesh), NamedSharding(self.mesh, BATCH))
+        return jax.jit(self.task.eval_step, out_shardings=layout)
+
+    def data_position(self, step: int) -> dict[str, Any]:
+        """The data iterator: the batch of a step follows from the pictures, the seed and the step."""
+        return {"next_step": step, "seed": self.config.seed, "pictures": self.train_source.fingerprint()}
 
     def summary(self, step: int, evaluation: Evaluation, record: dict[str, Any]) -> dict[str, Any]:
         """The result line."""
@@ -101,15 +116,15 @@ class _Run:
         """Writes `workdir/report/`."""
         if not self.first:
             return
-        tokens = self.task.tokens(self.config.batch_size)
+        rows = read_metrics(self.workdir)
         pictures = write_report(
             self.workdir,
-            read_metrics(self.workdir),
+            rows,
             evaluation.code_counts,
             evaluation.originals,
             evaluation.reconstructions,
-            batch_tokens=tokens,
-            window_tokens=tokens * self.config.log.every_steps,
+            batch_tokens=self.task.tokens(self.config.batch_size),
+            window_tokens=max((int(row.get("tokens/window", 0)) for row in rows), default=0) or None,
         )
         logging.info("pictures: %s", ", ".join(map(str, pictures)))
 
@@ -125,10 +140,12 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> Result:
       NonFiniteError: a loss or gradient norm is not finite and `on_nan` is "stop". Nothing of that step is kept.
     """
     started = time.monotonic()
-    run = _prepare(config, workdir)
-    _log_start(run)
     keep = {"keep_last": config.checkpoint.keep_last, "keep_every": config.checkpoint.keep_every}
-    with Interrupt() as interrupt, Checkpoints(run.workdir, **keep) as checkpoints:
+    with contextlib.ExitStack() as stack:
+        interrupt = stack.enter_context(Interrupt())  # first: a signal during preparation is not lost
+        run = _prepare(config, workdir)
+        _log_start(run)
+        checkpoints = stack.enter_context(Checkpoints(run.workdir, **keep))
         like = abstract_state(run.task.init, run.mesh)
         if checkpoints.latest_step() is None:
             state, record = create_state(run.task.init, config.seed, run.mesh), {}
@@ -137,6 +154,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> Result:
         else:
             restored = checkpoints.restore(like)
             state, record = restored.state, restored.record
+            _check_record(run, record, int(state.step))
         step = int(state.step)
         with (
             MetricWriter(run.workdir, start_step=step, active=run.first) as writer,
@@ -162,7 +180,7 @@ def evaluate_checkpoint(config: ConfigDict, workdir: str | os.PathLike[str]) -> 
     """
     if not (Path(workdir) / "checkpoints").is_dir():
         raise InputError(f"no checkpoint in {workdir}")
-    run = _prepare(config, workdir)
+    run = _prepare(config, workdir, claim=False)
     with Checkpoints(run.workdir, keep_last=config.checkpoint.keep_last) as checkpoints:
         restored = checkpoints.restore(abstract_state(run.task.init, run.mesh))
     evaluation = run.evaluation(restored.state)
@@ -214,8 +232,7 @@ class _Loop:
         timed = self._timed
         rate = timed["steps"] * self._config.batch_size / timed["seconds"] if timed["seconds"] else 0.0
         return {
-            # The batch of a step follows from seed and step alone, so this is the whole data iterator.
-            "data": {"next_step": self.step, "seed": self._config.seed},
+            "data": self._run.data_position(self.step),
             "config": json.loads(self._config.to_json()),
             "seconds": self._seconds,
             "timed": timed,
@@ -262,7 +279,7 @@ class _Loop:
             self._unchecked = (self.step, metrics.scalars)
             last = self.step == run.total_steps
             if last or self.step % config.log.every_steps == 0:
-                self._log(metrics.scalars, np.asarray(counts))
+                self._log(metrics.scalars, np.asarray(counts), len(batches.skipped))
                 counts = None
             else:
                 self._progress.update(self.step)
@@ -286,7 +303,7 @@ class _Loop:
         logging.info("compiled the step in %.1f s: %.3g flops", time.monotonic() - began, self._flops)
         return compiled
 
-    def _log(self, scalars: dict[str, jax.Array], counts: np.ndarray) -> None:
+    def _log(self, scalars: dict[str, jax.Array], counts: np.ndarray, skipped_files: int) -> None:
         self._check_finite()
         values = {name: float(value) for name, value in jax.device_get(scalars).items()}
         times = self._timer.read()
@@ -304,6 +321,7 @@ class _Loop:
             "time/data": times.data,
             "time/compute": times.compute,
             "mfu": device.model_flops_utilisation(self._flops, seconds, jax.devices(), self._run.task.dtype),
+            "data/skipped_files": skipped_files,
             "memory/peak_bytes": device.peak_device_memory_bytes(),
         }
         self._writer.scalars(self.step, values)
@@ -351,16 +369,16 @@ class _Loop:
         logging.warning("%s; the update was skipped", message)
 
     def _interrupted(self) -> bool:
-        """Whether to stop now; with several processes they agree, at the steps that log."""
+        """Whether to stop now; several processes agree on it every few steps."""
         here = self._interrupt.signal is not None
         if jax.process_count() == 1:
             return here
-        if self.step % self._config.log.every_steps:
+        if self.step % AGREE_EVERY:
             return False
         return bool(multihost_utils.process_allgather(np.array(here)).any())
 
 
-def _prepare(config: ConfigDict, workdir: str | os.PathLike[str]) -> _Run:
+def _prepare(config: ConfigDict, workdir: str | os.PathLike[str], *, claim: bool = True) -> _Run:
     """Checks everything that can be wrong, in the order in which it is cheap to check."""
     validate(config, jax.device_count())
     mesh = make_mesh(config.mesh.data, config.mesh.codebook)
@@ -392,14 +410,18 @@ def _prepare(config: ConfigDict, workdir: str | os.PathLike[str]) -> _Run:
     new = not any(re.fullmatch(r"step_\d+", path.name) for path in (workdir / CHECKPOINTS).glob("*"))
     init_params = load_params(config) if config.init_from and new else None
     first = jax.process_index() == 0
-    if first and not (workdir / CONFIG_FILE).exists():  # only now, when nothing is left that could be refused
-        (workdir / CONFIG_FILE).write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
+    if claim and first and not (workdir / CONFIG_FILE).exists():  # only now, when nothing is left that could be refused
+        unfinished = workdir / f"{CONFIG_FILE}.tmp"
+        unfinished.write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
+        unfinished.replace(workdir / CONFIG_FILE)
     return _Run(config, workdir, mesh, task, total, splits["train"], splits["eval"], first, init_params)
 
 
 def _check_workdir(workdir: Path, config: ConfigDict) -> None:
     """Makes the workdir, or checks that it can be written and that the run in it is this one."""
     path = workdir / CONFIG_FILE
+    if ":/" in str(workdir):
+        raise InputError(f"workdir {workdir} is not a local path: mount the bucket and give the mounted folder")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if not os.access(workdir, os.R_OK | os.W_OK | os.X_OK):
@@ -414,6 +436,17 @@ def _check_workdir(workdir: Path, config: ConfigDict) -> None:
         raise error if isinstance(error, InputError) else InputError(f"{path} is not a config: {error}") from None
     except OSError as error:
         raise InputError(f"workdir {workdir} cannot be used: {error.strerror or error}") from None
+
+
+def _check_record(run: _Run, record: dict[str, Any], step: int) -> None:
+    """A checkpoint must come from this run: same model, same pictures in the same order."""
+    check_continues(record["config"], run.config)
+    before, now = record["data"], run.data_position(step)
+    if before != now:
+        raise InputError(
+            f"the pictures in data.train_dir are not those this run began with ({before['pictures']} -> "
+            f"{now['pictures']}): put the same files there, or start in another workdir"
+        )
 
 
 def _log_start(run: _Run) -> None:

@@ -36,15 +36,27 @@ if [[ $dry_run ]]; then
   exit 0
 fi
 
+logs=$(mktemp -d)
 pids=()
 trap 'kill "${pids[@]}" 2>/dev/null || true' INT TERM
-for ((i = 1; i < processes; i++)); do
-  JAX_PROCESS_ID=$i "${command[@]}" >/dev/null 2>&1 &
+for ((i = 0; i < processes; i++)); do
+  if ((i == 0)); then
+    JAX_PROCESS_ID=0 "${command[@]}" &
+  else
+    JAX_PROCESS_ID=$i "${command[@]}" >"$logs/$i" 2>&1 &
+  fi
   pids+=($!)
 done
+
 code=0
-JAX_PROCESS_ID=0 "${command[@]}" || code=$?
-for pid in "${pids[@]}"; do
-  wait "$pid" || { other=$?; [[ $code -ne 0 ]] || code=$other; }
+for ((i = 0; i < processes; i++)); do
+  status=0
+  # A signal ends `wait` early, with the processes still saving: wait on until this one has ended.
+  while wait "${pids[i]}" || status=$?; ((status > 128)) && kill -0 "${pids[i]}" 2>/dev/null; do status=0; done
+  if ((status != 0)); then
+    ((code != 0)) || code=$status
+    ((i == 0)) || echo "process $i ended with $status: $(tail -n 1 "$logs/$i")" >&2
+  fi
 done
+rm -rf "$logs"
 exit "$code"

@@ -1,10 +1,12 @@
 import json
 import os
+import shutil
 import signal
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fvq_jax.checkpoint import Checkpoints
@@ -15,7 +17,7 @@ from fvq_jax.sharding import make_mesh
 from fvq_jax.state import abstract_state
 from fvq_jax.tasks.tokenizer import TokenizerTask
 from fvq_jax.train import evaluate_checkpoint, train
-from tests.tiny import tiny_config
+from tests.tiny import random_images, tiny_config
 
 # Everything that has a state: discriminator, moving average, micro-batches, a rate of its own for the codebook.
 WHOLE = {
@@ -72,7 +74,15 @@ def test_stop_and_resume_gives_the_weights_of_never_stopping(finished, tmp_path,
     assert not result.interrupted
     ours, theirs = restored(config, tmp_path), restored(config, finished[0])
     assert_same_bits(ours.state, theirs.state)
-    assert ours.record["data"] == theirs.record["data"] == {"next_step": 4, "seed": 0}
+    assert (
+        ours.record["data"]
+        == theirs.record["data"]
+        == {
+            "next_step": 4,
+            "seed": 0,
+            "pictures": ours.record["data"]["pictures"],
+        }
+    )
     scores = ("psnr", "ssim", "l1", "mse", "usage", "perplexity", "step", "tokens")
     assert {name: result.summary[name] for name in scores} == {name: finished[1].summary[name] for name in scores}
     steps = [row["step"] for row in read_metrics(tmp_path) if "loss/total" in row]
@@ -176,6 +186,37 @@ def test_another_model_or_data_does_not_continue(finished):
     for name, value in {"tokenizer.bridge": "none", "data.flip": False, "seed": 1}.items():
         with pytest.raises(InputError, match=f"{name}: .* -> "):
             train(tiny_config(**WHOLE, **{name: value}), finished[0])
+
+
+def test_a_lost_config_file_does_not_let_another_run_in(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "copy")
+    (tmp_path / "copy" / "config.json").unlink()
+    with pytest.raises(InputError, match="seed: 0 -> 7"):
+        train(tiny_config(**WHOLE, seed=7), tmp_path / "copy")
+
+
+def test_other_pictures_do_not_continue_and_moved_ones_do(tmp_path):
+    for split in ("train", "eval"):
+        (tmp_path / "old" / split).mkdir(parents=True)
+        for i in range(16):
+            Image.fromarray(random_images(1, 16, i)[0]).save(tmp_path / "old" / split / f"{i}.png")
+
+    def config(root, steps):
+        folders = {"data.train_dir": str(root / "train"), "data.eval_dir": str(root / "eval")}
+        return tiny_config(steps=steps, **{"data.source": "folder", "log.every_steps": 1, **folders})
+
+    train(config(tmp_path / "old", 1), tmp_path / "run")
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert train(config(tmp_path / "new", 2), tmp_path / "run").summary["step"] == 2
+    assert [row["data/skipped_files"] for row in read_metrics(tmp_path / "run") if "loss/total" in row] == [0, 0]
+    (tmp_path / "new" / "train" / "0.png").rename(tmp_path / "new" / "train" / "00.png")
+    with pytest.raises(InputError, match=r"pictures in data\.train_dir are not those"):
+        train(config(tmp_path / "new", 3), tmp_path / "run")
+
+
+def test_a_bucket_is_no_workdir(tmp_path):
+    with pytest.raises(InputError, match="not a local path"):
+        train(tiny_config(), "gs://bucket/run")
 
 
 def test_a_longer_run_continues(tmp_path):

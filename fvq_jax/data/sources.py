@@ -5,6 +5,7 @@ worker processes. Order, augmentation, batching and the share of each host are t
 """
 
 import dataclasses
+import hashlib
 import importlib.util
 import os
 import pathlib
@@ -43,6 +44,9 @@ class Source(Protocol):
 
     def name(self, index: int) -> str:
         """What to call record `index` in a log line."""
+
+    def fingerprint(self) -> str:
+        """Changes with the list of pictures, not with where they lie: a resumed run must see the same one."""
 
 
 # (package, file, (left, top, right, bottom)). Colour photographs only. Of the stereo pair motorcycle_left /
@@ -137,6 +141,10 @@ class PhotoSource:
         image = photo.pixels[top : top + size, left : left + size]
         return {"image": image, "label": np.int32(label), "corrupt": np.int64(-1)}
 
+    def fingerprint(self) -> str:
+        """How many crops of which size; the photographs are always the same."""
+        return f"{len(self)} crops of {self._image_size} pixels"
+
     def name(self, index: int) -> str:
         """File name of the photograph that record `index` is cut from."""
         return self._photos[index % len(self._photos)].name
@@ -186,6 +194,11 @@ class FolderSource:
                 corrupt = np.int64(-1 if candidate == index else index)
                 return {"image": image, "label": self._labels[candidate], "corrupt": corrupt}
         raise InputError(f"none of the {len(self)} files in {self._root!r} is a readable picture")
+
+    def fingerprint(self) -> str:
+        """How many files, and a hash of their names below the root, in order."""
+        names = "\n".join(self._files).encode("utf-8", "surrogateescape")
+        return f"{len(self)} files, names {hashlib.sha256(names).hexdigest()[:16]}"
 
     def name(self, index: int) -> str:
         """Full path of file `index`."""

@@ -9,6 +9,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from fvq_jax.errors import InputError
+from fvq_jax.evals.image_metrics import to_uint8
 from fvq_jax.ops.code_statistics import perplexity, usage
 from fvq_jax.sharding import global_batch
 
@@ -52,7 +53,7 @@ def evaluate(
         if originals is None:
             originals = batch["image"][batch["mask"]][:keep_images]
             rows = np.concatenate([np.asarray(s.data) for s in _local_rows(images)])
-            rows = np.round((rows + 1) * 127.5).clip(0, 255).astype(np.uint8)
+            rows = np.asarray(to_uint8(rows))
             reconstructions = rows[batch["mask"]][:keep_images]
     images = 0 if total is None else int(total.images)
     if images == 0:

@@ -13,6 +13,8 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from fvq_jax.models.layers import matmul_precision
+
 
 class BatchNorm(nn.Module):
     """Batch normalization over batch and space, with PyTorch's running statistics (arXiv 1502.03167).
@@ -79,7 +81,12 @@ class PatchGAN(nn.Module):
                 f"got {images.shape[1]}x{images.shape[2]}"
             )
         conv = functools.partial(
-            nn.Conv, kernel_size=(4, 4), padding=1, dtype=self.dtype, kernel_init=nn.initializers.normal(0.02)
+            nn.Conv,
+            kernel_size=(4, 4),
+            padding=1,
+            dtype=self.dtype,
+            precision=matmul_precision(self.dtype),
+            kernel_init=nn.initializers.normal(0.02),
         )
         x = nn.leaky_relu(conv(self.ndf, strides=2, name="conv_0")(images), 0.2)
         for i in range(1, self.n_layers + 1):

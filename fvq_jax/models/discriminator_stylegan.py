@@ -7,11 +7,12 @@ on its logits are `fvq_jax.ops.adversarial`; PyTorch weights are read by `fvq_ja
 
 import math
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+from fvq_jax.models.layers import fan_in_uniform, matmul_precision
 
 SIZES = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -77,13 +78,14 @@ def blur(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
 
 
 def _conv(x: Array, features: int, size: int, stride: int, dtype: DTypeLike, name: str) -> Array:
-    init = _uniform(x.shape[-1] * size * size)
+    init = fan_in_uniform(x.shape[-1] * size * size)
     return nn.Conv(
         features,
         (size, size),
         strides=stride,
         padding=size // 2,
         dtype=dtype,
+        precision=matmul_precision(dtype),
         kernel_init=init,
         bias_init=init,
         name=name,
@@ -91,14 +93,6 @@ def _conv(x: Array, features: int, size: int, stride: int, dtype: DTypeLike, nam
 
 
 def _dense(x: Array, features: int, dtype: DTypeLike, name: str) -> Array:
-    init = _uniform(x.shape[-1])
-    return nn.Dense(features, dtype=dtype, kernel_init=init, bias_init=init, name=name)(x)
-
-
-def _uniform(fan_in: int) -> nn.initializers.Initializer:
-    bound = 1 / math.sqrt(fan_in)
-
-    def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
+    init = fan_in_uniform(x.shape[-1])
+    precision = matmul_precision(dtype)
+    return nn.Dense(features, dtype=dtype, precision=precision, kernel_init=init, bias_init=init, name=name)(x)

@@ -179,7 +179,7 @@ def test_every_kind_of_saved_tokenizer_can_be_started_from(name, saved):
             r"^init_from: .*native holds another network: tokenizer\.code_dim is 8 there and 16 here; "
             r"tokenizer\.bridge is 'XS/2' there and 'S/4' here$",
         ),
-        ({"tokenizer.l2_normalize": True}, "^init_from: l2_norm=True contradicts"),
+        ({"tokenizer.l2_normalize": True}, "tokenizer.l2_normalize is False there and True here"),
         ({"init_from": "nowhere"}, "^init_from: there is no tokenizer at nowhere"),
     ],
 )

@@ -154,11 +154,10 @@ def test_twelve_steps_equal_the_published_training():
 CRITIC = {"adversarial.weight": 0.5, "adversarial.start": 1}
 
 
-@pytest.mark.parametrize("sizes", [(8, 1), (2, 4)])
-def test_eight_devices_give_the_loss_curve_of_one(sizes):
+def test_eight_devices_give_the_loss_curve_of_one():
     """From codes that differ and are used, over 5 steps, with the discriminator and its global BatchNorm."""
     curves = []
-    for mesh in (one_device_mesh(), make_mesh(*sizes)):
+    for mesh in (one_device_mesh(), make_mesh(data=2, codebook=4)):
         task = make_task(mesh, **CRITIC)
         _, rows = run(task, make_state(task), steps=5)
         curves.append(rows)
@@ -197,7 +196,7 @@ def test_the_adversarial_terms_wait_for_their_step():
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch():
-    """Without a discriminator, whose BatchNorm sees micro-batches by definition."""
+    """Of the tokenizer: the discriminator's BatchNorm sees micro-batches by definition."""
     states = []
     for accumulate in (1, 4):
         task = make_task(**{"optim.accumulate": accumulate})
@@ -205,11 +204,6 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
         states.append((state, rows[0]))
     for name in ("loss/total", "grad_norm/tokenizer", "usage/batch"):
         assert states[0][1][name] == pytest.approx(states[1][1][name], rel=1e-5), name
-    task = make_task(**CRITIC | {"optim.accumulate": 4})
-    _, rows = run(task, make_state(task))
-    whole = make_task(**CRITIC)
-    _, whole_rows = run(whole, make_state(whole))
-    assert rows[0]["loss/discriminator"] != whole_rows[0]["loss/discriminator"]
 
 
 def test_the_adaptive_weight_balances_the_gradients_of_the_last_layer():
