@@ -205,13 +205,13 @@ def test_other_pictures_do_not_continue_and_moved_ones_do(tmp_path):
         folders = {"data.train_dir": str(root / "train"), "data.eval_dir": str(root / "eval")}
         return tiny_config(steps=steps, **{"data.source": "folder", "log.every_steps": 1, **folders})
 
-    train(config(tmp_path / "old", 1), tmp_path / "run")
+    train(config(tmp_path / "old", 2), tmp_path / "run")
     (tmp_path / "old").rename(tmp_path / "new")
-    assert train(config(tmp_path / "new", 2), tmp_path / "run").summary["step"] == 2
-    assert [row["data/skipped_files"] for row in read_metrics(tmp_path / "run") if "loss/total" in row] == [0, 0]
+    assert train(config(tmp_path / "new", 3), tmp_path / "run").summary["step"] == 3
+    assert [row["data/skipped_files"] for row in read_metrics(tmp_path / "run") if "loss/total" in row] == [0, 0, 0]
     (tmp_path / "new" / "train" / "0.png").rename(tmp_path / "new" / "train" / "00.png")
     with pytest.raises(InputError, match=r"pictures in data\.train_dir are not those"):
-        train(config(tmp_path / "new", 3), tmp_path / "run")
+        train(config(tmp_path / "new", 4), tmp_path / "run")
 
 
 def test_a_bucket_is_no_workdir(tmp_path):
