@@ -16,7 +16,7 @@ def test_the_example_runs_on_a_workdir(tmp_path, monkeypatch):
     (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     names = {}
     exec(compile(example, "README.md", "exec"), names)
-    assert names["codes"].shape == (2, 32, 32)
+    assert names["codes"].shape == (64, 4, 4)
     assert np.isfinite(names["images"]).all()
 
 
