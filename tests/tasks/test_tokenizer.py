@@ -206,6 +206,14 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
         assert states[0][1][name] == pytest.approx(states[1][1][name], rel=1e-5), name
 
 
+def test_batch_norm_sees_the_micro_batch():
+    losses = []
+    for accumulate in (1, 4):
+        task = make_task(**CRITIC | {"optim.accumulate": accumulate})
+        losses.append(run(task, make_state(task))[1][0]["loss/discriminator"])
+    assert abs(losses[0] - losses[1]) > 1e-5 * abs(losses[0])
+
+
 def test_the_adaptive_weight_balances_the_gradients_of_the_last_layer():
     task = make_task(**CRITIC | {"adversarial.adaptive": True})
     state = make_state(task)
