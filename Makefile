@@ -1,9 +1,12 @@
 # make quickstart | test | lint | format | clean
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+comma := ,
 VENV := .venv
 BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
+# libtpu, which compiles for TPUs that are not here, exists for x86-64 Linux only.
+EXTRAS := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),test$(comma)tpu,test)
 
 .PHONY: quickstart test lint format clean
 
@@ -31,7 +34,7 @@ $(VENV)/runtime: requirements.txt | $(VENV)/bin/python
 
 $(VENV)/test: pyproject.toml Makefile $(VENV)/runtime
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -e ".[test]"
+	$(BIN)/python -m pip install --quiet -e ".[$(EXTRAS)]"
 	touch $@
 
 clean:

@@ -16,6 +16,7 @@ from fvq_jax.evals.image_metrics import SSIM_WINDOW
 from fvq_jax.models.bridge import parse_bridge, rows_of_groups
 from fvq_jax.models.discriminator_stylegan import SIZES
 from fvq_jax.models.layers import GROUPS
+from fvq_jax.ops.nearest import IMPLEMENTATIONS, PASSES
 from fvq_jax.optim import DECAYS
 from fvq_jax.sharding import mesh_shape
 
@@ -29,7 +30,7 @@ def default_config() -> ConfigDict:
     config.batch_size = 128  # global, over all devices and hosts
     config.steps = 0  # length of the run: either steps or epochs, the other is 0
     config.epochs = 40.0
-    config.init_from = ""  # tokenizer to start from: checkpoint file, saved tokenizer or workdir of the same network
+    config.init_from = ""  # tokenizer a new run starts from: checkpoint, saved tokenizer, workdir; all else is new
     config.on_nan = "stop"  # stop | skip (the update, and count it)
     config.mesh = ConfigDict({"data": -1, "codebook": 1})  # -1: all devices that are left
 
@@ -43,6 +44,8 @@ def default_config() -> ConfigDict:
     config.tokenizer.bridge = "L/4"  # none | linear | mlp5 | SIZE/P[-dN]
     config.tokenizer.bridge_groups = "2d"  # 2d (patches of the square raster) | 1d (runs of P*P codes)
     config.tokenizer.l2_normalize = False
+    config.tokenizer.search_precision = "highest"  # highest | bf16_3x | bf16_rescored | bf16, see ops/nearest.py
+    config.tokenizer.search_implementation = "auto"  # auto (a kernel on TPU and GPU) | xla
     config.tokenizer.dtype = "bfloat16"  # compute; latents, codes, losses and parameters are float32
     config.tokenizer.remat = False
 
@@ -79,7 +82,7 @@ def default_config() -> ConfigDict:
     config.optim.end_factor = 0.01
     config.optim.codebook_learning_rate = 0.0  # 0: codebook and bridge follow learning_rate
     config.optim.codebook_decay = "constant"  # where they have their own rate
-    config.optim.train_only = ""  # tokenizer (not the discriminator) | decoder (and the convolution before it)
+    config.optim.train_only = ""  # tokenizer (no adversarial loss) | decoder (and the convolution before it)
     config.optim.accumulate = 1  # micro-batches per step
     config.optim.ema_decay = 0.0  # 0: no moving average
 
@@ -110,7 +113,13 @@ def default_config() -> ConfigDict:
 
 
 # Fields that may differ when a run goes on in its workdir: they change no weights, or only how long it runs.
-FREE_TO_CHANGE = ("tokenizer.remat", "data.num_workers", "data.train_dir", "data.eval_dir")
+FREE_TO_CHANGE = (
+    "tokenizer.remat",
+    "tokenizer.search_implementation",
+    "data.num_workers",
+    "data.train_dir",
+    "data.eval_dir",
+)
 MUST_STAY = (
     "tokenizer",
     "data",
@@ -148,6 +157,11 @@ def validate(config: ConfigDict, devices: int) -> None:
 def downsampling(config: ConfigDict) -> int:
     """Pixels per token along one side."""
     return 2 ** (len(config.tokenizer.ch_mult) - 1)
+
+
+def has_discriminator(config: ConfigDict) -> bool:
+    """Whether there is an adversarial loss; none against a tokenizer that trains alone: a random adversary is noise."""
+    return config.adversarial.weight > 0 and config.optim.train_only != "tokenizer"
 
 
 def check_continues(saved: dict[str, Any], config: ConfigDict) -> list[str]:
@@ -214,6 +228,8 @@ CHOICES = {
     "on_nan": ("stop", "skip"),
     "tokenizer.dtype": ("bfloat16", "float32"),
     "tokenizer.bridge_groups": ("2d", "1d"),
+    "tokenizer.search_precision": tuple(PASSES),
+    "tokenizer.search_implementation": IMPLEMENTATIONS,
     "loss.reconstruction": ("l2", "l1"),
     "adversarial.discriminator": ("patchgan", "stylegan"),
     "adversarial.loss": ("hinge", "vanilla", "non_saturating"),
@@ -322,7 +338,7 @@ def _check_images(config: ConfigDict) -> None:
         f"{len(config.tokenizer.ch_mult)} levels): use {_near(size, factor)}",
     )
     layers, kind = config.adversarial.layers, config.adversarial.discriminator
-    adversarial = config.adversarial.weight > 0
+    adversarial = has_discriminator(config)
     for wanted, least, reason in (
         (True, SSIM_WINDOW, "SSIM, which evaluation computes, has a window of that size"),
         (config.loss.perceptual_weight > 0, 16, "LPIPS (loss.perceptual_weight above 0) halves images four times"),

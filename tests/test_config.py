@@ -85,6 +85,8 @@ REFUSED = [
     ({"on_nan": "ignore"}, ["on_nan", "'ignore'", "stop, skip"]),
     ({"tokenizer.dtype": "float16"}, ["tokenizer.dtype", "'float16'", "bfloat16, float32"]),
     ({"tokenizer.bridge_groups": "3d"}, ["tokenizer.bridge_groups", "'3d'", "2d, 1d"]),
+    ({"tokenizer.search_precision": "f32"}, ["search_precision", "'f32'", "highest, bf16_3x, bf16, bf16_rescored"]),
+    ({"tokenizer.search_implementation": "triton"}, ["search_implementation", "'triton'", "auto, xla"]),
     ({"loss.reconstruction": "huber"}, ["loss.reconstruction", "'huber'", "l2, l1"]),
     ({"adversarial.loss": "lsgan"}, ["adversarial.loss", "'lsgan'", "hinge, vanilla, non_saturating"]),
     ({"optim.decay": "step"}, ["optim.decay", "'step'", "linear, cosine, constant"]),

@@ -12,8 +12,10 @@ from jaxtyping import Array, Float, Int
 
 from fvq_jax.models.bridge import make_bridge
 from fvq_jax.ops import quantize
-from fvq_jax.ops.nearest import l2_normalize, nearest_code
+from fvq_jax.ops.entropy import entropy_loss
+from fvq_jax.ops.nearest import nearest_code
 from fvq_jax.ops.sharded_codebook import sharded_lookup, sharded_nearest_code
+from fvq_jax.ops.vectors import l2_normalize
 
 
 @struct.dataclass
@@ -40,6 +42,7 @@ class Quantizer(nn.Module):
       codebook_size, code_dim: k and d.
       bridge, bridge_groups: see `models/bridge.py`.
       l2_normalize: latents and codes are scaled to unit length before they are compared, and codes stay so.
+      search_precision, search_implementation: see `ops/nearest.py`.
       entropy_temperature: of the entropy term; None leaves the term out, at no cost.
       dtype: compute dtype of the bridge's blocks. Everything else is float32.
       mesh: a mesh with axes `data` and `codebook` for the sharded search; None for a single device.
@@ -50,6 +53,8 @@ class Quantizer(nn.Module):
     bridge: str = "none"
     bridge_groups: str = "2d"
     l2_normalize: bool = False
+    search_precision: str = "highest"
+    search_implementation: str = "auto"
     entropy_temperature: float | None = None
     dtype: DTypeLike = jnp.float32
     mesh: Mesh | None = None
@@ -82,25 +87,27 @@ class Quantizer(nn.Module):
         codes = self._search(latent, table)
         chosen = self._rows(table, codes)
         z = l2_normalize(latent) if self.l2_normalize else latent
-        entropy_loss = jnp.zeros((), jnp.float32)
+        entropy_term = jnp.zeros((), jnp.float32)
         if self.entropy_temperature is not None:
-            entropy_loss = quantize.entropy_loss(
-                z.reshape(-1, self.code_dim), table, temperature=self.entropy_temperature
-            )
+            tokens = z.reshape(-1, self.code_dim)
+            entropy_term = entropy_loss(tokens, table, temperature=self.entropy_temperature, mesh=self.mesh)
         return Quantized(
             vectors=quantize.straight_through(z, chosen),
             codes=codes,
             codebook_loss=quantize.codebook_loss(z, chosen),
             commitment_loss=quantize.commitment_loss(z, chosen),
-            entropy_loss=entropy_loss,
+            entropy_loss=entropy_term,
         )
 
     def _search(self, latent, table):
         flat = latent.reshape(-1, self.code_dim)
+        if self.l2_normalize:  # as the table is already
+            flat = l2_normalize(flat)
+        options = {"precision": self.search_precision, "implementation": self.search_implementation}
         if self.mesh is None:
-            codes = nearest_code(flat, table, l2_normalize=self.l2_normalize)
+            codes = nearest_code(flat, table, **options)
         else:
-            codes = sharded_nearest_code(flat, table, self.mesh, l2_normalize=self.l2_normalize)
+            codes = sharded_nearest_code(flat, table, self.mesh, **options)
         return codes.reshape(latent.shape[:-1])
 
     def _rows(self, table, codes):

@@ -28,7 +28,8 @@ class TokenizerNet(nn.Module):
 
     Attributes:
       ch, ch_mult, num_res_blocks, z_channels: the convolutional networks; down-sampling is 2^(len(ch_mult) - 1).
-      codebook_size, code_dim, bridge, bridge_groups, l2_normalize, entropy_temperature: see `Quantizer`.
+      codebook_size, code_dim, bridge, bridge_groups, l2_normalize, search_precision, search_implementation,
+        entropy_temperature: see `Quantizer`.
       dtype: compute dtype of encoder, decoder and bridge blocks; latents, codes and losses are float32.
       remat: recompute blocks in the backward pass to save memory.
       mesh: the mesh of a sharded codebook, or None.
@@ -43,6 +44,8 @@ class TokenizerNet(nn.Module):
     bridge: str = "none"
     bridge_groups: str = "2d"
     l2_normalize: bool = False
+    search_precision: str = "highest"
+    search_implementation: str = "auto"
     entropy_temperature: float | None = None
     dtype: DTypeLike = jnp.float32
     remat: bool = False
@@ -54,14 +57,16 @@ class TokenizerNet(nn.Module):
         # The layers next to the quantizer are float32: bfloat16 latents would fall onto a coarse grid.
         self.quant_conv = Conv(self.code_dim, kernel_size=1)
         self.quantizer = Quantizer(
-            self.codebook_size,
-            self.code_dim,
-            self.bridge,
-            self.bridge_groups,
-            self.l2_normalize,
-            self.entropy_temperature,
-            self.dtype,
-            self.mesh,
+            codebook_size=self.codebook_size,
+            code_dim=self.code_dim,
+            bridge=self.bridge,
+            bridge_groups=self.bridge_groups,
+            l2_normalize=self.l2_normalize,
+            search_precision=self.search_precision,
+            search_implementation=self.search_implementation,
+            entropy_temperature=self.entropy_temperature,
+            dtype=self.dtype,
+            mesh=self.mesh,
         )
         self.post_quant_conv = Conv(self.z_channels, kernel_size=1)
         self.decoder = Decoder(self.ch, self.ch_mult, self.num_res_blocks, self.dtype, self.remat)

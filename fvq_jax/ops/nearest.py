@@ -1,20 +1,21 @@
 """Nearest-code search: which code is closest to each latent, without ever building [tokens, codes].
 
-Pure functions of arrays on one device; `ops/sharded_codebook.py` runs the same scan on the rows that each
-device holds.
+What a score is, how precise, and which program computes it: a kernel on a TPU (`nearest_tpu.py`) or a GPU
+(`nearest_gpu.py`), an XLA scan elsewhere (`nearest_xla.py`). All three give candidates, from which the code is
+chosen here. Pure functions of arrays on one device; `ops/sharded_codebook.py` runs the same search on the rows
+that each device holds.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-BLOCK_SIZE = 1024  # codes per block: 32 MiB of scores for 8,192 tokens
+from fvq_jax.ops import nearest_gpu, nearest_tpu, nearest_xla, split_matmul, vectors
 
-
-def l2_normalize(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-    """Scales every vector to unit length; a vector shorter than 1e-12 is divided by 1e-12 (no NaN)."""
-    norm = jnp.sqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
-    return x / norm
+# Passes of a bfloat16 matrix unit that the scores take: the cost of a search on a TPU.
+PASSES = {**split_matmul.PASSES, "bf16_rescored": 1}
+IMPLEMENTATIONS = ("auto", "xla")
+RESCORED = 8  # candidates of a token that `bf16_rescored` scores again
 
 
 def nearest_code(
@@ -23,83 +24,122 @@ def nearest_code(
     *,
     block_size: int | None = None,
     l2_normalize: bool = False,
+    precision: str = "highest",
+    implementation: str = "auto",
 ) -> Int[Array, "n"]:
     """For every latent the index of the code at the smallest Euclidean distance.
 
-    Codes are visited in blocks, so the largest temporary is [n, block_size] (default 1,024) in float32. Scores
-    are |e - m|^2 - 2 (z - m).(e - m) with m the mean code: the shift leaves distances as they are and keeps
-    digits when codes lie close together far from the origin, as bridged codes do early in training. Everything
-    runs in float32 at HIGHEST precision, because a TPU multiplies in bfloat16 by default and then picks wrong
-    codes.
+    Codes are visited in blocks, so the largest temporary is [n, block_size] in float32; the kernels keep scores on
+    the chip. Scores are |e - m|^2 - 2 (z - m).(e - m) with m the mean code: the shift leaves distances as they are
+    and keeps digits when codes lie close together far from the origin, as bridged codes do early in training.
 
     Args:
       z: latents, float32 or bfloat16.
-      codebook: the table that is searched.
-      block_size: codes per block; any positive number, k need not be a multiple of it.
+      codebook: the table that is searched, float32 or bfloat16.
+      block_size: codes per block of the XLA scan (default 512); any positive number, k need not be a multiple of
+        it. The kernels have tiles of their own.
       l2_normalize: compare directions: both sides are scaled to unit length first.
+      precision: of the products z.e; everything else is float32.
+        highest: float32. Picks another code than exact arithmetic only where two distances agree to 7 digits.
+        bf16_3x: three bfloat16 products, about 16 bits.
+        bf16: one bfloat16 product: wrong codes where distances differ by less than 1 %, see docs/results.md.
+        bf16_rescored: that, and the best 8 of 128 or more candidates scored again in float32.
+      implementation: auto (a kernel on TPU and NVIDIA GPU) or xla (the scan everywhere).
 
     Returns:
       int32 [n]. Ties go to the lowest index. No gradient.
 
     Raises:
-      ValueError: block_size below 1.
+      ValueError: block_size below 1, an unknown precision or implementation.
 
     Source: arXiv 1711.00937, Eq. 1.
     """
-    z, codebook = prepare(z, codebook, l2_normalize)
-    return scan_blocks(z, codebook, codebook.mean(axis=0), block_size)[1]
+    z, codebook = jax.lax.stop_gradient((z, codebook))
+    center = mean_code(codebook, l2_normalize)
+    options = {"block_size": block_size, "precision": precision, "implementation": implementation}
+    return search(z, codebook, center, l2_normalize=l2_normalize, **options)[1]
 
 
-def prepare(
-    z: Float[Array, "n d"], codebook: Float[Array, "k d"], normalize: bool
-) -> tuple[Float[Array, "n d"], Float[Array, "k d"]]:
-    """Both sides as the scan wants them: constants in float32, of unit length if `normalize`."""
-    z = jax.lax.stop_gradient(z).astype(jnp.float32)
-    codebook = jax.lax.stop_gradient(codebook).astype(jnp.float32)
-    return (l2_normalize(z), l2_normalize(codebook)) if normalize else (z, codebook)
+def runs_kernel(implementation: str, platform: str) -> bool:
+    """Whether a search on this platform (cpu, gpu, tpu) runs in a kernel rather than as an XLA scan."""
+    return implementation == "auto" and platform in ("tpu", "gpu")
 
 
-def scan_blocks(
+def mean_code(codebook: Float[Array, "k d"], l2_normalize: bool = False) -> Float[Array, "d"]:
+    """The mean of the codes as they are compared, float32."""
+    if not l2_normalize:
+        return codebook.astype(jnp.float32).mean(axis=0)
+    # As a product of vector and matrix, so that no normalized copy of the codebook is made.
+    return jnp.matmul(_inverse_norm(codebook), codebook.astype(jnp.float32), precision="highest") / codebook.shape[0]
+
+
+def search(
     z: Float[Array, "n d"],
     codebook: Float[Array, "k d"],
     center: Float[Array, "d"],
+    *,
     block_size: int | None = None,
+    l2_normalize: bool = False,
+    precision: str = "highest",
+    implementation: str = "auto",
 ) -> tuple[Float[Array, "n"], Int[Array, "n"]]:
     """The smallest score and its index for every latent; scores with the same `center` can be compared.
 
-    Takes what `prepare` returns. A score is the squared distance less |z - center|^2, which no choice of code
-    changes.
+    A score is the squared distance less |z - center|^2, which no choice of code changes. For the rest see
+    `nearest_code`; nothing stops gradients here.
     """
-    block_size = BLOCK_SIZE if block_size is None else block_size
-    if block_size < 1:
+    if block_size is not None and block_size < 1:
         raise ValueError(f"block_size must be at least 1, not {block_size}")
-    k, d = codebook.shape
-    block_size = min(block_size, k)
-    blocks = -(-k // block_size)
-    z, codebook = z - center[None], codebook - center[None]
-    squared_norm = jnp.sum(codebook * codebook, axis=1)
-    padding = blocks * block_size - k
-    codebook = jnp.pad(codebook, ((0, padding), (0, 0))).reshape(blocks, block_size, d)
-    # A padded code is infinitely far away.
-    squared_norm = jnp.pad(squared_norm, (0, padding), constant_values=jnp.inf).reshape(blocks, block_size)
-    column = jnp.arange(block_size, dtype=jnp.int32)
+    for name, value, known in (("precision", precision, PASSES), ("implementation", implementation, IMPLEMENTATIONS)):
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(known)}")
+    rescored = precision == "bf16_rescored"
+    options = {"normalize": l2_normalize, "precision": "bf16" if rescored else precision}
+    count = RESCORED if rescored else 1
+    classes = nearest_tpu.LANES if rescored else 1
 
-    def block_minimum(start, codes, squared_norm):
-        product = jnp.matmul(z, codes.T, precision=jax.lax.Precision.HIGHEST)
-        score = squared_norm[None] - 2 * product
-        low = score.min(axis=1)
-        # "min, then where" is what XLA vectorises; its argmin keeps pairs and is several times slower on a CPU.
-        index = jnp.where(score == low[:, None], column[None], block_size - 1).min(axis=1)
-        return low, start + index
+    def best(program, **more):
+        return lambda *arrays: _lowest(*program.candidates(*arrays, **options, **more), count)
 
-    def step(best, block):
-        low, index = block_minimum(*block)
-        closer = low < best[0]  # strictly: the earlier block keeps a tie
-        return (jnp.where(closer, low, best[0]), jnp.where(closer, index, best[1])), None
+    scan = best(nearest_xla, classes=classes, block_size=block_size)
+    on_tpu, on_gpu = best(nearest_tpu), best(nearest_gpu)
+    query = -2 * (_compared(z, l2_normalize) - center[None])
+    length = _inverse_norm(codebook)[:, None] if l2_normalize else 1.0
+    squared_norm = jnp.sum(jnp.square(codebook.astype(jnp.float32) * length - center[None]), axis=1)
+    arrays = query, codebook, center, squared_norm
+    if implementation == "xla":
+        score, index = scan(*arrays)
+    else:
+        score, index = jax.lax.platform_dependent(*arrays, tpu=on_tpu, cuda=on_gpu, default=scan)
+    if rescored:
+        score, index = _rescore(query, codebook, center, index, l2_normalize)
+    return score[:, 0], index[:, 0]
 
-    starts = jnp.arange(blocks, dtype=jnp.int32) * block_size
-    first = block_minimum(starts[0], codebook[0], squared_norm[0])
-    if blocks == 1:
-        return first
-    best, _ = jax.lax.scan(step, first, (starts[1:], codebook[1:], squared_norm[1:]))
-    return best
+
+def _compared(x, l2_normalize):
+    x = x.astype(jnp.float32)
+    return vectors.l2_normalize(x) if l2_normalize else x
+
+
+def _inverse_norm(codebook):
+    return jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(codebook.astype(jnp.float32)), axis=1), 1e-24))
+
+
+def _lowest(score, index, count):
+    """The `count` candidates with the smallest scores; for one, the lowest index among equal scores."""
+    if count == 1:
+        low = score.min(axis=1, keepdims=True)
+        return low, jnp.where(score == low, index, jnp.iinfo(jnp.int32).max).min(axis=1, keepdims=True)
+    low, at = jax.lax.top_k(-score, min(count, score.shape[1]))
+    return -low, jnp.take_along_axis(index, at, axis=1)
+
+
+def _rescore(query, codebook, center, index, l2_normalize):
+    """The best of the candidates [n, c] by their float32 scores, one column of candidates at a time."""
+
+    def exact(column):
+        codes = _compared(codebook[column], l2_normalize) - center[None]
+        return jnp.sum(codes * (codes + query), axis=1)
+
+    score = jax.lax.map(exact, index.T).T
+    return _lowest(score, index, 1)

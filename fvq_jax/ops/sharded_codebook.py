@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from fvq_jax.ops.nearest import prepare, scan_blocks
+from fvq_jax.ops.nearest import mean_code, search
 
 TOKENS = PartitionSpec(("data", "codebook"))
 ROWS = PartitionSpec("codebook")
@@ -25,6 +25,8 @@ def sharded_nearest_code(
     *,
     block_size: int | None = None,
     l2_normalize: bool = False,
+    precision: str = "highest",
+    implementation: str = "auto",
 ) -> Int[Array, "n"]:
     """`ops.nearest.nearest_code` on a mesh with axes `data` and `codebook`; same codes, same ties, no gradient.
 
@@ -32,10 +34,12 @@ def sharded_nearest_code(
     every shard comes back to the token's owner. n must be a multiple of the devices, k of the `codebook` axis.
     """
 
-    def search(z, rows):
+    options = {"block_size": block_size, "precision": precision, "implementation": implementation}
+
+    def nearest(z, rows):
         z = jax.lax.all_gather(z, "codebook", tiled=True)
-        center = jax.lax.pmean(rows.mean(axis=0), "codebook")
-        score, index = scan_blocks(z, rows, center, block_size)
+        center = jax.lax.pmean(mean_code(rows, l2_normalize), "codebook")
+        score, index = search(z, rows, center, l2_normalize=l2_normalize, **options)
         index = index + jax.lax.axis_index("codebook") * rows.shape[0]
         exchange = functools.partial(jax.lax.all_to_all, axis_name="codebook", split_axis=0, concat_axis=0, tiled=False)
         shards = mesh.shape["codebook"]
@@ -44,8 +48,8 @@ def sharded_nearest_code(
         winner = jnp.argmin(score, axis=0)
         return jnp.take_along_axis(index, winner[None], axis=0)[0]
 
-    z, codebook = prepare(z, codebook, l2_normalize)
-    return jax.shard_map(search, mesh=mesh, in_specs=(TOKENS, ROWS), out_specs=TOKENS)(z, codebook)
+    z, codebook = jax.lax.stop_gradient((z, codebook))
+    return jax.shard_map(nearest, mesh=mesh, in_specs=(TOKENS, ROWS), out_specs=TOKENS)(z, codebook)
 
 
 def sharded_lookup(codes: Int[Array, "n"], codebook: Float[Array, "k d"], mesh: Mesh) -> Float[Array, "n d"]:

@@ -8,8 +8,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fvq_jax.models.quantizer import Quantizer
-from fvq_jax.ops.nearest import l2_normalize, nearest_code
-from fvq_jax.ops.quantize import entropy_loss
+from fvq_jax.ops.entropy import entropy_loss
+from fvq_jax.ops.nearest import nearest_code
+from fvq_jax.ops.vectors import l2_normalize
 from fvq_jax.sharding import state_shardings
 from tests.golden_case import relative_error
 from tests.tiny import spread_codes
@@ -122,7 +123,9 @@ def test_entropy_term(sizes, normalize):
     options = {"entropy_temperature": 0.5, "l2_normalize": normalize}
     output, gradients = results(None if sizes is None else mesh_of(*sizes), **options)
     table = bridged(params)
-    expected = entropy_loss(latent.reshape(-1, D), table, temperature=0.5, normalize=normalize)
+    if normalize:
+        latent, table = l2_normalize(latent), l2_normalize(table)
+    expected = entropy_loss(latent.reshape(-1, D), table, temperature=0.5)
     np.testing.assert_allclose(output.entropy_loss, expected, rtol=1e-4)
     without = results(l2_normalize=normalize)[1]
     assert relative_error(gradients[0], without[0]) > 1e-5
@@ -140,6 +143,20 @@ def test_without_a_temperature_the_entropy_term_is_zero_and_costs_nothing():
 
     assert exponentials() == 0
     assert exponentials(entropy_temperature=1.0) > 0
+
+
+@pytest.mark.parametrize("sizes", [None, (2, 4)])
+def test_search_options_reach_the_search(sizes):
+    latent, params = placed(mesh := None if sizes is None else mesh_of(*sizes))
+
+    def lowered(platform="cpu", **options):
+        apply = jax.jit(lambda latent, params: make(mesh=mesh, **options).apply({"params": params}, latent))
+        return apply.trace(latent, params).lower(lowering_platforms=(platform,)).as_text()
+
+    assert "bf16" in lowered(search_precision="bf16")
+    assert "bf16" not in lowered()
+    assert "tpu_custom_call" in lowered("tpu")
+    assert "tpu_custom_call" not in lowered("tpu", search_implementation="xla")
 
 
 def test_a_fresh_codebook_is_uniform_within_one_over_k():

@@ -49,6 +49,14 @@ def test_codes_equal_those_of_one_device(sizes, normalize):
     assert len(np.unique(codes)) > 16
 
 
+@pytest.mark.parametrize("precision", ["bf16_3x", "bf16_rescored"])
+def test_scores_of_other_precisions_can_be_compared_between_shards(precision):
+    z, codebook = random_problem(k=640)
+    mesh = mesh_of(2, 4)
+    find = jax.jit(functools.partial(sharded_nearest_code, mesh=mesh, precision=precision))
+    np.testing.assert_array_equal(find(*placed(mesh, z, codebook)), search(z, codebook))
+
+
 @pytest.mark.parametrize("sizes", MESHES)
 def test_ties_between_shards_go_to_the_lowest_index(sizes):
     z, distinct = random_problem(k=4)

@@ -1,0 +1,42 @@
+"""Matrix products at a stated precision, from bfloat16 parts, alike in XLA programs and inside kernels."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# Passes of a bfloat16 matrix unit that one product takes. A TPU builds a float32 product (`highest`) from six.
+PASSES = {"highest": 6, "bf16_3x": 3, "bf16": 1}
+
+
+def split(x: Float[Array, "n d"], precision: str) -> tuple[Float[Array, "n d"], ...]:
+    """float32 `x` as the parts that are multiplied: itself (`highest`), its bfloat16, or that and the remainder's.
+
+    KeyError for an unknown precision.
+    """
+    if PASSES[precision] == 6:
+        return (x,)
+    if PASSES[precision] == 1:
+        return (x.astype(jnp.bfloat16),)
+    # Rounded by hand: XLA may skip a cast to bfloat16 and back, which would leave no remainder.
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    high = jax.lax.bitcast_convert_type((bits + 0x8000) & jnp.uint32(0xFFFF0000), jnp.float32)
+    return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
+
+
+def multiply(a: tuple[Float[Array, "n d"], ...], b: tuple[Float[Array, "k d"], ...]) -> Float[Array, "n k"]:
+    """a @ b.T in float32, of what `split` returned for both.
+
+    From two parts each: three products of bfloat16 summed in float32, about 16 bits of precision; the product of
+    both remainders is left out.
+    """
+    product = multiply_parts(a[0], b[0])
+    if len(a) == 2:
+        product += multiply_parts(a[0], b[1]) + multiply_parts(a[1], b[0])
+    return product
+
+
+def multiply_parts(a: Float[Array, "n d"], b: Float[Array, "k d"]) -> Float[Array, "n k"]:
+    """a @ b.T, summed in float32; float32 operands at HIGHEST precision."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    contract = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(a, b, contract, precision=precision, preferred_element_type=jnp.float32)
