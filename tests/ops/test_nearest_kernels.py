@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from fvq_jax.ops import nearest, nearest_gpu, nearest_tpu, nearest_xla
-from tests.tpu import needs_libtpu, tpu_devices
+from tests.chips import gpu_devices, needs_cuda, needs_libtpu, tpu_devices
 
 KERNELS = pytest.mark.parametrize("kernel", [nearest_tpu, nearest_gpu])
 PRECISIONS = ["highest", "bf16_3x", "bf16"]
@@ -98,7 +98,7 @@ def test_candidates_are_the_best_of_disjoint_sets_that_cover_all_codes(kernel):
 @pytest.mark.parametrize("precision", nearest.PASSES)
 def test_compiles_for_tpu(chip, precision):
     """Interpret mode also runs kernels that Mosaic refuses."""
-    compile_for(chip, 8192, 262144, 256, precision=precision, most_mib=64)
+    compile_for(tpu_devices(chip), 8192, 262144, 256, precision=precision, most_mib=64)
 
 
 @needs_libtpu
@@ -113,13 +113,20 @@ def test_compiles_for_tpu(chip, precision):
 )
 def test_compiles_for_tpu_at_any_size(n, k, d, dtype, l2_normalize):
     for precision in ("highest", "bf16_3x"):
-        compile_for("v5e:2x2", n, k, d, dtype, precision=precision, l2_normalize=l2_normalize)
+        compile_for(tpu_devices("v5e:2x2"), n, k, d, dtype, precision=precision, l2_normalize=l2_normalize)
 
 
-def compile_for(chip, n, k, d, dtype=jnp.float32, most_mib=64, **options):
-    where = SingleDeviceSharding(tpu_devices(chip)[0])
+@needs_cuda
+@pytest.mark.parametrize("precision", nearest.PASSES)
+def test_compiles_for_gpu(precision):
+    for n, k, d in ((8192, 262144, 256), (65, 1000, 40)):
+        compile_for(gpu_devices(), n, k, d, precision=precision)
+
+
+def compile_for(devices, n, k, d, dtype=jnp.float32, most_mib=64, **options):
+    where = SingleDeviceSharding(devices[0])
     z, codebook = (jax.ShapeDtypeStruct((m, d), dtype, sharding=where) for m in (n, k))
     search = jax.jit(functools.partial(nearest.nearest_code, **options), out_shardings=where)
     compiled = search.lower(z, codebook).compile()
-    assert "tpu_custom_call" in compiled.as_text()
+    assert ("tpu_custom_call" if devices[0].platform == "tpu" else "triton") in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes <= most_mib * 2**20
