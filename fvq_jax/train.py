@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 from fvq_jax import device
 from fvq_jax.checkpoint import Checkpoints
-from fvq_jax.config import check_continues, validate
+from fvq_jax.config import check_continues, has_discriminator, validate
 from fvq_jax.data.pipeline import Batches, eval_batches, steps_per_epoch, train_batches
 from fvq_jax.data.sources import Source, make_source
 from fvq_jax.errors import InputError, NonFiniteError
@@ -294,10 +294,8 @@ class _Loop:
 
     def _compile(self, batch: dict[str, jax.Array]):
         run = self._run
-        layout = (jax.tree.map(lambda leaf: leaf.sharding, self.state), replicated(run.mesh))
-        jitted = jax.jit(run.task.train_step, donate_argnums=0, out_shardings=layout)
         began = time.monotonic()
-        compiled = jitted.lower(self.state, batch, run.task.frozen).compile()
+        compiled = run.task.jitted_step(self.state).lower(self.state, batch, run.task.frozen).compile()
         flops = compiled.cost_analysis().get("flops", 0.0) * run.mesh.size * self._config.optim.accumulate
         self._flops = flops + run.task.uncounted_flops(self._config.batch_size)
         logging.info("compiled the step in %.1f s: %.3g flops", time.monotonic() - began, self._flops)
@@ -458,8 +456,8 @@ def _log_start(run: _Run) -> None:
     logging.info("%d steps of %d images", run.total_steps, config.batch_size)
     if config.loss.perceptual_weight == 0:
         logging.info("no perceptual loss (loss.perceptual_weight=0): LPIPS is not used and needs no weight files")
-    if config.adversarial.weight == 0:
-        logging.info("no adversarial loss (adversarial.weight=0): no discriminator is trained")
+    if not has_discriminator(config):
+        logging.info("no adversarial loss (adversarial.weight=0 or optim.train_only=tokenizer): no discriminator")
 
 
 def _until(batches: Iterator[dict[str, np.ndarray]], interrupt: Interrupt | None) -> Iterator[dict[str, np.ndarray]]:

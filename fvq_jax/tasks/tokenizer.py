@@ -5,6 +5,7 @@ that take arrays are pure and meant to be jitted.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,16 +16,17 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Shaped, UInt8
 from ml_collections import ConfigDict
 
-from fvq_jax.config import downsampling
+from fvq_jax.config import downsampling, has_discriminator
 from fvq_jax.evals import image_metrics
 from fvq_jax.models.discriminator import PatchGAN
 from fvq_jax.models.discriminator_stylegan import StyleGANDiscriminator
 from fvq_jax.models.layers import Conv
-from fvq_jax.models.lpips import load_lpips, lpips_distance
+from fvq_jax.models.lpips import load_lpips, lpips_distance, lpips_shapes
 from fvq_jax.models.tokenizer import TokenizerNet, fold_bridge
 from fvq_jax.ops.adversarial import discriminator_loss, generator_loss
 from fvq_jax.ops.code_statistics import code_histogram, usage
-from fvq_jax.ops.nearest import BLOCK_SIZE
+from fvq_jax.ops.nearest import runs_kernel
+from fvq_jax.ops.nearest_xla import BLOCK_SIZE
 from fvq_jax.optim import learning_annealing, make_optimizer, scaled
 from fvq_jax.sharding import replicated
 from fvq_jax.state import NetworkState, TrainState
@@ -61,6 +63,13 @@ def to_float(images: UInt8[Array, "b H W 3"]) -> Float[Array, "b H W 3"]:
     return images.astype(jnp.float32) / 127.5 - 1
 
 
+def abstract_frozen(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
+    """Shapes, dtypes and layout of a task's `frozen`, for compiling a step without the weight files."""
+    layout = replicated(mesh)
+    shapes = {"lpips": lpips_shapes()} if config.loss.perceptual_weight > 0 else {}
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout), shapes)
+
+
 class TokenizerTask:
     """Networks, losses and optimizers of one configuration on one mesh.
 
@@ -68,12 +77,13 @@ class TokenizerTask:
       config: a validated configuration.
       mesh: axes `data` and `codebook`.
       total_steps, warmup_steps: of the learning annealing.
+      frozen: what `train_step` takes as `frozen`, if not the weights from files, see `abstract_frozen`.
 
     Raises:
       InputError: LPIPS is asked for and a weight file is missing or wrong.
     """
 
-    def __init__(self, config: ConfigDict, mesh: Mesh, total_steps: int, warmup_steps: int):
+    def __init__(self, config: ConfigDict, mesh: Mesh, total_steps: int, warmup_steps: int, frozen: dict | None = None):
         self.mesh = mesh
         self.loss, self.adversarial, self.optim = config.loss, config.adversarial, config.optim
         self.skip_nan = config.on_nan == "skip"
@@ -85,13 +95,13 @@ class TokenizerTask:
         self.downsampling = downsampling(config)
         self.image_shape = (1, config.data.image_size, config.data.image_size, 3)
         self.discriminator = None
-        if config.adversarial.weight > 0:
+        if has_discriminator(config):
             if config.adversarial.discriminator == "stylegan":
                 self.discriminator = StyleGANDiscriminator(config.data.image_size, dtype=dtype)
             else:
                 self.discriminator = PatchGAN(config.adversarial.ndf, config.adversarial.layers, dtype)
-        self.frozen = {}
-        if config.loss.perceptual_weight > 0:
+        self.frozen = {} if frozen is None else frozen
+        if config.loss.perceptual_weight > 0 and frozen is None:
             weights = load_lpips(config.loss.vgg16_path, config.loss.lpips_path)
             self.frozen["lpips"] = jax.device_put(weights, replicated(mesh))
         self.dtype = dtype
@@ -153,9 +163,6 @@ class TokenizerTask:
 
         networks = {}
         for name, network in state.networks.items():
-            if name not in grads:
-                networks[name] = network
-                continue
             updates, opt_state = self.optimizers[name].update(grads[name], network.opt_state, network.params)
             params = optax.apply_updates(network.params, updates)
             networks[name] = NetworkState(params, opt_state, stats[name])
@@ -173,6 +180,11 @@ class TokenizerTask:
         scalars["skipped_steps"] = skipped.astype(jnp.float32)
         state = TrainState(state.step + 1, skipped, networks, ema)
         return state, StepMetrics(scalars, counts)
+
+    def jitted_step(self, state: TrainState) -> Callable:
+        """`train_step` under jit: `state` (or one of this layout) is donated, the next one is laid out as it is."""
+        layout = (jax.tree.map(lambda leaf: leaf.sharding, state), replicated(self.mesh))
+        return jax.jit(self.train_step, donate_argnums=0, out_shardings=layout)
 
     def eval_params(self, state: TrainState) -> dict:
         """The parameters that are evaluated and exported: the moving average if there is one, the bridge folded."""
@@ -202,10 +214,16 @@ class TokenizerTask:
         return images * math.prod(self.image_shape[1:3]) // self.downsampling**2
 
     def uncounted_flops(self, batch_size: int) -> float:
-        """Flops of a step that XLA's count leaves out: it counts the loop over blocks of codes as if run once."""
+        """Flops of a step's search that XLA's count leaves out, over all devices.
+
+        It does not see into a kernel, and counts the loop over blocks of codes as if it ran once.
+        """
+        search = 2 * self.tokens(batch_size) * self.codebook_size * self.net.code_dim
+        if runs_kernel(self.net.search_implementation, self.mesh.devices.flat[0].platform):
+            return search
         blocks = max(self.codebook_size / self.mesh.shape["codebook"] / BLOCK_SIZE, 1)
         counted = min(2, blocks)  # the first block stands outside the loop
-        return 2 * self.tokens(batch_size) * self.codebook_size * self.net.code_dim * (1 - counted / blocks)
+        return search * (1 - counted / blocks)
 
     # --- the losses ---------------------------------------------------------------------------------------------
 
@@ -309,9 +327,7 @@ class TokenizerTask:
             tokenizer, variables, images, active, frozen
         )
         grads, stats = {"tokenizer": grad}, {"tokenizer": {}}
-        if critic is not None and self.optim.train_only == "tokenizer":
-            stats["discriminator"] = critic.batch_stats
-        elif critic is not None:
+        if critic is not None:
 
             def learn(critic_stats):
                 grad, (term, critic_stats) = jax.grad(self._discriminator_loss, has_aux=True)(
