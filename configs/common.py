@@ -52,7 +52,7 @@ def shrink_to_smoke(config: ConfigDict) -> None:
     config.tokenizer.z_channels = 32
     config.tokenizer.code_dim = 16
     config.tokenizer.codebook_size //= 16
-    config.tokenizer.bridge = re.sub(r"(XS|S|B|L|XL)/", "S/", config.tokenizer.bridge)
+    config.tokenizer.bridge = re.sub(r"(B|L|XL)/", "S/", config.tokenizer.bridge)
     config.loss.perceptual_weight = 0.0
     config.adversarial.start = 4
     config.adversarial.ndf = 16

@@ -1,7 +1,8 @@
 """Command line: `python -m fvq_jax.convert SRC DST --layout=jax|llamagen|fvq`.
 
 SRC is a published checkpoint (.pt, .pth, .safetensors), a saved tokenizer or a training workdir; DST a file, or for the
-layout jax a folder. Prints what SRC was recognised as. Exit codes: 0, and 2 for input that cannot be converted.
+layout jax a folder. Prints what SRC was recognised as. Reading a large file shows its progress; writing is one call of
+safetensors or PyTorch, seconds per GB, and cannot. Exit codes: 0, and 2 for input that cannot be converted.
 """
 
 import math

@@ -85,7 +85,7 @@ class Tokenizer:
         return np.asarray(table({"params": {"quantizer": self.params["quantizer"]}}))
 
     def encode(self, images) -> Int[np.ndarray, "b h w"]:
-        """Images to codes, int32 in [0, k).
+        """Images to codes: a numpy array, int32 [b, h, w], in [0, k).
 
         Args:
           images: [b, H, W, 3], uint8, or floating-point in [-1, 1]; any b, H and W multiples of `downsampling`.
@@ -118,7 +118,7 @@ class Tokenizer:
         return self._in_parts(self._encode, images, np.zeros(codes, np.int32))
 
     def decode(self, codes) -> Float[np.ndarray, "b H W 3"]:
-        """Codes to images, float32 in [-1, 1].
+        """Codes to images: a numpy array, float32 [b, H, W, 3], in [-1, 1].
 
         Args:
           codes: whole numbers [b, h, w] in [0, k), of any h and w.
@@ -143,7 +143,10 @@ class Tokenizer:
           path: a folder, or with a `layout` a file that ends in .safetensors, .pt or .pth (which need PyTorch).
           layout: None writes this package's own folder (weights with the bridge folded, config.json, and apart from
             them the bridge). "llamagen" writes what LlamaGen's VQModel loads, with the bridge folded; "fvq" the
-            published layout of FVQ, with the bridge and the codebook before it.
+            published layout of FVQ, with the bridge and the codebook before it. A .safetensors file holds the bare
+            tensors, a .pt or .pth file `{"model": tensors, "args": {"codebook_l2_norm": ...}}`, as LlamaGen's programs
+            expect: `vq_model.load_state_dict(torch.load(path)["model"])`, of a VQModel with the same sizes and
+            `codebook_l2_norm`, which is True there unless it is said.
 
         Raises:
           InputError: the layout cannot hold this tokenizer, or it cannot be written to `path`.

@@ -5,12 +5,14 @@ import pathlib
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 from absl import flags
 from ml_collections import config_flags
 
 from fvq_jax.config import flatten, validate
 from fvq_jax.errors import InputError
+from fvq_jax.models.bridge import make_bridge
 from fvq_jax.sharding import make_mesh
 from fvq_jax.state import abstract_state
 from fvq_jax.tasks.tokenizer import TokenizerTask
@@ -79,6 +81,19 @@ def test_the_training_state_of_every_config_can_be_made(name, arg):
     assert ("discriminator" in state.networks) == (config.adversarial.weight > 0)
     if arg == "smoke":
         assert count(state.networks["tokenizer"].params) < 2e6
+
+
+@pytest.mark.parametrize(
+    ("bridge", "small"),
+    [("XL/8-d3", "S/8-d3"), ("dit-L/4", "dit-S/4"), ("dit-XS/2", "dit-XS/2"), ("B/16", "S/16"), ("mlp5", "mlp5")],
+)
+def test_the_smoke_size_keeps_the_kind_of_bridge_and_makes_it_small(bridge, small):
+    config = importlib.import_module("configs.fvq16k").get_config("smoke", bridge=bridge)
+    assert config.tokenizer.bridge == small
+    validate(config, 8)
+    codebook = jnp.zeros((config.tokenizer.codebook_size, config.tokenizer.code_dim))
+    params = jax.eval_shape(make_bridge(small, "2d", jnp.float32).init, jax.random.key(0), codebook)
+    assert 0 < count(params) < 1e6
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -177,9 +177,12 @@ def test_exported_checkpoints_load_strictly_into_an_independent_pytorch_module(c
     assert relative_error(reconstruction, expected) < 1e-4
     for layout, config in (("llamagen", {**case.config, "bridge": "none"}), ("fvq", case.config)):
         tok.save_pretrained(tmp_path / "out.pt", layout=layout)
+        tok.save_pretrained(tmp_path / "out.safetensors", layout=layout)
         weights = torch.load(tmp_path / "out.pt", weights_only=True)["model"]
         module = torch_reference.Tokenizer(config)
         module.load_state_dict(weights, strict=True)
+        bare = safetensors.numpy.load_file(tmp_path / "out.safetensors")
+        module.load_state_dict({key: torch.from_numpy(value) for key, value in bare.items()}, strict=True)
         with torch.no_grad():
             output = module(torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, 1))))
         np.testing.assert_array_equal(output.indices, codes.reshape(1, -1))

@@ -42,7 +42,7 @@ def read_checkpoint(
       InputError: the file is damaged, or its tensors are not exactly those of a tokenizer.
     """
     if str(path).endswith(".safetensors"):
-        tensors = read_tensors(path)
+        tensors, track = read_tensors(path, track), iter  # a .pt file is only mapped, and read as it is converted
         with safetensors.safe_open(path, "np") as file:
             arguments: Any = file.metadata() or {}
     else:
@@ -62,7 +62,10 @@ def read_checkpoint(
 
 
 def write_checkpoint(path: str | os.PathLike[str], net: TokenizerNet, params: dict) -> None:
-    """Writes a network with its bridge, if any, in the published layout; .pt and .pth as `{"model": ..., "args": ...}`.
+    """Writes a network with its bridge, if any, in the published layout.
+
+    .pt and .pth hold `{"model": tensors, "args": {"codebook_l2_norm": ...}}`, which is how published programs load them
+    (`load_state_dict(torch.load(path)["model"])`), .safetensors the bare tensors, and `codebook_l2_norm` as metadata.
 
     Raises:
       InputError: the layout cannot hold this network, the ending of `path` is none of the known, it cannot be written

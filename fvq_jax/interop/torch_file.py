@@ -17,7 +17,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from fvq_jax.errors import InputError
 
@@ -39,15 +38,17 @@ _STORAGES = {
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 
-def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+def read_tensors(
+    path: str | os.PathLike[str], track: Callable[[Iterable[str]], Iterable[str]] = iter
+) -> dict[str, np.ndarray]:
     """Every tensor of a .pt, .pth or .safetensors file, by name.
 
     Names inside nested containers are joined with dots (`model.encoder.conv_in.weight`, `optimizer.state.0.exp_avg`);
-    what is no tensor is left out. Shapes and dtypes are the file's. InputError as for `load_torch_file`, and if the
-    file holds no tensor.
+    what is no tensor is left out. Shapes and dtypes are the file's. `track` sees the names in a .safetensors file go by
+    as they are read; the others are mapped. InputError as for `load_torch_file`, and if the file holds no tensor.
     """
     if str(path).endswith(".safetensors"):
-        tensors = _load_safetensors(path)
+        tensors = _load_safetensors(path, track)
     else:
         tensors = dict(named_tensors(load_torch_file(path)))
     if not tensors:
@@ -223,9 +224,12 @@ class _Parameter(np.ndarray):
         del state
 
 
-def _load_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+def _load_safetensors(
+    path: str | os.PathLike[str], track: Callable[[Iterable[str]], Iterable[str]]
+) -> dict[str, np.ndarray]:
     try:
-        return safetensors.numpy.load_file(path)
+        with safetensors.safe_open(path, "np") as file:
+            return {name: file.get_tensor(name) for name in track(file.keys())}
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or _one_line(error)}") from error
     except safetensors.SafetensorError as error:

@@ -1,6 +1,7 @@
 """Starting from a converted tokenizer, training only a part of it, and the other discriminator."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -23,17 +24,22 @@ from tests.random_tokenizer import random_tokenizer
 from tests.tiny import random_images, spread_codes, tiny_config
 
 ONE_LEVEL = {"tokenizer.ch_mult": (1,), "tokenizer.z_channels": 16}
+QUICK = {"xla_backend_optimization_level": 0}  # to compile, for what runs once or twice
 
 
 def config_of(**changes):
     return tiny_config(**{**ONE_LEVEL, **changes})
 
 
+def one_device():
+    return jax.make_mesh((1, 1), ("data", "codebook"), (AxisType.Auto,) * 2, devices=jax.devices()[:1])
+
+
 def two_steps(**changes):
     """The state before and after two steps of 8 images, and the scalars of the second."""
     config = config_of(batch_size=8, **{"optim.warmup_steps": 0, **changes})
     validate(config, 1)
-    mesh = jax.make_mesh((1, 1), ("data", "codebook"), (AxisType.Auto,) * 2, devices=jax.devices()[:1])
+    mesh = one_device()
     task = TokenizerTask(config, mesh, config.steps, 0)
     state = create_state(task.init, 0, mesh)
     network = state.networks["tokenizer"]
@@ -41,8 +47,7 @@ def two_steps(**changes):
     ema = jax.tree.map(jnp.copy, params) if config.optim.ema_decay else {}
     state = state.replace(networks={**state.networks, "tokenizer": network.replace(params=params)}, ema=ema)
     before = jax.device_get(state)
-    quick = {"xla_backend_optimization_level": 0}  # to compile, for two steps
-    step = jax.jit(task.train_step, out_shardings=(state_shardings(state, mesh), None), compiler_options=quick)
+    step = jax.jit(task.train_step, out_shardings=(state_shardings(state, mesh), None), compiler_options=QUICK)
     for seed in range(2):
         state, metrics = step(state, {"image": random_images(8, 16, seed)}, task.frozen)
     return before, jax.device_get(state), jax.device_get(metrics.scalars)
@@ -68,13 +73,15 @@ def test_only_what_is_asked_for_changes(train_only):
     everything = {"encoder", "quant_conv", "quantizer", "post_quant_conv", "decoder"}
     assert moved == ({"post_quant_conv", "decoder"} if train_only == "decoder" else everything)
     assert changed(before.ema, after.ema) == changed(*tokenizers)
-    critics = [state.networks["discriminator"] for state in (before, after)]
-    learns = train_only != "tokenizer"
-    for part in ("params", "batch_stats", "opt_state"):
-        assert bool(changed(*(getattr(critic, part) for critic in critics))) == learns, part
-    assert ("loss/discriminator" in scalars) == learns
-    assert scalars["loss/adversarial"] != 0
     assert all(np.isfinite(value) for value in scalars.values())
+    if train_only == "tokenizer":  # alone: there is no discriminator, whatever its weight
+        assert after.networks.keys() == {"tokenizer"}
+        assert not [name for name in scalars if "adversarial" in name or "discriminator" in name]
+    else:
+        critics = [state.networks["discriminator"] for state in (before, after)]
+        for part in ("params", "batch_stats", "opt_state"):
+            assert changed(*(getattr(critic, part) for critic in critics)), part
+        assert scalars["loss/adversarial"] != 0
 
 
 def test_what_does_not_train_has_no_gradient():
@@ -86,8 +93,8 @@ def test_what_does_not_train_has_no_gradient():
     assert not any(np.any(value) for value in frozen)
 
 
-def test_the_stylegan_discriminator_is_trained_when_it_is_asked_for():
-    """Shapes only: with its 512 channels a step takes minutes to compile on a CPU."""
+def test_a_training_step_takes_the_stylegan_discriminator():
+    """Shapes only: with its 512 channels a step takes minutes to compile on a CPU. Its losses run in the next test."""
     mesh = make_mesh(2, 4)
     config = config_of(**{"adversarial.weight": 0.5, "adversarial.discriminator": "stylegan"})
     validate(config, mesh.size)
@@ -104,11 +111,40 @@ def test_the_stylegan_discriminator_is_trained_when_it_is_asked_for():
     assert {"loss/discriminator", "grad_norm/discriminator"} <= metrics.scalars.keys()
 
 
+def test_the_stylegan_discriminator_teaches_and_learns():
+    """Both losses of the task through its 512 channels, at the smallest images it takes."""
+    changes = {"weight": 0.5, "discriminator": "stylegan", "loss": "vanilla"}  # with hinge the last bias cancels out
+    config = config_of(**{f"adversarial.{name}": value for name, value in changes.items()}, **{"data.image_size": 8})
+    task = TokenizerTask(config, one_device(), 1, 0)
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.uniform(-1, 1, (2, 2, 8, 8, 3)), jnp.float32)
+    shapes = jax.eval_shape(lambda: task.discriminator.init(jax.random.key(0), images[0], train=True))["params"]
+
+    def start(leaf):
+        bound = math.prod(leaf.shape[:-1]) ** -0.5
+        return jnp.asarray(rng.uniform(-bound, bound, leaf.shape), jnp.float32)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def gradients(params, real, fake):
+        learn, (loss, _) = jax.grad(task._discriminator_loss, has_aux=True)(params, {}, real, fake)
+        teach = jax.grad(lambda fake: task._fool({"params": params, "batch_stats": {}}, fake)[0])(fake)
+        return learn, teach, loss
+
+    params = jax.tree.map(start, shapes)
+    learn, teach, before = gradients(params, *images)
+    for leaf in jax.tree.leaves((learn, teach)):
+        assert np.isfinite(leaf).all()
+        assert np.any(leaf)
+    after = gradients(jax.tree.map(lambda p, g: p - 0.01 * g, params, learn), *images)[2]
+    assert after < before
+
+
 def test_stylegan_takes_only_its_sizes():
     sizes = {"data.image_size": 24, "adversarial.discriminator": "stylegan"}
     with pytest.raises(InputError, match=r"data\.image_size 24 does not fit .*stylegan, which takes 8, 16, .*1024$"):
         validate(config_of(**{"adversarial.weight": 0.5, **sizes}), 8)
     validate(config_of(**sizes), 8)  # without any adversarial loss
+    validate(config_of(**{"adversarial.weight": 0.5, "optim.train_only": "tokenizer", **sizes}), 8)
 
 
 @pytest.mark.parametrize(
