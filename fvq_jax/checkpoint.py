@@ -17,6 +17,10 @@ from fvq_jax.errors import InputError
 from fvq_jax.sharding import path_name
 from fvq_jax.state import TrainState
 
+# Of arrays that several devices hold, each writes a part, if that has at least so many bytes. Cutting small arrays
+# compiles a program for every part: 200 of them, and most of the time of a first save, for a tiny network.
+SMALLEST_PART = 2**20
+
 
 @struct.dataclass
 class Checkpoint:
@@ -34,7 +38,15 @@ class Checkpoints:
             max_to_keep=keep_last, keep_period=keep_every or None, step_prefix="step", enable_async_checkpointing=True
         )
         self._folder = Path(workdir).absolute() / "checkpoints"
-        self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "record"))
+        arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SMALLEST_PART)
+        kinds = ocp.type_handlers.create_type_handler_registry(
+            (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())
+        )
+        handlers = {
+            "state": ocp.PyTreeCheckpointHandler(type_handler_registry=kinds),
+            "record": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -53,7 +65,7 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(record))
         self._manager.save(step, args=items, force=True)
 
     def restore(self, like: TrainState, step: int | None = None) -> Checkpoint:
@@ -65,7 +77,9 @@ class Checkpoints:
         step = self.latest_step() if step is None else step
         if step is None:
             raise InputError(f"no checkpoint in {self._folder}")
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(like), record=ocp.args.JsonRestore())
+        layout = ocp.checkpoint_utils.construct_restore_args(like)
+        state = ocp.args.PyTreeRestore(item=like, restore_args=layout)
+        args = ocp.args.Composite(state=state, record=ocp.args.JsonRestore())
         try:
             items = self._manager.restore(step, args=args)
         except (ValueError, KeyError, TypeError, OSError) as error:

@@ -3,11 +3,14 @@
 Axes: `data` (copies of the codebook) and `codebook` (its rows). The batch is sharded over both.
 """
 
+import collections
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -44,10 +47,33 @@ def mesh_shape(data: int, codebook: int, devices: int) -> tuple[int, int]:
     return shape
 
 
-def make_mesh(data: int, codebook: int) -> Mesh:
-    """A mesh of all devices of all processes; see `mesh_shape` for the sizes and errors."""
-    shape = mesh_shape(data, codebook, jax.device_count())
-    return jax.make_mesh(shape, ("data", "codebook"), axis_types=(AxisType.Auto,) * 2)
+def make_mesh(data: int, codebook: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of these devices, by default all of all processes; neighbours on the mesh are close in the network.
+
+    Several slices (TPUs of one pod slice, GPUs joined by NVLink) talk over a slower network, so `codebook`, along
+    which latents and codes travel in every step, stays inside one slice, and `data` spans them.
+
+    Raises:
+      InputError: see `mesh_shape`; or the `codebook` axis does not fit into a slice.
+    """
+    devices = jax.devices() if devices is None else devices
+    data, codebook = mesh_shape(data, codebook, len(devices))
+    slices = collections.defaultdict(list)
+    for device in devices:
+        slices[getattr(device, "slice_index", 0)].append(device)
+    each = len(devices) // len(slices)
+    if each % codebook:
+        allowed = ", ".join(str(size) for size in range(1, each + 1) if each % size == 0)
+        raise InputError(
+            f"mesh.codebook={codebook} does not stay inside one slice: each of the {len(slices)} slices has {each} "
+            f"devices; allowed sizes: {allowed}"
+        )
+    inside = (data // len(slices), codebook)
+    # Physical axes of a TPU are split where the sizes need it, and only there.
+    parts = [
+        mesh_utils.create_device_mesh(inside, slices[index], allow_split_physical_axes=True) for index in sorted(slices)
+    ]
+    return Mesh(np.concatenate(parts), ("data", "codebook"), axis_types=(AxisType.Auto,) * 2)
 
 
 def path_name(path: tuple[Any, ...]) -> str:

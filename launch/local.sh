@@ -30,7 +30,7 @@ export JAX_COORDINATOR_ADDRESS=127.0.0.1:${PORT:-12355} JAX_NUM_PROCESSES=$proce
 command=("${PYTHON:-.venv/bin/python}" -m fvq_jax.main --distributed "$@")
 if [[ $dry_run ]]; then
   for ((i = 0; i < processes; i++)); do
-    echo "JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$devices JAX_COORDINATOR_ADDRESS=$JAX_COORDINATOR_ADDRESS" \
+    echo "JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$devices XLA_FLAGS= JAX_COORDINATOR_ADDRESS=$JAX_COORDINATOR_ADDRESS" \
       "JAX_NUM_PROCESSES=$processes JAX_PROCESS_ID=$i ${command[*]}"
   done
   exit 0

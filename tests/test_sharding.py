@@ -1,5 +1,12 @@
+import dataclasses
 import functools
+import importlib.util
+import json
+import os
+import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +15,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from configs import fvq262k
+from fvq_jax.config import validate
 from fvq_jax.errors import InputError
 from fvq_jax.sharding import (
     BATCH,
@@ -109,6 +118,96 @@ def test_meshes_that_do_not_fit_the_devices_are_refused(given):
 def test_sizes_that_are_no_mesh_are_refused(given):
     with pytest.raises(InputError, match="both sizes must be positive, and at most one of them -1"):
         make_mesh(*given)
+
+
+def test_the_codebook_axis_divides_the_rows_of_groups():
+    """262,144 codes in 8 x 8 patches are 64 rows of patches, and no axis is longer; in runs of 64 codes 4,096."""
+
+    def check(axis, groups="2d"):
+        config = fvq262k.get_config()
+        config.tokenizer.bridge_groups = groups
+        config.data.train_dir = config.data.eval_dir = "pictures"
+        config.mesh.codebook = axis
+        validate(config, 128)
+
+    assert fvq262k.get_config().tokenizer.bridge == "L/8"
+    check(64)
+    check(128, groups="1d")
+    message = "mesh.codebook 128 does not divide the 64 rows of groups of the codebook; allowed sizes: 1, 2, 4, 8, 16, "
+    with pytest.raises(InputError, match=message + "32, 64$"):
+        check(128)
+
+
+@dataclasses.dataclass(frozen=True)
+class OfSlice:
+    """A device as `make_mesh` sees it."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+def slices_of(mesh):
+    return [[device.slice_index for device in row] for row in mesh.devices]
+
+
+def test_some_devices():
+    assert make_mesh(-1, 2, devices=jax.devices()[4:]).devices.tolist() == [jax.devices()[4:6], jax.devices()[6:]]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [((-1, 4), [[0] * 4, [1] * 4]), ((-1, 2), [[0] * 2] * 2 + [[1] * 2] * 2), ((8, 1), [[0]] * 4 + [[1]] * 4)],
+)
+def test_the_codebook_axis_stays_inside_a_slice_and_data_spans_them(given, expected):
+    devices = [OfSlice(id, slice_index=id % 2) for id in range(8)]  # as they come they alternate
+    mesh = make_mesh(*given, devices=devices)
+    assert slices_of(mesh) == expected
+    assert sorted(device.id for device in mesh.devices.flat) == list(range(8))
+
+
+@pytest.mark.parametrize(("given", "size"), [((1, 12), 12), ((1, -1), 12), ((3, 4), 4)])
+def test_a_codebook_axis_that_leaves_its_slice_is_refused(given, size):
+    devices = [OfSlice(id, slice_index=id // 6) for id in range(12)]
+    message = (
+        f"mesh.codebook={size} does not stay inside one slice.* 2 slices has 6 devices; allowed sizes: 1, 2, 3, 6$"
+    )
+    with pytest.raises(InputError, match=message):
+        make_mesh(*given, devices=devices)
+
+
+TOPOLOGIES = """
+import json
+from jax.experimental import topologies
+from fvq_jax.sharding import make_mesh
+
+def devices(name, **options):
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+
+mesh = make_mesh(-1, 4, devices=devices("v5e:2x2", num_slices=2))
+slices = [[device.slice_index for device in row] for row in mesh.devices]
+shapes = [make_mesh(8, -1, devices=devices(name)).devices.shape for name in ("v6e:4x4", "v5p:4x4x4")]
+print(json.dumps([slices, shapes]))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'fvq_jax[tpu]'")
+def test_meshes_of_real_tpu_slices():
+    """Two slices of 2 x 2 chips; and axes of 8 x 2 and 8 x 8 on tori whose sides are all 4, which must be split."""
+    settings = {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    root = pathlib.Path(__file__).parents[1]
+    command = [sys.executable, "-c", TOPOLOGIES]
+    done = subprocess.run(command, cwd=root, env=os.environ | settings, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == [[[0] * 4, [1] * 4], [[8, 2], [8, 8]]]
 
 
 @pytest.mark.parametrize("sizes", [(8, 1), (2, 4)])
