@@ -1,8 +1,13 @@
 """What the programs of this package share: exit codes, and errors as one line on standard error."""
 
 import argparse
+import os
 import sys
 from typing import NoReturn
+
+import jax
+
+from fvq_jax.errors import InputError
 
 BAD_INPUT, INTERRUPTED, FAILED = 2, 75, 1
 
@@ -18,6 +23,19 @@ def true_or_false(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"must be true or false, not {text!r}")
     return text.lower() == "true"
+
+
+def join_processes() -> None:
+    """Makes this one of several processes: TPU pods and Slurm are detected, elsewhere JAX_* variables say so.
+
+    InputError if the others cannot be joined.
+    """
+    # JAX reads the coordinator's address itself, but not the other two.
+    count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+    try:
+        jax.distributed.initialize(num_processes=count and int(count), process_id=index and int(index))
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"--distributed: cannot join the other processes: {error}") from error
 
 
 class Parser(argparse.ArgumentParser):

@@ -14,7 +14,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from fvq_jax.command import BAD_INPUT, FAILED, INTERRUPTED, fail
+from fvq_jax.command import BAD_INPUT, FAILED, INTERRUPTED, fail, join_processes
 from fvq_jax.errors import InputError, NonFiniteError
 from fvq_jax.train import evaluate_checkpoint, train
 
@@ -36,15 +36,10 @@ def main(argv: list[str]) -> int:
     if CONFIG.value is None or WORKDIR.value is None:
         return fail("--config=FILE and --workdir=DIR are both needed, see --help", BAD_INPUT)
     _set_up_logging()
-    if DISTRIBUTED.value:
-        # JAX reads the coordinator's address itself, but not the other two.
-        count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
-        try:
-            jax.distributed.initialize(num_processes=count and int(count), process_id=index and int(index))
-        except (ValueError, RuntimeError) as error:
-            return fail(f"--distributed: cannot join the other processes: {error}", BAD_INPUT)
     run = train if MODE.value == "train" else evaluate_checkpoint
     try:
+        if DISTRIBUTED.value:
+            join_processes()
         result = run(CONFIG.value, WORKDIR.value)
     except InputError as error:
         return fail(str(error), BAD_INPUT)

@@ -1,4 +1,7 @@
-"""The one evaluation: scores a tokenizer over a fixed set of images, whoever calls it and however many devices."""
+"""The quick evaluation, in training and by `main --mode=eval`: pixels and codes over a fixed set, on any mesh.
+
+`evals.suite`, behind `fvq_jax.evaluate`, adds what needs other networks, and the published protocol.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import Any

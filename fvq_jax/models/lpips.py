@@ -1,10 +1,13 @@
-"""LPIPS, the perceptual distance of the recipe: VGG16 features, compared under learned channel weights.
+"""LPIPS, the perceptual distance of the recipe: features of VGG16, compared under learned channel weights.
+
+AlexNet in its place is for evaluation, where many report it.
 
 Pure functions of a frozen parameter dictionary rather than a Flax module: nothing in it is trained, so it must stay
 out of the train state. Pass the dictionary to a jitted step as an argument; closed over, its 59 MB would become a
 constant of the program. Source: arXiv 1801.03924, version 0.1 of its weights.
 """
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +25,65 @@ from fvq_jax.interop.torch_file import read_tensors, require
 # Convolutions of VGG16 (arXiv 1409.1556) by torchvision's index, in the five stages between its poolings.
 STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 WIDTHS = (64, 128, 256, 512, 512)
-# From [-1, 1] to the ImageNet statistics that VGG16 expects, as published with LPIPS.
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """The convolutions of an image classifier, in the stages after which features are compared.
+
+    Attributes:
+      name: as torchvision calls it.
+      stages: for each stage its convolutions: (torchvision's index, channels, window, stride, padding).
+      pooling: side of the max pooling, of stride 2, before `pooled` stages.
+      pooled: which stages follow a pooling.
+      least: pixels a side must have.
+      weights, heads: which files hold the classifier and the channel weights.
+    """
+
+    name: str
+    stages: tuple[tuple[tuple[int, int, int, int, int], ...], ...]
+    pooling: int
+    pooled: tuple[int, ...]
+    least: int
+    weights: str
+    heads: str
+
+
+def _three_by_three(width: int, *indices: int) -> tuple[tuple[int, int, int, int, int], ...]:
+    return tuple((index, width, 3, 1, 1) for index in indices)
+
+
+def _heads(name: str, file: str) -> str:
+    return (
+        f"the LPIPS v0.1 heads for {name} ({file} in lpips/weights/v0.1 of github.com/richzhang/PerceptualSimilarity)"
+    )
+
+
+VGG16 = Backbone(
+    "VGG16",
+    tuple(_three_by_three(width, *indices) for width, indices in zip(WIDTHS, STAGES, strict=True)),
+    pooling=2,
+    pooled=(1, 2, 3, 4),
+    least=16,
+    weights="torchvision's VGG16 weights (download.pytorch.org/models/vgg16-397923af.pth)",
+    heads=_heads("VGG16", "vgg.pth"),
+)
+ALEXNET = Backbone(
+    "AlexNet",  # arXiv 1404.5997
+    (
+        ((0, 64, 11, 4, 2),),
+        ((3, 192, 5, 1, 2),),
+        _three_by_three(384, 6),
+        _three_by_three(256, 8),
+        _three_by_three(256, 10),
+    ),
+    pooling=3,
+    pooled=(1, 2),
+    least=31,
+    weights="torchvision's AlexNet weights (download.pytorch.org/models/alexnet-owt-7be5be79.pth)",
+    heads=_heads("AlexNet", "alex.pth"),
+)
+# From [-1, 1] to the ImageNet statistics that both expect, as published with LPIPS.
 SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
 SCALE = np.array([0.458, 0.448, 0.450], np.float32)
 EPSILON = 1e-10
@@ -34,19 +95,21 @@ def lpips_distance(
     b: Float[Array, "b H W 3"],
     *,
     dtype: DTypeLike = jnp.float32,
+    backbone: Backbone = VGG16,
 ) -> Float[Array, "b"]:
     """Perceptual distance of each pair of images in [-1, 1]; float32, 0 for equal images.
 
     Features of both images after each of the five stages are scaled to unit length per pixel; their squared
-    difference, weighted per channel, is averaged over pixels and summed over stages. VGG16 runs in `dtype`, all
-    after it in float32 (float32 means full precision on every device). Gradients reach the images, never `params`,
-    and are finite where all channels of a pixel are 0. ValueError for images under 16 pixels.
+    difference, weighted per channel, is averaged over pixels and summed over stages. The backbone, whose `params` these
+    must be, runs in `dtype`, all after it in float32 (float32 means full precision on every device). Gradients reach
+    the images, never `params`, and are finite where all channels of a pixel are 0. ValueError for images under 16
+    pixels (AlexNet: 31).
     """
-    if min(a.shape[1:3]) < 16:
-        raise ValueError(f"LPIPS needs images of at least 16 pixels, got {a.shape[1]}x{a.shape[2]}")
+    if min(a.shape[1:3]) < backbone.least:
+        raise ValueError(f"LPIPS needs images of at least {backbone.least} pixels, got {a.shape[1]}x{a.shape[2]}")
     params = jax.lax.stop_gradient(params)
     distance = jnp.zeros(a.shape[0], jnp.float32)
-    features = zip(_vgg16_features(params, a, dtype), _vgg16_features(params, b, dtype), strict=True)
+    features = zip(*(_features(params, images, backbone, dtype) for images in (a, b)), strict=True)
     for stage, (features_a, features_b) in enumerate(features):
         difference = jnp.square(_unit_length(features_a) - _unit_length(features_b))
         weighted = jnp.sum(difference * params[f"lin_{stage}"][None, None, None], axis=-1)
@@ -54,21 +117,21 @@ def lpips_distance(
     return distance
 
 
-def lpips_shapes() -> dict[str, Any]:
+def lpips_shapes(backbone: Backbone = VGG16) -> dict[str, Any]:
     """Shapes and dtypes of the parameters, for `load_lpips` and for compiling without the files.
 
-    `features_N`: kernel [3, 3, in, out] and bias [out] of convolution N; `lin_S`: channel weights [c] of stage S.
+    `features_N`: kernel [w, w, in, out] and bias [out] of convolution N; `lin_S`: channel weights [c] of stage S.
     """
     shapes: dict[str, Any] = {}
     channels = 3
-    for stage, width in enumerate(WIDTHS):
-        for index in STAGES[stage]:
+    for stage, convolutions in enumerate(backbone.stages):
+        for index, width, window, _, _ in convolutions:
             shapes[f"features_{index}"] = {
-                "kernel": jax.ShapeDtypeStruct((3, 3, channels, width), jnp.float32),
+                "kernel": jax.ShapeDtypeStruct((window, window, channels, width), jnp.float32),
                 "bias": jax.ShapeDtypeStruct((width,), jnp.float32),
             }
             channels = width
-        shapes[f"lin_{stage}"] = jax.ShapeDtypeStruct((width,), jnp.float32)
+        shapes[f"lin_{stage}"] = jax.ShapeDtypeStruct((channels,), jnp.float32)
     return shapes
 
 
@@ -82,32 +145,33 @@ def load_lpips(vgg16_path: str | os.PathLike[str] | None, lpips_path: str | os.P
     """
     if not lpips_path or not os.path.isfile(lpips_path):
         raise InputError(
-            f"loss.lpips_path={_shown(lpips_path)} is no file: get the LPIPS v0.1 heads for VGG16 (vgg.pth in "
-            "lpips/weights/v0.1 of github.com/richzhang/PerceptualSimilarity) and set loss.lpips_path to it"
+            f"loss.lpips_path={_shown(lpips_path)} is no file: get {VGG16.heads} and set loss.lpips_path to it"
         )
     tensors = read_tensors(lpips_path)
     vgg16_source = lpips_path
     if not any(key.startswith("net.slice") for key in tensors):
         if not vgg16_path or not os.path.isfile(vgg16_path):
             raise InputError(
-                f"loss.vgg16_path={_shown(vgg16_path)} is no file: get torchvision's VGG16 weights "
-                "(download.pytorch.org/models/vgg16-397923af.pth) and set loss.vgg16_path to it"
+                f"loss.vgg16_path={_shown(vgg16_path)} is no file: get {VGG16.weights} and set loss.vgg16_path to it"
             )
         tensors |= read_tensors(vgg16_path)
         vgg16_source = vgg16_path
-    return _params_from_torch(tensors, vgg16_source, lpips_path)
+    return lpips_params(tensors, VGG16, vgg16_source, lpips_path)
 
 
-def _params_from_torch(tensors: Mapping[str, np.ndarray], vgg16_source: Any, lpips_source: Any) -> dict[str, Any]:
+def lpips_params(
+    tensors: Mapping[str, np.ndarray], backbone: Backbone, backbone_source: Any, heads_source: Any
+) -> dict[str, Any]:
+    """Parameters of `lpips_distance` from the published tensors of both files, named in InputError if one is wrong."""
     combined = "net.slice1.0.weight" in tensors
-    heads = {f"lin_{stage}": f"lin{stage}.model.1.weight" for stage in range(len(STAGES))}
+    heads = {f"lin_{stage}": f"lin{stage}.model.1.weight" for stage in range(len(backbone.stages))}
     convolutions = {
         f"features_{index}": f"net.slice{stage + 1}.{index}" if combined else f"features.{index}"
-        for stage, indices in enumerate(STAGES)
-        for index in indices
+        for stage, convolutions in enumerate(backbone.stages)
+        for index, *_ in convolutions
     }
-    require(tensors, heads.values(), lpips_source)
-    require(tensors, [f"{key}.{leaf}" for key in convolutions.values() for leaf in ("weight", "bias")], vgg16_source)
+    require(tensors, heads.values(), heads_source)
+    require(tensors, [f"{key}.{leaf}" for key in convolutions.values() for leaf in ("weight", "bias")], backbone_source)
 
     params: dict[str, Any] = {
         name: {
@@ -119,34 +183,35 @@ def _params_from_torch(tensors: Mapping[str, np.ndarray], vgg16_source: Any, lpi
     params |= {name: tensors[key].reshape(-1) for name, key in heads.items()}
     params = jax.tree.map(lambda x: np.ascontiguousarray(x, np.float32), params)
     for (path, expected), actual in zip(
-        jax.tree.leaves_with_path(lpips_shapes()), jax.tree.leaves(params), strict=True
+        jax.tree.leaves_with_path(lpips_shapes(backbone)), jax.tree.leaves(params), strict=True
     ):
         if actual.shape != expected.shape:
             name = jax.tree_util.keystr(path, simple=True, separator=".")
             raise InputError(
-                f"{vgg16_source} or {lpips_source} is not for VGG16: "
+                f"{backbone_source} or {heads_source} is not for {backbone.name}: "
                 f"{name} has shape {actual.shape}, needs {expected.shape}"
             )
     return params
 
 
-def _vgg16_features(
-    params: Mapping[str, Any], images: Float[Array, "b H W 3"], dtype: DTypeLike
+def _features(
+    params: Mapping[str, Any], images: Float[Array, "b H W 3"], backbone: Backbone, dtype: DTypeLike
 ) -> list[Float[Array, "b _ _ _"]]:
-    """Activations after the last ReLU of each stage, before its pooling, in `dtype`."""
+    """Activations after the last ReLU of each stage, in `dtype`."""
     # A TPU multiplies float32 in bfloat16 unless told otherwise; whoever wants that asks for bfloat16.
     precision = jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
     x = ((images - SHIFT[None, None, None]) / SCALE[None, None, None]).astype(dtype)
     features = []
-    for indices in STAGES:
-        x = nn.max_pool(x, (2, 2), strides=(2, 2)) if features else x
-        for index in indices:
+    for stage, convolutions in enumerate(backbone.stages):
+        if stage in backbone.pooled:
+            x = nn.max_pool(x, (backbone.pooling, backbone.pooling), strides=(2, 2))
+        for index, _, _, stride, padding in convolutions:
             layer = params[f"features_{index}"]
             x = jax.lax.conv_general_dilated(
                 x,
                 layer["kernel"].astype(dtype),
-                window_strides=(1, 1),
-                padding="SAME",
+                window_strides=(stride, stride),
+                padding=[(padding, padding)] * 2,
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
                 precision=precision,
             )

@@ -8,7 +8,15 @@ import safetensors.numpy
 import torch
 
 from fvq_jax.errors import InputError
-from fvq_jax.models.lpips import load_lpips, lpips_distance, lpips_shapes
+from fvq_jax.models.lpips import (
+    ALEXNET,
+    SCALE,
+    SHIFT,
+    load_lpips,
+    lpips_distance,
+    lpips_params,
+    lpips_shapes,
+)
 from tests.golden_case import load_case, relative_error
 
 # Units of VGG16 whose pre-activation on image b is within eight float32 roundings of 0, found by a float64 PyTorch run.
@@ -145,3 +153,48 @@ def test_wrong_files_name_what_they_lack(files, tmp_path):
     torch.save(heads, tmp_path / "alex.pth")
     with pytest.raises(InputError, match=r"not for VGG16: lin_1 has shape \(64,\), needs \(128,\)"):
         load_lpips(files / "vgg16-397923af.pth", tmp_path / "alex.pth")
+
+
+def alexnet_tensors():
+    """Random weights under the names of torchvision's AlexNet and of the LPIPS heads."""
+    rng = np.random.default_rng(0)
+    shapes = {0: (64, 3, 11, 11), 3: (192, 64, 5, 5), 6: (384, 192, 3, 3), 8: (256, 384, 3, 3), 10: (256, 256, 3, 3)}
+    tensors = {}
+    for stage, (index, shape) in enumerate(shapes.items()):
+        scale = np.sqrt(2 / np.prod(shape[1:]))
+        tensors[f"features.{index}.weight"] = (rng.normal(size=shape) * scale).astype(np.float32)
+        tensors[f"features.{index}.bias"] = (0.1 * rng.normal(size=shape[0])).astype(np.float32)
+        tensors[f"lin{stage}.model.1.weight"] = rng.uniform(size=(1, shape[0], 1, 1)).astype(np.float32)
+    return tensors
+
+
+def test_alexnet_is_torchvisions():
+    """Features as PyTorch computes them with torchvision's strides, paddings and poolings; the distance in numpy."""
+    tensors = alexnet_tensors()
+    a, b = np.random.default_rng(1).uniform(-1, 1, (2, 2, 63, 47, 3)).astype(np.float32)
+    functional = torch.nn.functional
+    features = []
+    for images in (a, b):
+        x = torch.from_numpy((images - SHIFT) / SCALE).permute(0, 3, 1, 2)
+        features.append([])
+        for index, stride, padding in ((0, 4, 2), (3, 1, 2), (6, 1, 1), (8, 1, 1), (10, 1, 1)):
+            x = functional.max_pool2d(x, 3, 2) if index in (3, 6) else x
+            kernel, bias = (torch.from_numpy(tensors[f"features.{index}.{leaf}"]) for leaf in ("weight", "bias"))
+            x = functional.relu(functional.conv2d(x, kernel, bias, stride, padding))
+            features[-1].append((x / (x.norm(dim=1, keepdim=True) + 1e-10)).numpy())
+    expected = sum(
+        np.sum((x - y) ** 2 * tensors[f"lin{stage}.model.1.weight"], axis=1).mean(axis=(1, 2))
+        for stage, (x, y) in enumerate(zip(*features, strict=True))
+    )
+    params = lpips_params(tensors, ALEXNET, "alexnet.pth", "alex.pth")
+    distance = jax.jit(lpips_distance, static_argnames="backbone")(params, a, b, backbone=ALEXNET)
+    assert relative_error(distance, expected) < 1e-4
+    with pytest.raises(ValueError, match="at least 31 pixels, got 30x40"):
+        lpips_distance(params, jnp.zeros((1, 30, 40, 3)), jnp.zeros((1, 30, 40, 3)), backbone=ALEXNET)
+
+
+def test_heads_of_another_backbone_are_refused():
+    tensors = alexnet_tensors()
+    vgg16 = {f"lin{stage}.model.1.weight": np.ones((1, c, 1, 1)) for stage, c in enumerate((64, 128, 256, 512, 512))}
+    with pytest.raises(InputError, match=r"not for AlexNet: lin_1 has shape \(128,\), needs \(192,\)"):
+        lpips_params(tensors | vgg16, ALEXNET, "alexnet.pth", "vgg.pth")

@@ -1,0 +1,92 @@
+"""The trained networks that some metrics look through, from local files; what has no file is named, not computed."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from fvq_jax.evals.inception import WHERE, load_inception
+from fvq_jax.evals.row_parallel import RowParallel
+from fvq_jax.interop.torch_file import read_tensors
+from fvq_jax.models.lpips import ALEXNET, VGG16, Backbone, lpips_distance, lpips_params
+from fvq_jax.tasks.tokenizer import to_float
+
+File = str | os.PathLike[str] | None
+# metric: (backbone, name of the file with its weights, name of the file with the LPIPS heads)
+LPIPS = {"lpips_vgg": (VGG16, "vgg16", "lpips_vgg"), "lpips_alex": (ALEXNET, "alexnet", "lpips_alex")}
+FILES = {
+    "inception": WHERE,
+    "vgg16": VGG16.weights,
+    "lpips_vgg": VGG16.heads,
+    "alexnet": ALEXNET.weights,
+    "lpips_alex": ALEXNET.heads,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """What was found.
+
+    Attributes:
+      inception: as `load_inception` returns it, or None.
+      lpips: by metric, a function of two uint8 image batches [b, H, W, 3] to the distances [b].
+      not_computed: by metric, what is missing and what to do.
+    """
+
+    inception: Callable[[np.ndarray], dict[str, np.ndarray]] | None
+    lpips: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]
+    not_computed: dict[str, str]
+
+
+def load_networks(files: Mapping[str, File], size: int) -> Networks:
+    """The networks whose `files` (see `FILES`; None or no such file: absent) are there, for pictures of `size` pixels.
+
+    Raises:
+      InputError: a file is there and damaged, or holds something else.
+    """
+    missing = {}
+    inception = None
+    if _is_file(files["inception"]):
+        inception = load_inception(files["inception"])
+    else:
+        missing |= dict.fromkeys(("rfid", "inception_score"), _advice("inception", files["inception"]))
+    lpips = {}
+    for metric, (backbone, weights, heads) in LPIPS.items():
+        if size < backbone.least:
+            missing[metric] = f"needs pictures of at least {backbone.least} pixels, not {size}"
+            continue
+        absent = [name for name in (weights, heads) if not _is_file(files[name])]
+        tensors = {} if heads in absent else read_tensors(files[heads])
+        source = files[heads]
+        if "net.slice1.0.weight" in tensors:  # heads and backbone in one file
+            absent = []
+        elif not absent:
+            source = files[weights]
+            tensors |= read_tensors(source)
+        if absent:
+            missing[metric] = "; ".join(_advice(name, files[name]) for name in absent)
+        else:
+            params = lpips_params(tensors, backbone, source, files[heads])
+            lpips[metric] = RowParallel(functools.partial(_distance, backbone), params)
+    return Networks(inception, lpips, missing)
+
+
+def option(name: str) -> str:
+    """The command line option for a file."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _distance(backbone: Backbone, params: Any, a: Any, b: Any) -> Any:
+    return lpips_distance(params, to_float(a), to_float(b), backbone=backbone)
+
+
+def _is_file(path: File) -> bool:
+    return path is not None and os.path.isfile(path)
+
+
+def _advice(name: str, path: File) -> str:
+    absent = "not given" if path is None else f"no file {os.fspath(path)!r}"
+    return f"{absent}: get {FILES[name]} and pass {option(name)}=FILE"

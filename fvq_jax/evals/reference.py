@@ -1,0 +1,73 @@
+"""The statistics of the real pictures, kept in a folder: only the first evaluation on a data set collects them."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import PIL
+from absl import logging
+
+from fvq_jax.data.sources import FolderSource, Source
+
+Moments = tuple[np.ndarray, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """One file of statistics: mean [d] and covariance [d, d], float64, of the features of one set of pictures."""
+
+    path: Path
+
+    @classmethod
+    def of(
+        cls, folder: Path, source: Source, *, protocol: str, size: int, images: int, weights: str | os.PathLike[str]
+    ) -> "Reference":
+        """The file in `folder` for these pictures (see `pictures_hash`), seen so, by the network in `weights`."""
+        with open(weights, "rb") as file:
+            network = hashlib.file_digest(file, "sha256").hexdigest()
+        what = {
+            "pictures": pictures_hash(source),
+            "protocol": protocol,
+            "size": size,
+            "images": images,
+            "network": network,
+            "pillow": PIL.__version__,  # resizes and decodes
+        }
+        digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+        return cls(folder / f"reference-{protocol}-{size}-{digest[:32]}.npz")
+
+    def load(self) -> Moments | None:
+        """Mean and covariance; None if they were never saved, or not whole."""
+        try:
+            with open(self.path, "rb") as file, np.load(file) as arrays:
+                return arrays["mean"], arrays["covariance"]
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            logging.warning("%s is damaged: its statistics are collected again", self.path)
+            return None
+
+    def save(self, moments: Moments) -> None:
+        """Writes the file, which appears once it is whole; that it cannot be written is only worth a warning."""
+        unfinished = self.path.with_name(f"{self.path.name}.{os.getpid()}.unfinished")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(unfinished, "wb") as file:
+                np.savez(file, mean=moments[0], covariance=moments[1])
+            os.replace(unfinished, self.path)
+        except OSError as error:
+            logging.warning("cannot write %s: %s; next time it is collected again", self.path, error.strerror or error)
+
+
+def pictures_hash(source: Source) -> str:
+    """Of a folder names, sizes and times of change of all files: a picture that was replaced makes a difference."""
+    digest = hashlib.sha256(f"{type(source).__name__} {source.fingerprint()}".encode())
+    if isinstance(source, FolderSource):
+        for index in range(len(source)):
+            status = os.stat(source.name(index))
+            digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()

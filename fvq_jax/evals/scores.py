@@ -1,0 +1,87 @@
+"""Scores of a whole set: Inception Score, collected in a stream, and what the frequencies of the codes say.
+
+Scores of single pictures are in `image_metrics`, distances between sets in `frechet`. Float64 on the host.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+from jaxtyping import Float, Float64, Int
+
+SPLITS = 10
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class InceptionScore:
+    """Running sums of the Inception Score (arXiv 1606.03498); those of disjoint sets simply add up.
+
+    exp of the mean divergence between each picture's class probabilities p and their mean over the pictures, in
+    `SPLITS` consecutive parts of the set as usual; the divergence is E[sum p log p] - sum E[p] log E[p].
+
+    Attributes:
+      count: pictures in each split [s].
+      negentropy: sum over the pictures of sum p log p [s].
+      probabilities: sum over the pictures of p [s, classes].
+    """
+
+    count: Float64[np.ndarray, "s"]
+    negentropy: Float64[np.ndarray, "s"]
+    probabilities: Float64[np.ndarray, "s classes"]
+
+    @classmethod
+    def empty(cls, classes: int) -> "InceptionScore":
+        """The sums of no pictures."""
+        return cls(np.zeros(SPLITS), np.zeros(SPLITS), np.zeros((SPLITS, classes)))
+
+    def add(self, logits: Float[np.ndarray, "n classes"], split: Int[np.ndarray, "n"]) -> None:
+        """Counts pictures in, each in its split 0..SPLITS-1."""
+        logits = logits.astype(np.float64)
+        logits -= logits.max(axis=1, keepdims=True)
+        log_sum = np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        probabilities = np.exp(logits - log_sum)
+        negentropy = np.sum(probabilities * (logits - log_sum), axis=1)
+        for part in np.unique(split):
+            inside = split == part
+            self.count[part] += inside.sum()
+            self.negentropy[part] += negentropy[inside].sum()
+            self.probabilities[part] += probabilities[inside].sum(axis=0)
+
+    def result(self) -> tuple[float, float]:
+        """Mean and standard deviation over the splits that hold a picture (one picture alone scores 1)."""
+        filled = self.count > 0
+        count = self.count[filled]
+        mean = self.probabilities[filled] / count[:, None]
+        of_mean = np.sum(mean * np.log(np.where(mean > 0, mean, 1.0)), axis=1)
+        scores = np.exp(self.negentropy[filled] / count - of_mean)
+        return float(scores.mean()), float(scores.std())
+
+
+def code_statistics(counts: Int[np.ndarray, "k"], pixels_per_code: int) -> dict[str, float | int]:
+    """How a set of tokens uses the codebook, beyond `usage` and `perplexity`.
+
+    Args:
+      counts: how often each code was chosen, over the whole set.
+      pixels_per_code: of an image, height times width of the down-sampling.
+
+    Returns:
+      `usage_if_uniform`: the usage that so many tokens give on average if all codes are equally likely.
+      `dead_codes`: never chosen. `top_1_percent_share`: of the tokens, those on the most frequent 1 % of the codes
+      (rounded up). `entropy_bits`: of the code frequencies, at most `log2_codebook_size`. `bits_per_pixel` with log2(k)
+      bits for every code, and `entropy_bits_per_pixel`, what an entropy coder that knows the frequencies needs.
+    """
+    codebook_size, tokens = len(counts), int(counts.sum())
+    frequency = np.sort(counts)[::-1] / max(tokens, 1)
+    used = frequency[frequency > 0]
+    entropy = float(np.sum(used * -np.log2(used)))
+    bits = float(np.log2(codebook_size))
+    return {
+        "usage_if_uniform": float(-np.expm1(tokens * np.log1p(-1 / codebook_size))) if codebook_size > 1 else 1.0,
+        "dead_codes": int(np.sum(counts == 0)),
+        "top_1_percent_share": float(frequency[: -(-codebook_size // 100)].sum()),
+        "entropy_bits": entropy,
+        "log2_codebook_size": bits,
+        "bits_per_pixel": bits / pixels_per_code,
+        "entropy_bits_per_pixel": entropy / pixels_per_code,
+    }

@@ -1,0 +1,264 @@
+import functools
+import json
+import tracemalloc
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from fvq_jax import evaluate
+from fvq_jax.data.sources import FolderSource, read_image
+from fvq_jax.data.transforms import center_crop
+from fvq_jax.errors import InputError
+from fvq_jax.evals import suite
+from fvq_jax.evals.frechet import frechet_distance
+from fvq_jax.evals.networks import Networks
+from fvq_jax.evals.protocol import as_scored, center_crop_unresized
+from fvq_jax.models.inception import CLASSES
+from fvq_jax.pretrained import Tokenizer
+from tests.random_tokenizer import random_tokenizer
+
+TOKENIZERS = functools.cache(Tokenizer.from_pretrained)
+SIZE = 16
+PICTURES = 11
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tok"
+    Tokenizer(random_tokenizer(bridge="none")).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def compiled_once(monkeypatch):
+    """The tokenizer of an earlier test, with its compiled programs."""
+    monkeypatch.setattr(evaluate.Tokenizer, "from_pretrained", TOKENIZERS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Pictures of several sizes, one smaller than the crop."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for i in range(PICTURES):
+        height, width = ((20, 31), (16, 16), (12, 40))[i % 3]
+        noise = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((width, height)).save(folder / f"{i:02}.png")
+    return folder
+
+
+def features(images):
+    """Stands in for InceptionV3, which is tested by itself: a few numbers, and the logits, of each picture."""
+    flat = images.reshape(len(images), -1).astype(np.float64) / 255
+    rng = np.random.default_rng(0)
+    return {
+        "64": (flat @ rng.normal(size=(flat.shape[1], 64))).astype(np.float32),
+        "logits_unbiased": (flat @ rng.normal(size=(flat.shape[1], CLASSES))).astype(np.float32),
+    }
+
+
+@pytest.fixture
+def with_inception(monkeypatch, tmp_path):
+    """Options that name a weight file, which is only hashed: `features` is InceptionV3."""
+
+    def load(files, size):
+        return Networks(None if files["inception"] is None else features, {}, {})
+
+    monkeypatch.setattr(evaluate, "load_networks", load)
+    monkeypatch.setattr(suite, "RFID_FEATURES", 64)
+    (tmp_path / "inception.pth").write_bytes(b"weights")
+    return [f"--inception={tmp_path / 'inception.pth'}", f"--reference-cache={tmp_path / 'cache'}"]
+
+
+def run(capsys, *options):
+    code = evaluate.main([str(option) for option in options])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    return json.loads(captured.out), captured.err
+
+
+def by_hand(saved, folder, protocol):
+    """Crops and reconstructions as scored, and codes, one picture after the other."""
+    tok = Tokenizer.from_pretrained(saved)
+    crop = center_crop if protocol == "direct" else center_crop_unresized
+    crops = np.stack([crop(read_image(path), SIZE) for path in sorted(folder.iterdir())])
+    codes = tok.encode(crops)
+    decoded = np.round((tok.decode(codes).astype(np.float64) + 1) * 127.5).astype(np.uint8)
+    return as_scored(crops, protocol), as_scored(decoded, protocol), codes
+
+
+@pytest.mark.parametrize("protocol", ["direct", "published"])
+def test_pixel_metrics_and_code_statistics(protocol, saved, folder, tmp_path, capsys):
+    """Eleven pictures in batches of eight: five rows of padding that must not count."""
+    report, err = run(
+        capsys,
+        f"--tokenizer={saved}",
+        f"--data={folder}",
+        f"--out={tmp_path / 'out'}",
+        f"--protocol={protocol}",
+        f"--size={SIZE}",
+        "--batch=8",
+        "--save-npz",
+    )
+    assert f"evaluating ({protocol}): 100%" in err
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == report
+    real, decoded, codes = by_hand(saved, folder, protocol)
+    pairs = list(zip(real / 255, decoded / 255, strict=True))
+    expected = {
+        "psnr": np.mean([peak_signal_noise_ratio(x, y, data_range=1) for x, y in pairs]),
+        "ssim": np.mean(
+            [
+                structural_similarity(
+                    x, y, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1, channel_axis=-1
+                )
+                for x, y in pairs
+            ]
+        ),
+        "l1": np.mean(np.abs(real / 255 - decoded / 255)),
+        "mse": np.mean(np.square(real / 255 - decoded / 255)),
+    }
+    for name, value in expected.items():
+        assert report[name] == pytest.approx(value, abs=1e-4), name
+    counts = np.bincount(codes.reshape(-1), minlength=64)
+    assert report["usage"] == pytest.approx(np.mean(counts > 0))
+    assert report["dead_codes"] == np.sum(counts == 0)
+    assert report["tokens"] == codes.size == PICTURES * 64
+    assert report["perplexity"] == pytest.approx(2 ** report["entropy_bits"], rel=1e-4)
+    assert report["bits_per_pixel"] == 6 / 4
+    assert (report["images"], report["skipped_files"], report["size"]) == (PICTURES, 0, SIZE)
+    assert report["protocol"] == protocol
+    with np.load(tmp_path / "out" / "reconstructions.npz") as file:
+        assert file.files == ["arr_0"]
+        np.testing.assert_array_equal(file["arr_0"], decoded)
+    assert set(report["not_computed"]) == {"rfid", "inception_score", "lpips_vgg", "lpips_alex"}
+    assert "rfid" not in report
+    assert "pass --inception=FILE" in report["not_computed"]["rfid"]
+    assert "pass --lpips-vgg=FILE" in report["not_computed"]["lpips_vgg"]
+    assert report["not_computed"]["lpips_alex"] == f"needs pictures of at least 31 pixels, not {SIZE}"
+
+
+def test_rfid_and_its_cached_reference(with_inception, saved, folder, tmp_path, capsys):
+    options = [f"--tokenizer={saved}", f"--out={tmp_path / 'out'}", f"--size={SIZE}", "--batch=8", *with_inception]
+    first, _ = run(capsys, *options, f"--data={folder}")
+    real, decoded, _ = by_hand(saved, folder, "direct")
+    expected = frechet_distance(features(real)["64"], features(decoded)["64"])
+    assert expected > 1
+    assert first["rfid"] == pytest.approx(expected, rel=1e-5)
+    assert 1 <= first["inception_score"] <= 2  # splits of one or two pictures
+    assert not first["reference"]["cached"]
+    assert "rfid" not in first["not_computed"]
+
+    again, _ = run(capsys, *options, f"--data={folder}")
+    assert again["reference"] == {"path": first["reference"]["path"], "cached": True}
+    assert again["rfid"] == pytest.approx(first["rfid"], rel=1e-9)
+    with open(first["reference"]["path"], "r+b") as file:
+        file.truncate(1000)  # half written by something else
+    repaired, _ = run(capsys, *options, f"--data={folder}")
+    assert not repaired["reference"]["cached"]
+    assert repaired["rfid"] == again["rfid"]
+
+
+def test_memory_does_not_grow_with_the_pictures(saved):
+    class Source:
+        """One picture under many numbers, so that only what is kept per picture could add up."""
+
+        def __init__(self, count):
+            self.count = count
+            self.image = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+
+        def __len__(self):
+            return self.count
+
+        def __getitem__(self, index):
+            return {"image": self.image, "label": np.int32(0), "corrupt": np.int64(-1)}
+
+        def name(self, index):
+            return str(index)
+
+        def fingerprint(self):
+            return str(self.count)
+
+    tok, peaks = Tokenizer.from_pretrained(saved), []
+    for count in (16, 64, 400):
+        tracemalloc.start()
+        networks = Networks(None, {}, {})
+        suite.collect(tok, Source(count), networks, protocol="direct", size=SIZE, batch_size=16)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] - peaks[1] < 336 * 768 / 2, peaks  # the crops alone are 336 x 768 bytes
+
+
+def test_some_images_of_the_bundled_photographs(saved, tmp_path, capsys):
+    options = [f"--tokenizer={saved}", "--data=photos", f"--out={tmp_path}", f"--size={SIZE}", "--batch=8"]
+    report, _ = run(capsys, *options, "--images=5")
+    assert report["images"] == 5
+
+
+def test_a_missing_weight_file_is_named_and_the_rest_computed(saved, folder, tmp_path, capsys):
+    options = [f"--tokenizer={saved}", f"--data={folder}", f"--out={tmp_path}", f"--size={SIZE}", "--images=8"]
+    report, _ = run(capsys, *options, "--batch=8", f"--inception={tmp_path / 'none.pth'}")
+    assert report["not_computed"]["rfid"].startswith(f"no file '{tmp_path / 'none.pth'}': get pt_inception")
+    assert report["psnr"] > 0
+    assert report["images"] == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--size=15"], "--size 15 is not divisible by the down-sampling of 2"),
+        (["--size=16", "--batch=0"], "--batch must be at least 1"),
+        (["--size=16", "--images=-1"], "--images at least 0, not 64 and -1"),
+        (["--size=16", "--inception=PICTURE"], "is damaged or not written by torch.save"),
+        (["--size=16", "--l2_norm=true"], "l2_norm=True contradicts"),
+        (["--size=16", "--out=PICTURE"], "cannot write to"),
+        (["--size=16", "--workdir=PICTURE"], "not allowed with argument"),
+    ],
+)
+def test_bad_options_exit_2_with_one_line(options, message, saved, folder, tmp_path, capsys):
+    options = [option.replace("PICTURE", str(folder / "00.png")) for option in options]
+    try:
+        code = evaluate.main([f"--tokenizer={saved}", f"--data={folder}", f"--out={tmp_path / 'out'}", *options])
+    except SystemExit as exit:  # argparse
+        code = exit.code
+    assert code == 2
+    err = capsys.readouterr().err
+    assert message in err.replace("\n", " ")
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_a_workdir_says_how_large_its_crops_are(tmp_path):
+    assert evaluate._trained_size(tmp_path) == 256
+    (tmp_path / "config.json").write_text('{"data": {"image_size": 48}}')
+    assert evaluate._trained_size(tmp_path) == 48
+
+
+def test_processes_are_joined_if_asked_for(saved, folder, tmp_path, monkeypatch, capsys):
+    def join():
+        raise InputError("no others")
+
+    monkeypatch.setattr(evaluate, "join_processes", join)
+    options = [f"--workdir={saved}", f"--data={folder}", f"--out={tmp_path}", "--distributed"]
+    assert evaluate.main(options) == 2
+    assert "no others" in capsys.readouterr().err
+
+
+def test_hosts_share_the_pictures_and_add_up(saved, folder, monkeypatch):
+    """Two hosts of four pictures at a time, one after the other, find together what one host of eight finds."""
+    monkeypatch.setattr(suite, "RFID_FEATURES", 64)
+    monkeypatch.setattr(suite, "sum_over_hosts", lambda sums: sums)
+    tok, source = Tokenizer.from_pretrained(saved), FolderSource(folder)
+    networks, options = Networks(features, {}, {}), {"protocol": "direct", "size": SIZE, "batch_size": 8}
+    whole = suite.collect(tok, source, networks, **options)
+    assert whole.images == PICTURES
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    parts = []
+    for index in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        parts.append(suite.collect(tok, source, networks, **options))
+    assert parts[0].images == 7  # of 4 and 4, 3 and none
+    added = jax.tree.leaves_with_path(jax.tree.map(np.add, *parts))
+    for (path, actual), expected in zip(added, jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-4, err_msg=jax.tree_util.keystr(path))
