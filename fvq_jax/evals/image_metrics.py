@@ -67,8 +67,9 @@ def ssim(a: Images, b: Images) -> PerImage:
     # Variances do not depend on an offset, and small values lose less to cancellation in E[x^2] - E[x]^2.
     offset = jnp.mean((a + b) / 2.0, axis=(1, 2), keepdims=True)
     centred_a, centred_b = a - offset, b - offset
-    moments = jnp.stack([centred_a, centred_b, centred_a**2, centred_b**2, centred_a * centred_b])
-    mean_a, mean_b, square_a, square_b, product = _blur(moments)
+    # Images stay the first axis, along which a mesh divides them.
+    moments = jnp.stack([centred_a, centred_b, centred_a**2, centred_b**2, centred_a * centred_b], axis=1)
+    mean_a, mean_b, square_a, square_b, product = jnp.moveaxis(_blur(moments), 1, 0)
     variances = square_a - mean_a**2 + square_b - mean_b**2
     covariance = product - mean_a * mean_b
     mean_a, mean_b = mean_a + offset, mean_b + offset
@@ -77,7 +78,7 @@ def ssim(a: Images, b: Images) -> PerImage:
     return jnp.mean(luminance * structure, axis=(1, 2, 3))
 
 
-def _blur(images: Float32[Array, "m b H W c"]) -> Float32[Array, "m b H2 W2 c"]:
+def _blur(images: Float32[Array, "b m H W c"]) -> Float32[Array, "b m H2 W2 c"]:
     """The Gaussian window over the valid region, one axis after the other."""
     offsets = np.arange(SSIM_WINDOW) - SSIM_WINDOW // 2
     window = np.exp(-0.5 * (offsets / _SSIM_SIGMA) ** 2)
