@@ -50,7 +50,7 @@ def finished(tmp_path_factory):
 
 
 def interrupt_before_step(monkeypatch, step, number=signal.SIGTERM):
-    """The signal arrives while the loop fetches the batch of this step (counted from 0)."""
+    """The signal arrives while the loop fetches the batch of this step (counted from 0 in this call of `train`)."""
     fetched = {"batches": 0}
     original = pipeline.Batches.__next__
 
@@ -63,13 +63,14 @@ def interrupt_before_step(monkeypatch, step, number=signal.SIGTERM):
     monkeypatch.setattr(pipeline.Batches, "__next__", fetch)
 
 
-@pytest.mark.parametrize("stop_at", [1, 3])
-def test_stop_and_resume_gives_the_weights_of_never_stopping(finished, tmp_path, monkeypatch, stop_at):
+def test_stop_and_resume_gives_the_weights_of_never_stopping(finished, tmp_path, monkeypatch):
+    """Stopped twice: after step 1, when there is no checkpoint yet, and after step 3, when one is a step old."""
     config = tiny_config(**WHOLE)
-    with monkeypatch.context() as patch:
-        interrupt_before_step(patch, stop_at)
-        assert train(config, tmp_path).interrupted
-    assert int(restored(config, tmp_path).state.step) == stop_at
+    for steps, stop_at in ((1, 1), (2, 3)):
+        with monkeypatch.context() as patch:
+            interrupt_before_step(patch, steps)
+            assert train(config, tmp_path).interrupted
+        assert int(restored(config, tmp_path).state.step) == stop_at
     result = train(config, tmp_path)
     assert not result.interrupted
     ours, theirs = restored(config, tmp_path), restored(config, finished[0])
@@ -132,13 +133,6 @@ def test_every_scalar_reaches_tensorboard(finished):
     assert events.Tags()["histograms"] == ["codes/window"]
 
 
-def test_window_usage_covers_the_steps_since_the_last_log(tmp_path):
-    train(tiny_config(steps=4, **{"log.every_steps": 2}), tmp_path)
-    rows = [row for row in read_metrics(tmp_path) if "usage/window" in row]
-    assert [row["step"] for row in rows] == [2, 4]
-    assert {row["tokens/window"] for row in rows} == {2 * 16 * 64}
-
-
 def test_evaluating_the_checkpoint_gives_the_scores_of_the_run(finished):
     workdir, result = finished
     config = tiny_config(**WHOLE)
@@ -158,28 +152,41 @@ def test_evaluation_uses_the_moving_average(finished):
         assert_same_bits(state.ema["encoder"], state.networks["tokenizer"].params["encoder"])
 
 
-def test_the_step_is_traced_once(tmp_path, monkeypatch):
-    traces = []
-    original = TokenizerTask.train_step
+@pytest.fixture(scope="module")
+def five_steps(tmp_path_factory):
+    """A run that logs, evaluates and keeps checkpoints at every second step: its workdir, and how often it traced."""
+    traces, original = [], TokenizerTask.train_step
 
     def counted(self, *args):
         traces.append(1)
         return original(self, *args)
 
-    monkeypatch.setattr(TokenizerTask, "train_step", counted)
-    train(tiny_config(steps=3), tmp_path)
-    assert len(traces) == 1
+    every = {"log.every_steps": 2, "eval.every_steps": 2}
+    kept = {"checkpoint.every_steps": 1, "checkpoint.keep_last": 1, "checkpoint.keep_every": 2}
+    workdir = tmp_path_factory.mktemp("five")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TokenizerTask, "train_step", counted)
+        train(tiny_config(steps=5, **every, **kept), workdir)
+    return workdir, len(traces)
 
 
-def test_evaluates_every_so_many_steps(tmp_path):
-    train(tiny_config(steps=4, **{"eval.every_steps": 2}), tmp_path)
-    assert [row["step"] for row in read_metrics(tmp_path) if "eval/psnr" in row] == [2, 4]
+def test_the_step_is_traced_once(five_steps):
+    assert five_steps[1] == 1
 
 
-def test_keeps_the_last_checkpoints_and_every_so_many_steps(tmp_path):
-    changes = {"checkpoint.every_steps": 1, "checkpoint.keep_last": 1, "checkpoint.keep_every": 2}
-    train(tiny_config(steps=5, **changes), tmp_path)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_2", "step_4", "step_5"]
+def test_window_usage_covers_the_steps_since_the_last_log(five_steps):
+    rows = [row for row in read_metrics(five_steps[0]) if "usage/window" in row]
+    assert [row["step"] for row in rows] == [2, 4, 5]
+    assert [row["tokens/window"] for row in rows] == [2 * 16 * 64, 2 * 16 * 64, 16 * 64]
+
+
+def test_evaluates_every_so_many_steps(five_steps):
+    assert [row["step"] for row in read_metrics(five_steps[0]) if "eval/psnr" in row] == [2, 4, 5]
+
+
+def test_keeps_the_last_checkpoints_and_every_so_many_steps(five_steps):
+    kept = sorted(path.name for path in (five_steps[0] / "checkpoints").iterdir())
+    assert kept == ["step_2", "step_4", "step_5"]
 
 
 def test_another_model_or_data_does_not_continue(finished):
@@ -195,7 +202,7 @@ def test_a_lost_config_file_does_not_let_another_run_in(finished, tmp_path):
         train(tiny_config(**WHOLE, seed=7), tmp_path / "copy")
 
 
-def test_other_pictures_do_not_continue_and_moved_ones_do(tmp_path):
+def test_a_longer_run_continues_with_moved_pictures_and_not_with_others(tmp_path):
     for split in ("train", "eval"):
         (tmp_path / "old" / split).mkdir(parents=True)
         for i in range(16):
@@ -207,11 +214,11 @@ def test_other_pictures_do_not_continue_and_moved_ones_do(tmp_path):
 
     train(config(tmp_path / "old", 2), tmp_path / "run")
     (tmp_path / "old").rename(tmp_path / "new")
-    assert train(config(tmp_path / "new", 3), tmp_path / "run").summary["step"] == 3
-    assert [row["data/skipped_files"] for row in read_metrics(tmp_path / "run") if "loss/total" in row] == [0, 0, 0]
+    assert train(config(tmp_path / "new", 5), tmp_path / "run").summary["step"] == 5
+    assert [row["data/skipped_files"] for row in read_metrics(tmp_path / "run") if "loss/total" in row] == [0] * 5
     (tmp_path / "new" / "train" / "0.png").rename(tmp_path / "new" / "train" / "00.png")
     with pytest.raises(InputError, match=r"pictures in data\.train_dir are not those"):
-        train(config(tmp_path / "new", 4), tmp_path / "run")
+        train(config(tmp_path / "new", 6), tmp_path / "run")
 
 
 def test_a_bucket_is_no_workdir(tmp_path):
@@ -219,14 +226,9 @@ def test_a_bucket_is_no_workdir(tmp_path):
         train(tiny_config(), "gs://bucket/run")
 
 
-def test_a_longer_run_continues(tmp_path):
-    train(tiny_config(steps=2), tmp_path)
-    assert train(tiny_config(steps=3), tmp_path).summary["step"] == 3
-
-
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
 def test_a_step_that_is_not_finite_stops_the_run(tmp_path):
-    config = tiny_config(steps=6, **{"optim.learning_rate": 1e38, "checkpoint.every_steps": 1, "optim.warmup_steps": 0})
+    config = tiny_config(steps=3, **{"optim.learning_rate": 1e38, "checkpoint.every_steps": 1, "optim.warmup_steps": 0})
     with pytest.raises(NonFiniteError, match=r"step 2: .*loss/total is (nan|inf)"):
         train(config, tmp_path)
     assert int(restored(config, tmp_path).state.step) == 1

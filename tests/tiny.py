@@ -1,10 +1,15 @@
 """The smallest real run: bundled photographs, 8 x 8 grids, 64 codes. Shared by the tests of task, loop and program."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from fvq_jax.config import default_config
+from fvq_jax.sharding import path_name
+from fvq_jax.state import TrainState, abstract_state
 
 
 def tiny_config(**changes) -> ConfigDict:
@@ -61,6 +66,44 @@ def spread_codes(params: dict, seed: int = 0) -> dict:
         return leaf
 
     return jax.tree.map_with_path(spread, params)
+
+
+@functools.cache
+def abstract_state_of(task) -> TrainState:
+    """Shapes and layout of the task's state, traced once."""
+    return abstract_state(task.init, task.mesh)
+
+
+def random_state(task, seed: int = 0, step: int = 0) -> TrainState:
+    """A state whose codes differ, drawn by numpy: to compile `task.init` takes longer than to compile most losses.
+
+    As `task.init` leaves them, moments are zero and the moving average (if any) starts at the parameters.
+    """
+    rng = np.random.default_rng(seed)
+
+    def place(value, leaf):
+        value = np.asarray(value, leaf.dtype)
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: value[index])
+
+    def parameter(path, leaf):
+        name, noise = path_name(path), rng.normal(size=leaf.shape)
+        if name.endswith("/kernel"):
+            return place(noise / np.sqrt(3 * np.prod(leaf.shape[:-1])), leaf)
+        if name.endswith("/scale"):
+            return place(1 + 0.02 * noise, leaf)
+        return place(noise if name.endswith("codebook") else 0.02 * noise, leaf)
+
+    def start(path, leaf):
+        return place(np.full(leaf.shape, float(path_name(path).endswith("/var"))), leaf)
+
+    abstract = abstract_state_of(task)
+    state = jax.tree.map_with_path(start, abstract)
+    networks = {
+        name: network.replace(params=jax.tree.map_with_path(parameter, abstract.networks[name].params))
+        for name, network in state.networks.items()
+    }
+    ema = jax.tree.map(jnp.copy, networks["tokenizer"].params) if state.ema else {}
+    return state.replace(step=place(step, abstract.step), networks=networks, ema=ema)
 
 
 def random_images(n: int, size: int, seed: int = 0) -> np.ndarray:

@@ -258,8 +258,7 @@ class TokenizerTask:
             def without(reconstruction):
                 return jnp.float32(0), jnp.float32(self.adversarial.weight), discriminator["batch_stats"]
 
-            # Before its first step the discriminator costs nothing.
-            term, weight, stats = jax.lax.cond(active, with_adversary, without, output.reconstruction)
+            term, weight, stats = self._if_active(active, with_adversary, without, output.reconstruction)
             terms["loss/adversarial"] = term
             if self.adversarial.adaptive:
                 terms["adversarial_weight"] = weight
@@ -279,6 +278,12 @@ class TokenizerTask:
             )
             total += self.loss.perceptual_weight * terms["loss/perceptual"]
         return total, terms
+
+    def _if_active(self, active, yes, no, operand):
+        """A choice between two branches: before its first step the discriminator costs nothing."""
+        if self.adversarial.start <= 1:  # no choice; in a branch XLA's convolutions on a CPU are 50 times slower
+            return yes(operand)
+        return jax.lax.cond(active, yes, no, operand)
 
     def _fool(self, discriminator, reconstruction):
         """The tokenizer's adversarial term, and the discriminator's statistics after the call."""
@@ -338,7 +343,7 @@ class TokenizerTask:
             def rest(critic_stats):
                 return jax.tree.map(jnp.zeros_like, critic.params), jnp.float32(0), critic_stats
 
-            grads["discriminator"], terms["loss/discriminator"], stats["discriminator"] = jax.lax.cond(
+            grads["discriminator"], terms["loss/discriminator"], stats["discriminator"] = self._if_active(
                 active, learn, rest, critic_stats
             )
         return grads, terms, counts, stats

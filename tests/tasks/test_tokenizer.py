@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,10 +8,12 @@ import pytest
 from fvq_jax.interop.discriminator import patchgan_from_torch
 from fvq_jax.interop.torch_layout import tokenizer_params
 from fvq_jax.sharding import global_batch, make_mesh, replicated, state_shardings
-from fvq_jax.state import NetworkState, TrainState, create_state
+from fvq_jax.state import NetworkState, TrainState
 from fvq_jax.tasks.tokenizer import TokenizerTask
 from tests.golden_case import load_case, relative_error
-from tests.tiny import random_images, spread_codes, tiny_config
+from tests.tiny import abstract_state_of, random_images, random_state, tiny_config
+
+QUICK = {"xla_backend_optimization_level": 0}  # to compile, and slower to run
 
 
 def one_device_mesh():
@@ -23,36 +27,55 @@ def make_task(mesh=None, total_steps=100, warmup_steps=0, **changes):
     return TokenizerTask(config, mesh or one_device_mesh(), total_steps, warmup_steps)
 
 
-def make_state(task, seed=0):
-    """A state whose codes differ from one another, and whose moving average (if any) starts at its parameters."""
-    state = create_state(task.init, seed, task.mesh)
-    network = state.networks["tokenizer"]
-    params = spread_codes(network.params)
-    ema = jax.tree.map(jnp.copy, params) if state.ema else state.ema
-    return state.replace(networks={**state.networks, "tokenizer": network.replace(params=params)}, ema=ema)
+@functools.cache
+def compiled(full_mesh=False, **changes):
+    """A task and its jitted step, quick to compile; tests that differ only in their state share one program."""
+    task = make_task(make_mesh(data=2, codebook=4) if full_mesh else None, **changes)
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state_of(task))
+    options = None if task.optim.accumulate > 1 else QUICK  # with which the loop over micro-batches takes seconds
+    step = jax.jit(task.train_step, out_shardings=(layout, replicated(task.mesh)), compiler_options=options)
+    return task, step
 
 
-def run(task, state, steps=1, seed=0, batch=16):
-    layout = state_shardings(state, task.mesh)
-    step = jax.jit(task.train_step, out_shardings=(layout, replicated(task.mesh)))
+def run(state, steps=1, batch=16, **changes):
+    """The state after so many steps from `state`, and each step's scalars."""
+    task, step = compiled(**changes)
     rows = []
     for i in range(steps):
-        images = random_images(batch, task.image_shape[1], seed + i)
+        images = random_images(batch, task.image_shape[1], i)
         state, metrics = step(state, global_batch({"image": images}, task.mesh), task.frozen)
         rows.append({name: float(value) for name, value in metrics.scalars.items()})
     return state, rows
 
 
+def first_step(at=0, batch=16, **changes):
+    """The state before and after one step that counts as step `at`, and the scalars."""
+    before = random_state(compiled(**changes)[0], step=at)
+    after, rows = run(before, batch=batch, **changes)
+    return before, after, rows[0]
+
+
 def forward(**changes):
-    """The tokenizer's loss terms at spread codes; no gradients, which take most of the time to compile."""
+    """The tokenizer's loss terms at random codes; no gradients, which take most of the time to compile."""
     task = make_task(**changes)
-    state = make_state(task)
+    state = random_state(task)
     critic = state.networks.get("discriminator")
     variables = critic and {"params": critic.params, "batch_stats": critic.batch_stats}
-    images = jnp.asarray(random_images(16, task.image_shape[1]).astype(np.float32) / 127.5 - 1)
+    images = as_float(random_images(16, task.image_shape[1]))
     params = state.networks["tokenizer"].params
-    _, (_, terms, _, _) = jax.jit(task._tokenizer_loss)(params, variables, images, True, task.frozen)
+    _, (_, terms, _, _) = jax.jit(task._tokenizer_loss, compiler_options=QUICK)(
+        params, variables, images, True, task.frozen
+    )
     return {name: float(value) for name, value in terms.items()}
+
+
+@functools.cache
+def plain_forward():
+    return forward()
+
+
+def as_float(images):
+    return jnp.asarray(images.astype(np.float32) / 127.5 - 1)
 
 
 def largest_difference(a, b):
@@ -151,91 +174,85 @@ def test_twelve_steps_equal_the_published_training():
         assert relative_error(reconstruct(params), expected) <= 2e-2, name
 
 
-CRITIC = {"adversarial.weight": 0.5, "adversarial.start": 1}
+# Both networks and a moving average; the discriminator takes part from the third step on.
+CRITIC = {"adversarial.weight": 0.5, "adversarial.start": 3, "optim.ema_decay": 0.75}
+ACTIVE = 2
 
 
 def test_eight_devices_give_the_loss_curve_of_one():
     """From codes that differ and are used, over 5 steps, with the discriminator and its global BatchNorm."""
     curves = []
-    for mesh in (one_device_mesh(), make_mesh(data=2, codebook=4)):
-        task = make_task(mesh, **CRITIC)
-        _, rows = run(task, make_state(task), steps=5)
-        curves.append(rows)
-    assert curves[0][0]["usage/batch"] > 0.25
+    for mesh in ({}, {"full_mesh": True}):
+        state = random_state(compiled(**mesh, **CRITIC)[0], step=ACTIVE)
+        curves.append(run(state, steps=5, **mesh, **CRITIC)[1])
+    assert curves[0][0]["usage/batch"] > 0.2
+    assert all(row["loss/discriminator"] > 0 for row in curves[0])
     for one, eight in zip(*curves, strict=True):
         for name in ("loss/total", "loss/codebook", "loss/adversarial", "loss/discriminator", "grad_norm/tokenizer"):
             np.testing.assert_allclose(eight[name], one[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 def test_each_network_learns_from_its_own_loss_only():
-    task = make_task(**CRITIC)
-    _, rows = run(task, make_state(task))
+    """And one that takes part from the start is trained as one that joined."""
+    row = first_step(ACTIVE, **CRITIC)[-1]
+    at_once = CRITIC | {"adversarial.start": 1}
     # How the tokenizer's losses are weighted is nothing to the discriminator ...
-    weighted = make_task(**CRITIC | {"loss.codebook_weight": 7.0, "loss.reconstruction_weight": 3.0})
-    _, other = run(weighted, make_state(weighted))
-    assert other[0]["grad_norm/discriminator"] == pytest.approx(rows[0]["grad_norm/discriminator"], rel=1e-6)
-    assert other[0]["grad_norm/tokenizer"] != pytest.approx(rows[0]["grad_norm/tokenizer"], rel=1e-2)
+    other = first_step(**at_once, **{"loss.codebook_weight": 7.0, "loss.reconstruction_weight": 3.0})[-1]
+    assert other["grad_norm/discriminator"] == pytest.approx(row["grad_norm/discriminator"], rel=1e-5)
+    assert other["grad_norm/tokenizer"] != pytest.approx(row["grad_norm/tokenizer"], rel=1e-2)
     # ... and the tokenizer does not see the discriminator's loss: hinge and vanilla share the generator's term.
-    vanilla = make_task(**CRITIC | {"adversarial.loss": "vanilla"})
-    _, other = run(vanilla, make_state(vanilla))
-    assert other[0]["grad_norm/tokenizer"] == pytest.approx(rows[0]["grad_norm/tokenizer"], rel=1e-6)
-    assert other[0]["grad_norm/discriminator"] != pytest.approx(rows[0]["grad_norm/discriminator"], rel=1e-2)
+    other = first_step(**at_once, **{"adversarial.loss": "vanilla"})[-1]
+    assert other["grad_norm/tokenizer"] == pytest.approx(row["grad_norm/tokenizer"], rel=1e-5)
+    assert other["grad_norm/discriminator"] != pytest.approx(row["grad_norm/discriminator"], rel=1e-2)
 
 
 def test_the_adversarial_terms_wait_for_their_step():
-    task = make_task(**CRITIC | {"adversarial.start": 3})
-    state = make_state(task)
+    state = random_state(compiled(**CRITIC)[0])
     before = state.networks["discriminator"].params
-    state, rows = run(task, state, steps=2)
+    state, rows = run(state, steps=2, **CRITIC)
     assert [row["loss/discriminator"] for row in rows] == [0, 0]
     assert [row["loss/adversarial"] for row in rows] == [0, 0]
     assert largest_difference(before, state.networks["discriminator"].params) == 0
-    state, rows = run(task, state, steps=1)
+    state, rows = run(state, **CRITIC)
     assert rows[0]["loss/discriminator"] > 0
     assert largest_difference(before, state.networks["discriminator"].params) > 0
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch():
-    """Of the tokenizer: the discriminator's BatchNorm sees micro-batches by definition."""
-    states = []
-    for accumulate in (1, 4):
-        task = make_task(**{"optim.accumulate": accumulate})
-        state, rows = run(task, make_state(task))
-        states.append((state, rows[0]))
+    """Of the tokenizer, before the discriminator takes part: its BatchNorm sees micro-batches by definition."""
+    whole, split = (first_step(**CRITIC, **{"optim.accumulate": n})[-1] for n in (1, 4))
     for name in ("loss/total", "grad_norm/tokenizer", "usage/batch"):
-        assert states[0][1][name] == pytest.approx(states[1][1][name], rel=1e-5), name
+        assert split[name] == pytest.approx(whole[name], rel=1e-5), name
 
 
 def test_batch_norm_sees_the_micro_batch():
-    losses = []
-    for accumulate in (1, 4):
-        task = make_task(**CRITIC | {"optim.accumulate": accumulate})
-        losses.append(run(task, make_state(task))[1][0]["loss/discriminator"])
-    assert abs(losses[0] - losses[1]) > 1e-5 * abs(losses[0])
+    whole, split = (first_step(ACTIVE, **CRITIC, **{"optim.accumulate": n})[-1] for n in (1, 4))
+    assert abs(split["loss/discriminator"] - whole["loss/discriminator"]) > 1e-5 * whole["loss/discriminator"]
 
 
 def test_the_adaptive_weight_balances_the_gradients_of_the_last_layer():
-    task = make_task(**CRITIC | {"adversarial.adaptive": True})
-    state = make_state(task)
-    images = jnp.asarray(random_images(16, 16).astype(np.float32) / 127.5 - 1)
-    params, critic = state.networks["tokenizer"].params, state.networks["discriminator"]
+    changes = {"adversarial.weight": 0.5, "adversarial.adaptive": True}
+    task, _ = compiled(**changes)
+    before, _, row = first_step(**changes)
+    images = as_float(random_images(16, 16))
+    params, critic = before.networks["tokenizer"].params, before.networks["discriminator"]
     variables = {"params": critic.params, "batch_stats": critic.batch_stats}
 
     def of_last_layer(loss):
         def value(kernel):
-            changed = {
-                **params["decoder"],
-                "conv_out": {"conv": {**params["decoder"]["conv_out"]["conv"], "kernel": kernel}},
-            }
-            return loss(task.net.apply({"params": {**params, "decoder": changed}}, images).reconstruction)
+            conv = {"conv": {**params["decoder"]["conv_out"]["conv"], "kernel": kernel}}
+            changed = {**params, "decoder": {**params["decoder"], "conv_out": conv}}
+            return loss(task.net.apply({"params": changed}, images).reconstruction)
 
-        gradient = jax.grad(value)(params["decoder"]["conv_out"]["conv"]["kernel"])
-        return float(jnp.linalg.norm(gradient.ravel()))
+        return jnp.linalg.norm(jax.grad(value)(params["decoder"]["conv_out"]["conv"]["kernel"]).ravel())
 
-    image = of_last_layer(lambda r: task._image_loss(r, images, {})[0])
-    adversary = of_last_layer(lambda r: task._fool(variables, r)[0])
-    _, rows = run(task, state)
-    assert rows[0]["adversarial_weight"] == pytest.approx(0.5 * image / (adversary + 1e-4), rel=1e-4)
+    @jax.jit
+    def both():
+        image = of_last_layer(lambda r: task._image_loss(r, images, {})[0])
+        return image, of_last_layer(lambda r: task._fool(variables, r)[0])
+
+    image, adversary = both()
+    assert row["adversarial_weight"] == pytest.approx(0.5 * float(image) / (float(adversary) + 1e-4), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +272,7 @@ def test_the_adaptive_weight_balances_the_gradients_of_the_last_layer():
     ids=str,
 )
 def test_every_loss_option_changes_the_loss(changes):
-    assert forward(**changes)["loss/total"] != forward()["loss/total"]
+    assert forward(**changes)["loss/total"] != plain_forward()["loss/total"]
 
 
 def test_the_entropy_term_needs_its_weight_and_temperature():
@@ -264,7 +281,7 @@ def test_the_entropy_term_needs_its_weight_and_temperature():
         for temperature in (0.01, 1.0)
     ]
     assert terms[0] != terms[1]
-    assert "loss/entropy" not in forward()
+    assert "loss/entropy" not in plain_forward()
 
 
 def test_lpips_is_part_of_the_loss(tmp_path):
@@ -283,13 +300,17 @@ def test_lpips_is_part_of_the_loss(tmp_path):
             channels = width
         tensors[f"lin{stage}.model.1.weight"] = np.full((1, width, 1, 1), 0.1, np.float32)
     save_file(tensors, tmp_path / "lpips.safetensors")
-    task = make_task(**{"loss.perceptual_weight": 0.5, "loss.lpips_path": str(tmp_path / "lpips.safetensors")})
-    state = make_state(task)
-    images = jnp.asarray(random_images(16, 16).astype(np.float32) / 127.5 - 1)
-    output = task.net.apply({"params": state.networks["tokenizer"].params}, images)
-    expected = float(lpips_distance(task.frozen["lpips"], images, output.reconstruction).mean())
-    _, rows = run(task, state)
-    row = rows[0]
+    changes = {"loss.perceptual_weight": 0.5, "loss.lpips_path": str(tmp_path / "lpips.safetensors")}
+    task, _ = compiled(**changes)
+    before, _, row = first_step(batch=2, **changes)
+    images = as_float(random_images(2, 16))
+
+    @jax.jit
+    def distance(params, images):
+        reconstruction = task.net.apply({"params": params}, images).reconstruction
+        return lpips_distance(task.frozen["lpips"], images, reconstruction).mean()
+
+    expected = float(distance(before.networks["tokenizer"].params, images))
     assert row["loss/perceptual"] == pytest.approx(expected, rel=1e-4)
     total = row["loss/reconstruction"] + row["loss/codebook"] + 0.25 * row["loss/commitment"] + 0.5 * expected
     assert row["loss/total"] == pytest.approx(total, rel=1e-4)
@@ -298,46 +319,46 @@ def test_lpips_is_part_of_the_loss(tmp_path):
 def test_a_separate_rate_moves_codebook_and_bridge_only():
     moved = []
     for rate in (0.0, 1e-2):
-        task = make_task(**{"optim.codebook_learning_rate": rate})
-        state = make_state(task)
-        before = state.networks["tokenizer"].params
-        after = run(task, state)[0].networks["tokenizer"].params
+        before, after, _ = first_step(**CRITIC, **{"optim.codebook_learning_rate": rate})
+        before, after = before.networks["tokenizer"].params, after.networks["tokenizer"].params
         moved.append({name: largest_difference(before[name], after[name]) for name in before})
-    assert moved[0]["encoder"] == moved[1]["encoder"]
+    assert moved[0]["encoder"] == pytest.approx(moved[1]["encoder"], rel=1e-3)
     assert moved[1]["quantizer"] > 5 * moved[0]["quantizer"]
 
 
 def test_the_moving_average_follows_the_weights():
-    task = make_task(**{"optim.ema_decay": 0.75})
-    state = make_state(task)
-    before = jax.tree.map(np.asarray, state.ema)
-    state, _ = run(task, state)
-    expected = jax.tree.map(lambda e, p: 0.75 * e + 0.25 * np.asarray(p), before, state.networks["tokenizer"].params)
-    assert largest_difference(expected, state.ema) < 1e-6
+    before, after, _ = first_step(**CRITIC)
+    params = after.networks["tokenizer"].params
+    expected = jax.tree.map(lambda e, p: 0.75 * np.asarray(e) + 0.25 * np.asarray(p), before.ema, params)
+    assert largest_difference(expected, after.ema) < 1e-6
+    assert largest_difference(before.ema, after.ema) > 1e-5
 
 
 def test_a_step_that_is_not_finite_keeps_everything_but_the_step():
-    task = make_task(**{"optim.ema_decay": 0.9, **CRITIC})
-    state = make_state(task)
+    state = random_state(compiled(**CRITIC)[0], step=ACTIVE)
     network = state.networks["tokenizer"]
     broken = {**network.params, "quant_conv": jax.tree.map(lambda x: x * jnp.nan, network.params["quant_conv"])}
-    state = state.replace(networks={**state.networks, "tokenizer": network.replace(params=broken)})
-    before = jax.tree.map(np.asarray, state)
-    after, rows = run(task, state)
+    before = state.replace(networks={**state.networks, "tokenizer": network.replace(params=broken)})
+    after, rows = run(before, **CRITIC)
     assert not np.isfinite(rows[0]["loss/total"])
-    assert int(after.step) == 1
+    assert int(after.step) == ACTIVE + 1
     assert int(after.skipped) == 1
-    for name in before.networks:
-        for old, new in zip(jax.tree.leaves(before.networks[name]), jax.tree.leaves(after.networks[name]), strict=True):
-            np.testing.assert_array_equal(old, new)
+    for old, new in zip(jax.tree.leaves(before.networks), jax.tree.leaves(after.networks), strict=True):
+        np.testing.assert_array_equal(old, new)
+    for old, new in zip(jax.tree.leaves(before.ema), jax.tree.leaves(after.ema), strict=True):
+        np.testing.assert_array_equal(old, new)
     assert rows[0]["skipped_steps"] == 1
 
 
-def test_padding_counts_for_nothing_in_an_evaluation():
+@functools.cache
+def evaluation():
     task = make_task()
-    state = make_state(task)
-    params = task.eval_params(state)
-    step = jax.jit(task.eval_step)
+    state = random_state(task)
+    return task, state, jax.jit(task.eval_params)(state), jax.jit(task.eval_step)
+
+
+def test_padding_counts_for_nothing_in_an_evaluation():
+    params, step = evaluation()[2:]
     images = random_images(8, 16)
     sums, _ = step(params, {"image": images, "mask": np.arange(8) < 5})
     images[5:] = 0
@@ -350,12 +371,10 @@ def test_padding_counts_for_nothing_in_an_evaluation():
 
 
 def test_evaluation_sees_the_same_codes_as_training():
-    task = make_task()
-    state = make_state(task)
+    task, state, params, step = evaluation()
     images = random_images(8, 16)
-    sums, reconstruction = jax.jit(task.eval_step)(task.eval_params(state), {"image": images, "mask": np.ones(8, bool)})
-    x = jnp.asarray(images.astype(np.float32) / 127.5 - 1)
-    output = task.net.apply({"params": state.networks["tokenizer"].params}, x)
+    sums, reconstruction = step(params, {"image": images, "mask": np.ones(8, bool)})
+    output = jax.jit(task.net.apply)({"params": state.networks["tokenizer"].params}, as_float(images))
     codes = np.asarray(output.quantized.codes)
     np.testing.assert_array_equal(sums.code_counts, np.bincount(codes.ravel(), minlength=64))
     np.testing.assert_allclose(reconstruction, np.clip(output.reconstruction, -1, 1), atol=1e-5)
