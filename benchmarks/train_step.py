@@ -1,0 +1,270 @@
+"""Time and memory of a whole training step beside the same step in PyTorch: same network, weights, batch, machine.
+
+  python benchmarks/train_step.py --config=configs/fvq16k.py --markdown    # on a GPU; on a CPU for instance with
+      --batch=8 --config.tokenizer.ch=32 --config.data.image_size=128
+
+A step is encoder, bridge, search, decoder, LPIPS (random weights of the true shapes), discriminator and both updates,
+on one device, and every field of the config can be overridden. Without --batch an accelerator gets the largest power
+of two times the config's batch at which our step fits, a CPU the config's batch. A CPU computes in float32.
+
+`quantizer_share` is the time of a second compiled function, the quantizer alone (bridge, search, look-up, losses and
+their gradients, on random latents; not its share of the update), over the time of the step in the same round. The
+script ends with an error if both networks differ in their parameter counts or in the losses of their first step.
+"""
+
+import copy
+import json
+import statistics
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.processes import DoesNotFitError, Worker, alternate, machine, markdown_table, median_ratio
+from fvq_jax.config import downsampling, validate
+from fvq_jax.errors import InputError
+
+FLAGS = flags.FlagValues()  # not absl's own: the program fvq_jax.main has flags of the same names
+own = {"flag_values": FLAGS}
+config_flags.DEFINE_config_file("config", **own)
+flags.DEFINE_integer("batch", 0, "images per step; 0: see above", **own)
+flags.DEFINE_list("methods", ["fvq_jax", "torch"], "which to run", **own)
+flags.DEFINE_integer("rounds", 7, "timed rounds", **own)
+flags.DEFINE_float("budget", 240, "seconds for them; at least two rounds are run", **own)
+flags.DEFINE_bool("help", False, "this text", **own)
+flags.DEFINE_bool("markdown", False, "a table after the rows", **own)
+# Stages of VGG16: channels, and torchvision's indices of the convolutions.
+VGG16 = ((64, (0, 2)), (128, (5, 7)), (256, (10, 12, 14)), (512, (17, 19, 21)), (512, (24, 26, 28)))
+LOSSES = ("reconstruction", "codebook", "commitment", "perceptual")  # compared between the programs
+COLUMNS = {
+    "method": "method",
+    "codes": "codes",
+    "batch": "batch",
+    "seconds": "seconds per step",
+    "images_per_second": "images / s",
+    "ours_over_this": "ours / this",
+    "quantizer_share": "quantizer and bridge",
+    "peak_mib": "peak MiB",
+    "status": "",
+}
+
+
+def load_jax(config: ConfigDict, folder: str) -> Any:
+    """Our step; see `processes.py` for what is returned. Leaves its first tokenizer in `folder`, for the other step."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import AxisType
+
+    from fvq_jax.interop.tokenizer_checkpoint import write_checkpoint
+    from fvq_jax.sharding import global_batch
+    from fvq_jax.state import abstract_state
+    from fvq_jax.tasks.tokenizer import TokenizerTask
+
+    if jax.default_backend() == "cpu":
+        config.tokenizer.dtype = "float32"
+    mesh = jax.make_mesh((1, 1), ("data", "codebook"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
+    task = TokenizerTask(config, mesh, total_steps=1000, warmup_steps=100)
+    images, latent = inputs(config)
+    batch, latent = global_batch({"image": images}, mesh), jax.device_put(latent)
+
+    def quantizer_loss(params, latent):
+        found = task.net.apply({"params": {"quantizer": params}}, latent, method=lambda net, x: net.quantizer(x))
+        weighted = config.loss.codebook_weight * found.codebook_loss
+        # The sum stands for what the decoder makes of the vectors.
+        return weighted + config.loss.commitment_weight * found.commitment_loss + jnp.sum(found.vectors)
+
+    abstract = abstract_state(task.init, mesh)
+    key, layout = jax.random.key(config.seed), jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    init = jax.jit(task.init, out_shardings=layout).lower(key).compile()
+    step = task.jitted_step(abstract).lower(abstract, batch, task.frozen).compile()
+    quantizer = jax.jit(jax.grad(quantizer_loss, argnums=(0, 1)))
+    quantizer = quantizer.lower(abstract.networks["tokenizer"].params["quantizer"], latent).compile()
+    parameters = {name: _size(network.params) for name, network in abstract.networks.items()}
+    parameters |= {name: _size(weights) for name, weights in task.frozen.items()}
+
+    def build():
+        state, first = init(key), {}
+        params = state.networks["tokenizer"].params
+        params["quantizer"] = _spread(params["quantizer"])
+        if folder:
+            write_checkpoint(f"{folder}/tokenizer.safetensors", task.net, params)
+
+        def run_step():
+            nonlocal state
+            state, metrics = jax.block_until_ready(step(state, batch, task.frozen))
+            for name in LOSSES:
+                if f"loss/{name}" in metrics.scalars:
+                    first.setdefault(name, float(metrics.scalars[f"loss/{name}"]))
+
+        def run_quantizer():
+            jax.block_until_ready(quantizer(state.networks["tokenizer"].params["quantizer"], latent))
+
+        return {
+            "step": run_step,
+            "quantizer": run_quantizer,
+            "losses": lambda: first,
+            "parameters": lambda: parameters,
+            "device": lambda: jax.devices()[0].device_kind,
+        }
+
+    return build
+
+
+def load_torch(config: ConfigDict, folder: str) -> Any:
+    """The PyTorch step."""
+    from benchmarks import torch_step
+
+    return torch_step.load(config, folder, *inputs(config))
+
+
+def inputs(config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
+    """Random images, uint8 [b, H, W, 3], and latents for the quantizer alone, float32 [b, h, w, d]."""
+    rng, size = np.random.default_rng(0), config.data.image_size
+    grid = size // downsampling(config)
+    images = rng.integers(0, 256, (config.batch_size, size, size, 3), np.uint8)
+    return images, rng.standard_normal((config.batch_size, grid, grid, config.tokenizer.code_dim), np.float32)
+
+
+def write_lpips(path: Path) -> None:
+    """Random weights of LPIPS in its published layout: the time of a step does not depend on them."""
+    rng, tensors, before = np.random.default_rng(0), {}, 3
+    for stage, (width, indices) in enumerate(VGG16):
+        for index in indices:
+            name, deviation = f"net.slice{stage + 1}.{index}", (2 / (9 * before)) ** 0.5
+            tensors[f"{name}.weight"] = deviation * rng.standard_normal((width, before, 3, 3), np.float32)
+            tensors[f"{name}.bias"] = np.zeros(width, np.float32)
+            before = width
+        tensors[f"lin{stage}.model.1.weight"] = rng.uniform(0, 1 / width, (1, width, 1, 1)).astype(np.float32)
+    safetensors.numpy.save_file(tensors, path)
+
+
+def largest_batch(config: ConfigDict, folder: str) -> int:
+    """The largest power of two times the config's batch at which our step runs; on a CPU the config's batch."""
+
+    def fits(batch):
+        try:
+            worker = Worker("jax", load_jax, with_batch(config, batch), folder)
+        except DoesNotFitError:
+            return False
+        devices.add(worker.run("device").answer)
+        worker.close()
+        return True
+
+    devices, batch = set(), config.batch_size
+    if fits(batch):
+        while "cpu" not in devices and fits(2 * batch):
+            batch *= 2
+        return batch
+    while batch > 1 and not fits(batch := batch // 2):
+        pass
+    return batch
+
+
+def with_batch(config: ConfigDict, batch: int) -> ConfigDict:
+    """A copy with another batch."""
+    config = copy.deepcopy(config)
+    config.batch_size = batch
+    return config
+
+
+def compare(config: ConfigDict, folder: str, methods: list[str], rounds: int, budget: float) -> list[dict]:
+    """One row per method, the methods alternating; the first is the one the others are compared with.
+
+    ValueError if the programs are not the same network on the same data.
+    """
+    shared = {"codes": config.tokenizer.codebook_size, "dim": config.tokenizer.code_dim, "batch": config.batch_size}
+    shared |= {"image_size": config.data.image_size, **machine()}
+    rows, workers = {method: {"method": method, "status": "", **shared} for method in methods}, {}
+    for method, row in rows.items():
+        if method == "torch" and find_spec("torch") is None:
+            row["status"] = "torch is not installed"
+            continue
+        try:
+            load = {"fvq_jax": load_jax, "torch": load_torch}[method]
+            workers[method] = Worker("torch" if method == "torch" else "jax", load, config, folder)
+        except DoesNotFitError as error:
+            row["status"] = str(error)
+    seconds = alternate(workers, ["step", "quantizer"], rounds, budget)
+    for method, worker in workers.items():
+        mine, row = seconds[method, "step"], rows[method]
+        for name in ("device", "parameters", "losses"):
+            row[name] = worker.run(name).answer
+        row["seconds"] = round(statistics.median(mine), 4)
+        row["images_per_second"] = round(config.batch_size / row["seconds"], 2)
+        if methods[0] in workers:
+            row["ours_over_this"] = round(median_ratio(seconds[methods[0], "step"], mine), 3)
+        row["quantizer_share"] = round(median_ratio(seconds[method, "quantizer"], mine), 3)
+        row["held_mib"], row["peak_mib"] = round(worker.held), round(worker.peak())
+        worker.close()
+    _check_same(*(rows[method] for method in workers))
+    return list(rows.values())
+
+
+def _check_same(ours: dict, *others: dict) -> None:
+    """ValueError unless parameter counts agree, and the losses of the first step nearly."""
+    tolerance = 1e-3 if ours["device"] == "cpu" else 5e-2  # float32, bfloat16
+    for other in others:
+        if ours["parameters"] != other["parameters"]:
+            raise ValueError(f"other networks: {ours['parameters']} and {other['parameters']} parameters")
+        for name, mine in ours["losses"].items():
+            theirs = other["losses"][name]
+            if abs(mine - theirs) > tolerance * abs(mine):
+                raise ValueError(f"other networks: the {name} loss of the first step is {mine} and {theirs}")
+
+
+def main() -> None:
+    """Reads config and options and writes the rows."""
+    try:
+        unknown = [*FLAGS(sys.argv)[1:], *(set(FLAGS.methods) - {"fvq_jax", "torch"})]
+    except (flags.Error, InputError, AttributeError, KeyError) as error:
+        sys.exit(f"{error} (see --help)")
+    if unknown:
+        sys.exit(f"unknown argument or method {unknown[0]!r}: options start with --, methods are fvq_jax and torch")
+    if FLAGS.help or FLAGS.config is None:
+        sys.exit(f"{__doc__}\n{FLAGS.get_help()}")
+    with tempfile.TemporaryDirectory() as folder:
+        write_lpips(Path(folder) / "lpips.safetensors")
+        config = FLAGS.config
+        config.adversarial.start = 1
+        config.loss.lpips_path = f"{folder}/lpips.safetensors"
+        config.data.source = "photos"  # none is read
+        try:
+            validate(config, devices=1)
+        except InputError as error:
+            sys.exit(str(error))
+        config = with_batch(config, FLAGS.batch or largest_batch(config, folder))
+        rows = compare(config, folder, FLAGS.methods, FLAGS.rounds, FLAGS.budget)
+    for row in rows:
+        sys.stdout.write(json.dumps(row) + "\n")
+    if FLAGS.markdown:
+        used = {key: text for key, text in COLUMNS.items() if any(row.get(key) not in (None, "") for row in rows)}
+        sys.stdout.write("\n" + markdown_table(rows, used))
+
+
+def _spread(quantizer):
+    """Bridged codes start all alike, at zero; here they differ, as they do after a few steps."""
+    import jax
+
+    def spread(path, leaf):
+        is_last = "recover" in jax.tree_util.keystr(path) and leaf.ndim == 2
+        return leaf + 0.02 * jax.random.normal(jax.random.key(0), leaf.shape) if is_last else leaf
+
+    return jax.tree.map_with_path(spread, quantizer)
+
+
+def _size(tree):
+    import jax
+
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+if __name__ == "__main__":
+    main()

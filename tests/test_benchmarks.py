@@ -1,0 +1,127 @@
+"""Every benchmark runs at a tiny size in a process of its own, as users start it, and prints JSON."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+from PIL import Image
+
+from benchmarks import cost_growth
+from benchmarks.processes import DoesNotFitError, Worker
+from fvq_jax.config import default_config, validate
+from fvq_jax.errors import InputError
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def run(script, *arguments):
+    """The JSON rows it printed, and the other lines."""
+    # One device; no optimization of programs that run a few times; PyTorch's threads wait for each other on busy cores.
+    changes = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | changes
+    command = [sys.executable, f"benchmarks/{script}.py", *arguments]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    return [json.loads(line) for line in lines if line[:1] == "{"], [line for line in lines if line[:1] != "{"]
+
+
+def test_search_rows_and_table():
+    methods = ["fvq_jax", "torch_cdist", "faiss"]
+    sizes = ["--codes=48", "--dims=4", "--tokens=32", "--rounds=2"]
+    rows, table = run("nearest_code", *sizes, f"--methods={','.join(methods)}", "--markdown")
+    assert [row["method"] for row in rows] == methods
+    for row in rows:
+        assert (row["codes"], row["dim"], row["tokens"]) == (48, 4, 32)
+        package = {"torch_cdist": "torch", "faiss": "faiss"}.get(row["method"])
+        if package and find_spec(package) is None:
+            assert row["status"] == f"{package} is not installed"
+            continue
+        assert row["status"] == ""
+        assert row["agreement"] == 1
+        assert row["seconds"] > 0
+        assert row["ours_over_this"] > 0
+        assert row["extra_mib"] >= 0
+    assert len(table) == 1 + 2 + len(rows)
+    assert table[1].startswith("| codes | dim | method | seconds | ours / this |")
+
+
+def test_both_steps_are_the_same_network():
+    pytest.importorskip("torch")
+    tiny = {"tokenizer.ch_mult": "(1,)", "tokenizer.codebook_size": 64, "tokenizer.bridge": "linear"}
+    tiny |= {"data.image_size": 16, "adversarial.ndf": 8, "loss.perceptual_weight": 1.0}
+    fields = [f"--config.{name}={value}" for name, value in tiny.items()]
+    rows, _ = run("train_step", "--config=configs/fvq16k.py:smoke", *fields, "--batch=1", "--rounds=2")
+    ours, theirs = rows
+    assert (ours["method"], theirs["method"]) == ("fvq_jax", "torch")
+    assert ours["parameters"] == theirs["parameters"]
+    assert ours["parameters"].keys() == {"tokenizer", "discriminator", "lpips"}
+    assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-4)
+    assert len(ours["losses"]) == 4
+    for row in rows:
+        assert row["images_per_second"] == pytest.approx(1 / row["seconds"], abs=0.006)
+        assert 0 < row["quantizer_share"] < 1
+        assert row["peak_mib"] > 0
+
+
+@pytest.mark.parametrize(
+    ("bridge", "published"), [("L/4", "vit:QBridge-L/4"), ("dit-S/2", "dit:QBridge-S/2"), ("none", "none")]
+)
+def test_the_network_in_pytorch_follows_the_config(bridge, published):
+    pytest.importorskip("torch")
+    from benchmarks.torch_step import published_network
+
+    config = default_config()
+    config.tokenizer.bridge = bridge
+    network = published_network(config)
+    assert (network["bridge"], network["codebook_dim"], network["ch_mult"]) == (published, 256, (1, 1, 2, 2, 4))
+    config.optim.ema_decay = 0.9
+    with pytest.raises(InputError, match=r"no optim\.ema_decay=0\.9: set it to 0\.0"):
+        published_network(config)
+
+
+def test_growth_measures_and_draws(monkeypatch, tmp_path):
+    """Rows are those of the two scripts above, which are not run again; the picture is made by the script."""
+
+    def search(methods, tokens, codes, dim, rounds, budget):
+        sizes = {"tokens": tokens, "codes": codes, "dim": dim}
+        return [{"method": m, **sizes, "seconds": 1e-6 * codes, "extra_mib": codes >> 10} for m in methods]
+
+    def step(config, folder, methods, rounds, budget):
+        config.data.source = "photos"  # none is read
+        validate(config, devices=1)
+        codes, dim = config.tokenizer.codebook_size, config.tokenizer.code_dim
+        row = {"method": methods[0], "codes": codes, "dim": dim, "batch": config.batch_size, "seconds": 1.0}
+        return [row | {"quantizer_share": 0.5, "peak_mib": 100}]
+
+    monkeypatch.setattr(cost_growth.nearest_code, "compare", search)
+    monkeypatch.setattr(cost_growth.train_step, "compare", step)
+    rows = list(cost_growth.measure(cost_growth.parse([])))
+    assert [row["codes"] for row in rows if "batch" in row] == [4**n for n in range(5, 11)]
+    assert {row["batch"] for row in rows if "batch" in row} == {32}
+    (tmp_path / "rows").write_text("\n".join(json.dumps(row) for row in rows))
+    run("cost_growth", f"--rows={tmp_path}/rows", f"--plot={tmp_path}/plot.png")
+    with Image.open(tmp_path / "plot.png") as picture:
+        width, height = picture.size
+    assert width > 2 * height > 400
+
+
+def too_large():
+    """A program for `Worker` that asks for more memory than any machine has free."""
+    return lambda: {"run": lambda: bytearray(2**45)}
+
+
+def failing():
+    raise ValueError("of the program")
+
+
+def test_a_program_without_memory_is_a_result_and_a_failing_one_is_not(capfd):
+    with pytest.raises(DoesNotFitError, match=r"does not fit in \d+\.\d GiB"):
+        Worker("none", too_large)
+    with pytest.raises(RuntimeError, match="ended with code 1"):
+        Worker("none", failing)
+    assert "ValueError: of the program" in capfd.readouterr().err
