@@ -42,7 +42,7 @@ def nearest_code(
       precision: of the products z.e; everything else is float32.
         highest: float32. Picks another code than exact arithmetic only where two distances agree to 7 digits.
         bf16_3x: three bfloat16 products, about 16 bits.
-        bf16: one bfloat16 product: wrong codes where distances differ by less than 1 %, see docs/results.md.
+        bf16: one bfloat16 product: a nearly nearest code for about one token in a hundred, see docs/results.md.
         bf16_rescored: that, and the best 8 of 128 or more candidates scored again in float32.
       implementation: auto (a kernel on TPU and NVIDIA GPU) or xla (the scan everywhere).
 
