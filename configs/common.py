@@ -35,9 +35,21 @@ def parse_arg(arg: str, **defaults: Any) -> dict[str, Any]:
 
 
 def scale_to_batch(config: ConfigDict, batch: int, *, rate: float = 1e-4, per: int = 128) -> None:
-    """Sets the global batch and the learning rate for it: `rate` per `per` images, by default the paper's."""
-    config.batch_size = batch
+    """Sets the global batch and what belongs to it: by default the paper's recipe, which is for 128 images.
+
+    The learning rate is `rate` per `per` images. Discriminator, evaluations and checkpoints come after as many images
+    as with the config's own batch: with one of 4,096 the paper's 40 epochs end before step 20,000.
+    """
+    shrink, config.batch_size = config.batch_size / batch, batch
+    config.eval.batch_size = max(config.eval.batch_size, batch)  # divisible by as many devices
     config.optim.learning_rate = rate * batch / per
+    for section, field in (
+        (config.adversarial, "start"),
+        (config.eval, "every_steps"),
+        (config.checkpoint, "every_steps"),
+    ):
+        if section[field]:
+            section[field] = max(1, round(section[field] * shrink))
 
 
 def shrink_to_smoke(config: ConfigDict) -> None:

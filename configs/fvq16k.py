@@ -1,12 +1,14 @@
 """FVQ with 16,384 codes, ImageNet 256 x 256, 16x down-sampling, 40 epochs: the paper's main recipe.
 
   python -m fvq_jax.main --config=configs/fvq16k.py --workdir=DIR \
-      --config.data.train_dir=IMAGENET/train --config.data.eval_dir=IMAGENET/val \
+      --config.data.tfds_dir=DATA_SETS \
       --config.loss.vgg16_path=vgg16-397923af.pth --config.loss.lpips_path=vgg.pth
 
+Data: `imagenet2012` of TensorFlow Datasets, prepared once in DATA_SETS (docs/data.md); for a folder of pictures
+--config.data.source=folder --config.data.train_dir=DIR --config.data.eval_dir=DIR instead of tfds_dir.
 Hardware: any number of TPU chips or GPUs that divides the batch of 128.
 The paper reports rFID 1.30 and 100 % of the codes used. It has not been trained here yet.
-Arguments: `smoke` (seconds on a CPU), `batch=N` (rate 1e-4 x N / 128).
+Arguments: `smoke` (seconds on a CPU), `batch=N` (rate 1e-4 x N / 128; what counts in steps, likewise).
 """
 
 from configs import common

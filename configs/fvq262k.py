@@ -1,13 +1,13 @@
 """FVQ with 262,144 codes of 256 dimensions, ImageNet 256 x 256, 16x down-sampling, 40 epochs.
 
   python -m fvq_jax.main --config=configs/fvq262k.py --workdir=DIR \
-      --config.data.train_dir=IMAGENET/train --config.data.eval_dir=IMAGENET/val \
+      --config.data.tfds_dir=DATA_SETS \
       --config.loss.vgg16_path=vgg16-397923af.pth --config.loss.lpips_path=vgg.pth
 
 Hardware: any number of TPU chips or GPUs that divides the batch of 128; --config.mesh.codebook=N shards the
 codebook and its moments over N of them. Groups are 8 x 8 codes, since a larger codebook wants larger groups.
 The paper reports rFID 0.95 and 100 % of the codes used. It has not been trained here yet.
-Arguments: as in fvq16k.
+Data and arguments: as in fvq16k.
 """
 
 from configs import fvq16k

@@ -1,4 +1,4 @@
-"""Batches of pictures by Grain: order, augmentation, batching, the share of each host, worker processes.
+"""Batches of pictures by Grain: order, decoding, augmentation, batching, the share of each host, worker processes.
 
 The training stream is endless and a pure function of (seed, step): it depends neither on the number of
 hosts nor on the number of workers, and a run resumes at step s by asking for step s. Placing batches on
@@ -6,22 +6,27 @@ devices and converting uint8 to floats is left to the caller.
 """
 
 import functools
-import multiprocessing
+import itertools
 import os
-import signal
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import grain
 import numpy as np
 from absl import logging
+from jaxtyping import UInt8
+from PIL import Image
 
-from fvq_jax.data import transforms
-from fvq_jax.data.sources import Record, Source
+from fvq_jax.data.decode import UnreadableImageError, open_image
+from fvq_jax.data.record import Source
+from fvq_jax.data.transforms import random_flip, random_resize_crop, resize_center
+from fvq_jax.data.worker import follow_parent
 from fvq_jax.errors import InputError
 
 _MAX_THREADS = 4
-_CORRUPT_LIMIT = 0.01
+_UNREADABLE_LIMIT = 0.01
+# OSError: the file has gone, or may not be read.
+_UNREADABLE = (OSError, UnreadableImageError)
 
 
 class Batches(Iterator[dict[str, np.ndarray]]):
@@ -41,32 +46,41 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
         if num_workers:
             options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
-            batches = batches.mp_prefetch(options, worker_init_fn=_init_worker)
+            batches = batches.mp_prefetch(options, worker_init_fn=follow_parent)
         self._iterator = iter(batches)
 
     def __next__(self) -> dict[str, np.ndarray]:
+        try:
+            columns = next(self._iterator)
+        except InputError as error:  # to which Grain has added lines
+            raise InputError(str(error).partition("\n")[0]) from None
         # Copied out of memory shared with the worker: that is freed when its last reference goes, and a device
         # array on the host may hold one until the program ends.
-        batch = {name: np.array(column) for name, column in next(self._iterator).items()}
-        corrupt = batch.pop("corrupt")
-        for index in corrupt[corrupt >= 0]:
-            self._skip(self._source.name(int(index)))
+        batch = {name: np.array(column) for name, column in columns.items()}
+        unreadable = batch.pop("unreadable")
+        for index in unreadable[unreadable >= 0]:
+            self._skip(int(index))
         return batch
 
     def close(self) -> None:
         """Stops threads and worker processes; the iterator cannot be used afterwards."""
         self._iterator.close()
 
-    def _skip(self, name: str) -> None:
+    def _skip(self, index: int) -> None:
+        name = self._source.name(index)
         if name not in self.skipped:
-            logging.warning("skipped %r: not a readable picture (another takes its place)", name)
+            logging.warning("skipped %r: %s", name, self._reason(index))
         self.skipped[name] = self.skipped.get(name, 0) + 1
-        if len(self.skipped) > _CORRUPT_LIMIT * self._files:
-            examples = ", ".join(map(repr, list(self.skipped)[:3]))
-            raise InputError(
-                f"{len(self.skipped)} of {self._files} pictures are unreadable, over {_CORRUPT_LIMIT:.0%}: "
-                f"{examples}{', ...' if len(self.skipped) > 3 else ''}; repair or remove them"
-            )
+        if len(self.skipped) > _UNREADABLE_LIMIT * self._files:
+            raise _too_many(list(self.skipped), self._files)
+
+    def _reason(self, index: int) -> str:
+        # Decoded once more, since only numbers come along with a batch.
+        try:
+            _open(self._source, index)
+        except _UNREADABLE as error:
+            return str(error)
+        return "it could not be read before, but can now"
 
 
 def steps_per_epoch(source: Source, batch_size: int) -> float:
@@ -103,10 +117,10 @@ def train_batches(
         )
     if not 0 <= seed < 2**32:
         raise InputError(f"seed={seed} cannot order the data: use 0 to {2**32 - 1}")
-    augment = functools.partial(
-        _augment, image_size=image_size, resize_min=resize_min, resize_max=resize_max, flip=flip
+    load = functools.partial(
+        _load_to_train, source=source, image_size=image_size, resize_min=resize_min, resize_max=resize_max, flip=flip
     )
-    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(augment)
+    dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().random_map(load)
     # Batches of one host's size, of which each host takes its own: contiguous rows of the global batch.
     dataset = dataset.batch(local_size, drop_remainder=True)
     dataset = dataset[start_step * process_count + process_index :: process_count]
@@ -118,12 +132,13 @@ def eval_batches(
     *,
     image_size: int,
     batch_size: int,
+    crop: Callable[[Image.Image, int], UInt8[np.ndarray, "s s 3"]] = resize_center,
     limit: int = 0,
     process_index: int = 0,
     process_count: int = 1,
     num_workers: int = 0,
 ) -> Batches:
-    """Every picture once, in order and centre-cropped: `image` and `label` as in training, `mask` bool [b].
+    """Every picture once, in order and cropped by `crop`: `image` and `label` as in training, `mask` bool [b].
 
     With a `limit`, that many pictures, evenly spaced over the source (the first ones would be of the first
     classes); 0 takes all. Rows with a False `mask` must not count: they fill up the last batch, or stand in
@@ -132,26 +147,10 @@ def eval_batches(
     local_size = _local_batch_size(batch_size, process_count)
     count = min(limit or len(source), len(source))
     padded = -(-count // batch_size) * batch_size
-    load = functools.partial(_load_for_eval, source=source, count=count, image_size=image_size)
+    load = functools.partial(_load_to_score, source=source, count=count, image_size=image_size, crop=crop)
     dataset = grain.MapDataset.range(padded).map(load)
     dataset = dataset.batch(local_size, drop_remainder=True)[process_index::process_count]
     return Batches(dataset, source, count, num_workers)
-
-
-def _init_worker(index: int, count: int) -> None:
-    """Lets a worker process end when the main process does, and not before.
-
-    Schedulers send SIGTERM, and terminals SIGINT, to every process of a job; the main one still needs data
-    for the steps up to its last checkpoint. If it is killed instead, no one would stop the workers.
-    """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def follow_parent():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=follow_parent, daemon=True).start()
 
 
 def _local_batch_size(batch_size: int, process_count: int) -> int:
@@ -160,19 +159,65 @@ def _local_batch_size(batch_size: int, process_count: int) -> int:
     return batch_size // process_count
 
 
-def _augment(
-    record: Record, rng: np.random.Generator, *, image_size: int, resize_min: int, resize_max: int, flip: bool
-) -> Record:
-    image = transforms.random_resize_crop(record["image"], rng, image_size, resize_min, resize_max)
-    if flip:
-        image = transforms.random_flip(image, rng)
-    return {**record, "image": image}
+def _too_many(names: list[str], files: int) -> InputError:
+    examples = ", ".join(map(repr, names[:3]))
+    return InputError(
+        f"{len(names)} of {files} pictures are unreadable, over {_UNREADABLE_LIMIT:.0%}: "
+        f"{examples}{', ...' if len(names) > 3 else ''}; repair or remove them"
+    )
 
 
-def _load_for_eval(position: int, *, source: Source, count: int, image_size: int) -> Record:
+def _open(source: Source, index: int, min_side: int = 0) -> tuple[Image.Image, np.int32]:
+    """Picture and label; see `decode.open_image`. Raises one of _UNREADABLE."""
+    record = source[index]
+    stored = record["image"]
+    image = open_image(stored, min_side) if isinstance(stored, bytes) else Image.fromarray(stored)
+    return image, record["label"]
+
+
+def _row(image: np.ndarray, label: np.int32, unreadable: int = -1) -> dict[str, Any]:
+    """One row of a batch; `unreadable` is the index of the file that another stands in for."""
+    return {"image": image, "label": label, "unreadable": np.int64(unreadable)}
+
+
+def _load_to_train(
+    index: int,
+    rng: np.random.Generator,
+    *,
+    source: Source,
+    image_size: int,
+    resize_min: int,
+    resize_max: int,
+    flip: bool,
+) -> dict[str, Any]:
+    failed = []
+    for candidate in itertools.chain(range(index, len(source)), range(index)):
+        try:
+            # The decoder may leave out what the augmentation would average away.
+            image, label = _open(source, candidate, min_side=resize_max if resize_min else 0)
+        except _UNREADABLE:
+            failed.append(candidate)
+            if len(failed) > _UNREADABLE_LIMIT * len(source):
+                raise _too_many([source.name(number) for number in failed], len(source)) from None
+            continue
+        crop = random_resize_crop(image, rng, image_size, resize_min, resize_max)
+        return _row(random_flip(crop, rng) if flip else crop, label, failed[0] if failed else -1)
+
+
+def _load_to_score(
+    position: int,
+    *,
+    source: Source,
+    count: int,
+    image_size: int,
+    crop: Callable[[Image.Image, int], UInt8[np.ndarray, "s s 3"]],
+) -> dict[str, Any]:
+    nothing = np.zeros((image_size, image_size, 3), np.uint8)
     if position >= count:
-        image = np.zeros((image_size, image_size, 3), np.uint8)
-        return {"image": image, "label": np.int32(0), "corrupt": np.int64(-1), "mask": np.bool_(False)}
-    record = source[position * len(source) // count]
-    image = transforms.center_crop(record["image"], image_size)
-    return {**record, "image": image, "mask": np.bool_(record["corrupt"] < 0)}
+        return _row(nothing, np.int32(0)) | {"mask": np.bool_(False)}
+    index = position * len(source) // count
+    try:
+        image, label = _open(source, index)
+    except _UNREADABLE:
+        return _row(nothing, np.int32(0), index) | {"mask": np.bool_(False)}
+    return _row(crop(image, image_size), label) | {"mask": np.bool_(True)}

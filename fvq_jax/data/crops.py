@@ -1,0 +1,47 @@
+"""Many random crops of few pictures as a source of their own: the usage of many codes needs many tokens."""
+
+import dataclasses
+
+import numpy as np
+from PIL import Image
+
+from fvq_jax.data.decode import open_image
+from fvq_jax.data.record import Record, Source
+from fvq_jax.data.transforms import random_resize_crop
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomCrops:
+    """`count` square crops of `size` pixels, of all pictures equally often (by one); crop i always the same.
+
+    Resized and placed as in training, see `transforms.random_resize_crop`; not mirrored. `seed` draws others.
+    """
+
+    source: Source
+    count: int
+    size: int
+    resize_min: int = 0
+    resize_max: int = 0
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Record:
+        record = self.source[index % len(self.source)]
+        stored = record["image"]
+        image = open_image(stored, self.resize_max) if isinstance(stored, bytes) else Image.fromarray(stored)
+        rng = np.random.default_rng((self.seed, index))
+        return {**record, "image": random_resize_crop(image, rng, self.size, self.resize_min, self.resize_max)}
+
+    def name(self, index: int) -> str:
+        """The picture that crop `index` is cut from."""
+        return self.source.name(index % len(self.source))
+
+    def fingerprint(self) -> str:
+        """The pictures, and everything that decides on the crops."""
+        resized = f"{self.resize_min} to {self.resize_max}" if self.resize_min else "not"
+        return (
+            f"{self.count} crops of {self.size} pixels, resized {resized}, seed {self.seed}, of "
+            f"{self.source.fingerprint()}"
+        )

@@ -1,0 +1,114 @@
+"""Folders of picture files as a source."""
+
+import array
+import hashlib
+import os
+from collections.abc import Iterator
+
+import numpy as np
+from absl import logging
+
+from fvq_jax.data.record import Record
+from fvq_jax.errors import InputError
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+
+
+class FolderSource:
+    """Every JPEG, PNG and WebP file of a directory tree, in the same order on every machine.
+
+    The class of a file is the first folder on its way from `root`; classes are numbered in the order of
+    their names. Files directly in `root` form a class of their own, number 0. Hidden files and folders and
+    other file types are ignored, symbolic links followed.
+
+    The whole tree is listed at once, and the size of every file asked for. Names are kept as one string of bytes: with
+    1.3 million of them a Python string each would be several times as large, in every worker process.
+
+    Raises InputError for a root that is not a readable folder or holds no picture.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]):
+        self._root = os.path.abspath(root)
+        if not os.path.isdir(self._root):
+            raise InputError(f"image folder {str(root)!r} does not exist or is not a folder")
+        names, ends, labels = bytearray(), array.array("q"), array.array("i")
+        classes, beside, digest = {"": 0}, array.array("q"), hashlib.sha256()
+        for name, size in _image_files(self._root):
+            folder = name.split(os.sep, 1)[0] if os.sep in name else ""
+            if not folder:
+                beside.append(len(ends))
+            labels.append(classes.setdefault(folder, len(classes)))
+            encoded = os.fsencode(name)
+            names += encoded
+            ends.append(len(names))
+            digest.update(b"%s\0%d\n" % (encoded, size))
+        if not ends:
+            raise InputError(f"image folder {str(root)!r} holds no file that ends in one of {', '.join(ENDINGS)}")
+        self._names, self._ends = bytes(names), np.array(ends, np.int64)
+        # Without files directly in the root the other classes begin with 0.
+        self._labels = np.array(labels, np.int32) - (0 if beside else 1)
+        self.classes = list(classes)[0 if beside else 1 :]
+        self._digest = digest.hexdigest()[:16]
+        if beside and len(self.classes) > 1:
+            logging.warning(
+                "%s holds pictures beside its class folders: %d of them, such as %r, become class 0",
+                self._root,
+                len(beside),
+                self.relative_name(beside[0]),
+            )
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> Record:
+        with open(self.name(index), "rb") as file:
+            return {"image": file.read(), "label": np.int32(self.label(index))}
+
+    def label(self, index: int) -> int:
+        """Class of file `index`."""
+        return int(self._labels[index])
+
+    def name(self, index: int) -> str:
+        """Full path of file `index`."""
+        return os.path.join(self._root, self.relative_name(index))
+
+    def relative_name(self, index: int) -> str:
+        """Path of file `index` below the root."""
+        start = self._ends[index - 1] if index else 0
+        return os.fsdecode(self._names[start : self._ends[index]])
+
+    def fingerprint(self) -> str:
+        """How many files, and a hash of their names below the root, in order, and of their sizes."""
+        return f"{len(self)} files, names and sizes {self._digest}"
+
+
+def _image_files(root: str) -> Iterator[tuple[str, int]]:
+    """Path below `root` and size of all files that look like pictures, sorted by the parts of their paths.
+
+    A link that leads nowhere has size -1: it is named among the unreadable files, and not left out in silence.
+    """
+
+    def below(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
+        try:
+            with os.scandir(folder) as found:
+                entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda e: e.name)
+        except OSError as error:
+            raise InputError(f"cannot read folder {folder!r}: {error.strerror}") from error
+        for entry in entries:
+            name = prefix + entry.name
+            if entry.is_dir():
+                if not (entry.is_symlink() and _links_upwards(entry.path, folder)):
+                    yield from below(entry.path, name + os.sep)
+            elif entry.name.lower().endswith(ENDINGS):
+                try:
+                    yield name, entry.stat().st_size
+                except OSError:
+                    yield name, -1
+
+    return below(root, "")
+
+
+def _links_upwards(link: str, folder: str) -> bool:
+    """Whether `link`, found in `folder`, leads to that or above it: an endless walk."""
+    target = os.path.realpath(link)
+    return os.path.commonpath((target, os.path.realpath(folder))) == target

@@ -1,0 +1,89 @@
+"""Batches ahead of time, by a thread that also places them on the devices; one that does not come ends the wait.
+
+Making the batches, and ending the processes that do, is left to what is wrapped.
+"""
+
+import multiprocessing
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from fvq_jax.errors import DataError, InputError
+
+_START = 5  # times the patience of later batches has the first: its workers start, each importing what it needs
+_CLOSING = 3.0  # seconds, after which what does not close is left behind
+T = TypeVar("T", covariant=True)
+
+
+@runtime_checkable
+class Closable(Iterator[Any], Protocol):
+    """An iterator that other threads and processes may work for."""
+
+    def close(self) -> None:
+        """Ends them."""
+
+
+class Prefetch(Iterator[T]):
+    """`place(batch)` for every one of `batches`, in their order, up to two of them in advance.
+
+    Iteration raises DataError if the next one has not come after `timeout` seconds (0: it waits for ever; of the first
+    five times as long), or if a worker process has died, and whatever else `batches` raise. `close` does not wait for
+    what hangs.
+    """
+
+    def __init__(self, batches: Closable, place: Callable[[Any], T], *, timeout: float = 0.0):
+        self._batches = batches
+        self._place = place
+        self._timeout = timeout
+        self._patience = _START * timeout
+        self._placed: queue.Queue[tuple[T | None, Exception | None]] = queue.Queue(1)  # and one waits to be put there
+        self._closed = threading.Event()
+        self._filling = threading.Thread(target=self._fill, name="prefetch", daemon=True)
+        self._filling.start()
+
+    def __next__(self) -> T:
+        try:
+            placed, error = self._placed.get(timeout=self._patience or None)
+        except queue.Empty:
+            raise DataError(
+                f"no batch for {self._patience:g} s: a picture cannot be read, or its file system does not answer; "
+                "start again when it does, or with a longer data.timeout"
+            ) from None
+        self._patience = self._timeout
+        if isinstance(error, InputError | StopIteration):
+            raise error
+        if error is not None:
+            raise DataError(f"no more batches: {str(error).strip().splitlines()[0]}") from error
+        return placed
+
+    def ready(self) -> bool:
+        """Whether the next batch, or what ends them, is there."""
+        return not self._placed.empty()
+
+    def close(self) -> None:
+        """Ends thread and workers; the iterator cannot be used afterwards."""
+        self._closed.set()
+        while not self._placed.empty():  # `_fill` may wait for room
+            self._placed.get()
+        closing = threading.Thread(target=self._close, daemon=True)
+        closing.start()
+        closing.join(_CLOSING)
+        if closing.is_alive():  # they ignore SIGTERM, and the interpreter would wait for them at its end
+            for child in multiprocessing.active_children():
+                if child.name.startswith("grain-"):
+                    child.kill()
+
+    def _close(self) -> None:
+        self._filling.join()
+        self._batches.close()
+
+    def _fill(self) -> None:
+        try:
+            for batch in self._batches:
+                self._placed.put((self._place(batch), None))
+                if self._closed.is_set():
+                    return
+            self._placed.put((None, StopIteration()))
+        except Exception as error:  # raised again where the batch is asked for
+            self._placed.put((None, error))
