@@ -1,4 +1,4 @@
-# make quickstart | test | lint | format | clean
+# make quickstart | test | faults | lint | format | clean
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 comma := ,
@@ -8,13 +8,16 @@ WORKDIR ?= runs/quickstart
 # libtpu, which compiles for TPUs that are not here, exists for x86-64 Linux only.
 EXTRAS := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),test$(comma)tpu,test)
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test faults lint format clean
 
 quickstart: $(VENV)/runtime
 	$(BIN)/python -m fvq_jax.main --config=configs/quickstart.py --workdir=$(WORKDIR)
 
 test: $(VENV)/test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+faults: $(VENV)/test
+	FAULTS=all $(BIN)/python -m pytest -n 0 tests/faults
 
 lint: $(VENV)/test
 	$(BIN)/ruff format --check .

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import threading
 from typing import NoReturn
 
 import jax
@@ -25,17 +26,41 @@ def true_or_false(text: str) -> bool:
     return text.lower() == "true"
 
 
-def join_processes() -> None:
+def join_processes(timeout: int = 120) -> None:
     """Makes this one of several processes: TPU pods and Slurm are detected, elsewhere JAX_* variables say so.
 
-    InputError if the others cannot be joined.
+    Ends this process with one line if the others have not all come after `timeout` seconds. One that falls silent
+    later, for longer than that, ends them all. SystemExit if the network fails, InputError if the variables are wrong.
     """
     # JAX reads the coordinator's address itself, but not the other two.
     count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+
+    def give_up():
+        who = f"this is process {index} of {count}, " if count and index else ""
+        where = os.environ.get("JAX_COORDINATOR_ADDRESS", "detected")
+        fail(
+            f"--distributed: after {timeout} s not all processes have come: {who}coordinator {where}; "
+            "is every host up, and started with the same command?"
+        )
+        os._exit(FAILED)
+
+    # JAX itself would end the process with a stack trace.
+    alarm = threading.Timer(timeout, give_up)
+    alarm.daemon = True
+    alarm.start()
     try:
-        jax.distributed.initialize(num_processes=count and int(count), process_id=index and int(index))
-    except (ValueError, RuntimeError) as error:
+        jax.distributed.initialize(
+            num_processes=count and int(count),
+            process_id=index and int(index),
+            initialization_timeout=timeout + 60,
+            heartbeat_timeout_seconds=max(1, timeout * 3 // 4),  # and the rest of the time to end in
+        )
+    except ValueError as error:
         raise InputError(f"--distributed: cannot join the other processes: {error}") from error
+    except RuntimeError as error:  # of the network, so the next try may do
+        sys.exit(fail(f"--distributed: cannot join the other processes: {error}", FAILED))
+    finally:
+        alarm.cancel()
 
 
 class Parser(argparse.ArgumentParser):

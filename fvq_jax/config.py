@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from fvq_jax.data.sources import SOURCES
 from fvq_jax.errors import InputError
 from fvq_jax.evals.image_metrics import SSIM_WINDOW
 from fvq_jax.models.bridge import parse_bridge, rows_of_groups
@@ -87,19 +88,25 @@ def default_config() -> ConfigDict:
     config.optim.ema_decay = 0.0  # 0: no moving average
 
     config.data = ConfigDict()
-    config.data.source = "folder"  # folder | photos (a few that ship with the libraries)
-    config.data.train_dir = ""
+    config.data.source = "tfds"  # tfds | folder | array_record | photos, see docs/data.md
+    config.data.tfds_name = "imagenet2012"  # NAME[/CONFIG][:VERSION] of a data set prepared as array_record
+    config.data.tfds_dir = ""  # where TFDS keeps its data sets; empty: TFDS_DATA_DIR or ~/tensorflow_datasets
+    config.data.train_split = "train"  # of tfds
+    config.data.eval_split = "validation"
+    config.data.train_dir = ""  # of folder and array_record
     config.data.eval_dir = ""
     config.data.image_size = 256
     config.data.resize_min = 256  # of the shorter side, before the random crop; 0: no resizing
     config.data.resize_max = 320
     config.data.flip = True
     config.data.num_workers = 8  # processes per host; 0: threads
+    config.data.timeout = 50.0  # seconds without a batch that end the run, five times as many at the start; 0: none
 
     config.eval = ConfigDict()
     config.eval.every_steps = 0  # 0: only at the end
     config.eval.batch_size = 128
     config.eval.images = 0  # 0: the whole set
+    config.eval.inception = ""  # FID's InceptionV3, see README; empty: no rFID while training
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 5000
@@ -117,6 +124,8 @@ FREE_TO_CHANGE = (
     "tokenizer.remat",
     "tokenizer.search_implementation",
     "data.num_workers",
+    "data.timeout",
+    "data.tfds_dir",
     "data.train_dir",
     "data.eval_dir",
 )
@@ -152,6 +161,7 @@ def validate(config: ConfigDict, devices: int) -> None:
     _check_codebook(config, devices)
     _check_batch(config, devices)
     _check_images(config)
+    _check_source(config.data)
 
 
 def downsampling(config: ConfigDict) -> int:
@@ -236,7 +246,7 @@ CHOICES = {
     "optim.train_only": ("", "tokenizer", "decoder"),
     "optim.decay": DECAYS,
     "optim.codebook_decay": DECAYS,
-    "data.source": ("folder", "photos"),
+    "data.source": SOURCES,
 }
 
 
@@ -350,11 +360,25 @@ def _check_images(config: ConfigDict) -> None:
         f"data.image_size {size} does not fit adversarial.discriminator=stylegan, which takes "
         f"{', '.join(map(str, STYLEGAN_SIZES))}",
     )
-    if data.source == "folder":
-        for name in ("train_dir", "eval_dir"):
-            _require(bool(data[name]), f"data.{name} is empty: set --config.data.{name}=DIR to a folder of images")
     _require(
         data.resize_min == 0 or size <= data.resize_min <= data.resize_max,
         f"data.resize_min {data.resize_min} and data.resize_max {data.resize_max} must satisfy "
         f"image_size {size} <= resize_min <= resize_max, or data.resize_min must be 0 (no resizing)",
     )
+
+
+def _check_source(data: ConfigDict) -> None:
+    """That the fields of the chosen source are set; whether its files are there is seen when it is opened."""
+    if data.source in ("folder", "array_record"):
+        what = "of images" if data.source == "folder" else "written by python -m fvq_jax.data.prepare"
+        for name in ("train_dir", "eval_dir"):
+            _require(bool(data[name]), f"data.{name} is empty: set --config.data.{name}=DIR to a folder {what}")
+    if data.source == "tfds":
+        for name in ("tfds_name", "train_split", "eval_split"):
+            _require(bool(data[name]), f"data.{name} is empty: data.source=tfds needs it")
+        for name in ("train_dir", "eval_dir"):
+            _require(
+                not data[name],
+                f"data.{name} is set, but data.source=tfds does not read it: add --config.data.source=folder, or "
+                "array_record if fvq_jax.data.prepare wrote that folder",
+            )

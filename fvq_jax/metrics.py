@@ -3,10 +3,11 @@
 `MetricWriter` keeps TensorBoard files and `metrics.jsonl`, `Progress` tells a person how far the run is,
 `StepTimer` splits the wall time. None of them touches standard output, whose last line is the run's result.
 What is measured is left to the loop, `ops` and `evals`; what the hardware could do to `fvq_jax.device`; the
-pictures of a finished run to `fvq_jax.report`.
+page about a finished run to `fvq_jax.report`.
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -77,6 +78,9 @@ class MetricWriter:
         """One line of `metrics.jsonl` (non-finite values as null) and one TensorBoard point per name."""
         if self._tensorboard is None:
             return
+        if not self._tensorboard.file_writer.event_writer._worker.is_alive():
+            # It ends at the first error, and whatever is added after that waits for ever.
+            raise OSError(errno.EIO, "TensorBoard's files could not be written")
         row = {name: float(value) for name, value in values.items()}
         self._lines.write(_json_line({"step": int(step), **row}))
         self._lines.flush()
@@ -84,7 +88,7 @@ class MetricWriter:
             self._tensorboard.add_scalar(name, value, step)
 
     def image(self, step: int, name: str, image: UInt8[np.ndarray, "H W c"]) -> None:
-        """A picture (or a figure turned into one by `report.to_pixels`) to TensorBoard; c is 1, 3 or 4."""
+        """A picture to TensorBoard; c is 1, 3 or 4."""
         if self._tensorboard is not None:
             self._tensorboard.add_image(name, image, step, dataformats="HWC")
 
@@ -211,8 +215,9 @@ class StepTimer:
 
     Steps are dispatched asynchronously, so a single step cannot be timed from the host; a window of them can,
     if its end waits for the device: call `read` (and enter `paused`) after the metrics of the last step have
-    arrived on the host. `data` is then the time in which the loop stood still for its input. Time spent
-    inside `paused` (evaluation, checkpoints) counts nowhere.
+    arrived on the host. A loop whose next batch is not there yet should wait for its step before it enters
+    `data`, which then is the time in which the devices stood still for their input. Time spent inside `paused`
+    (evaluation, checkpoints) counts nowhere.
     """
 
     def __init__(self, batch_size: int, *, clock: Callable[[], float] = time.perf_counter):

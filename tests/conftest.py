@@ -1,6 +1,7 @@
 """Eight simulated CPU devices for every test, and rank promotion treated as the bug it usually is."""
 
 import os
+import signal
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -11,7 +12,15 @@ import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Tests that run the same tiny program several times compile it once.
-_CACHE = tempfile.TemporaryDirectory(prefix="fvq_jax-compiled-")
-jax.config.update("jax_compilation_cache_dir", _CACHE.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+# A tiny program is compiled once, for all tests, the programs that they start, and the next run of the suite.
+_COMPILED = os.path.join(tempfile.gettempdir(), f"fvq_jax-tests-compiled-{os.getuid()}")
+os.makedirs(_COMPILED, mode=0o700, exist_ok=True)
+for name, value in (
+    ("jax_compilation_cache_dir", _COMPILED),
+    ("jax_persistent_cache_min_compile_time_secs", 0.3),
+):
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)
+
+# A shell's background jobs ignore Ctrl-C, and so would every program that a test starts and then interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)

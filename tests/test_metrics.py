@@ -2,13 +2,16 @@ import io
 import json
 import math
 import sys
+import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fvq_jax.data.prefetch import Prefetch
 from fvq_jax.metrics import MetricWriter, Progress, StepTimer, read_metrics
 
 
@@ -234,3 +237,58 @@ def test_step_timer_starts_a_new_window_at_every_reading():
     timer.step()
     assert timer.read() == (1, 0.0, 1.0, 2.0)
     assert timer.read() == (0, 0.0, 0.0, 0.0)
+
+
+class Step:
+    """Runs for `seconds` on a device once that is done with the step before; the host need not wait for it."""
+
+    def __init__(self, seconds, before):
+        self.end = max(time.monotonic(), before.end if before else 0.0) + seconds
+
+    def block_until_ready(self):
+        time.sleep(max(0.0, self.end - time.monotonic()))
+
+
+class SlowBatches:
+    """Endless, one every `seconds`."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        time.sleep(self.seconds)
+        return 0
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize(("batch_seconds", "low", "high"), [(0.45, 0.4, 0.8), (0.0, 0.0, 0.2)])
+def test_waiting_for_data_is_what_the_device_waits(batch_seconds, low, high):
+    """Steps of 0.15 s: with a batch every 0.45 s two thirds of the time are waiting, with one at once hardly any."""
+    timer, step = StepTimer(1), None
+    batches = Prefetch(SlowBatches(batch_seconds), lambda batch: batch)
+    next(batches)
+    timer.read()
+    for _ in range(8):
+        before, step = step, Step(0.15, step)
+        timer.step()
+        jax.block_until_ready(before)  # the loop reads its metrics
+        if not batches.ready():
+            jax.block_until_ready(step)
+        with timer.data():
+            next(batches)
+    jax.block_until_ready(step)
+    times = timer.read()
+    batches.close()
+    assert low <= times.data / (times.data + times.compute) <= high
+
+
+def test_after_tensorboards_thread_has_ended_writing_is_an_error_and_does_not_wait(tmp_path):
+    with MetricWriter(tmp_path, start_step=0, active=True) as writer:
+        writer._tensorboard.file_writer.event_writer._worker.stop()  # as it does at the first error of the disk
+        with pytest.raises(OSError, match="TensorBoard's files could not be written"):
+            writer.scalars(1, {"loss": 1.0})

@@ -126,7 +126,6 @@ def test_the_codebook_axis_divides_the_rows_of_groups():
     def check(axis, groups="2d"):
         config = fvq262k.get_config()
         config.tokenizer.bridge_groups = groups
-        config.data.train_dir = config.data.eval_dir = "pictures"
         config.mesh.codebook = axis
         validate(config, 128)
 

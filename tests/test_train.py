@@ -2,6 +2,8 @@ import json
 import os
 import shutil
 import signal
+import threading
+import time
 
 import jax
 import numpy as np
@@ -9,14 +11,16 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fvq_jax import evaluate
 from fvq_jax.checkpoint import Checkpoints
 from fvq_jax.data import pipeline
+from fvq_jax.data.prefetch import Prefetch
 from fvq_jax.errors import InputError, NonFiniteError
 from fvq_jax.metrics import read_metrics
 from fvq_jax.sharding import make_mesh
 from fvq_jax.state import abstract_state
 from fvq_jax.tasks.tokenizer import TokenizerTask
-from fvq_jax.train import evaluate_checkpoint, train
+from fvq_jax.train import train
 from tests.tiny import random_images, tiny_config
 
 # Everything that has a state: discriminator, moving average, micro-batches, a rate of its own for the codebook.
@@ -46,21 +50,25 @@ def assert_same_bits(a, b):
 def finished(tmp_path_factory):
     """A run of four steps that nothing disturbed: its workdir and its result."""
     workdir = tmp_path_factory.mktemp("finished")
-    return workdir, train(tiny_config(**WHOLE), workdir)
+    return workdir, train(tiny_config(**WHOLE), workdir, profile_steps=(2, 3))
 
 
 def interrupt_before_step(monkeypatch, step, number=signal.SIGTERM):
     """The signal arrives while the loop fetches the batch of this step (counted from 0 in this call of `train`)."""
     fetched = {"batches": 0}
-    original = pipeline.Batches.__next__
 
-    def fetch(self):
-        if fetched["batches"] == step:
-            os.kill(os.getpid(), number)
-        fetched["batches"] += 1
-        return original(self)
+    def counted(original):
+        def fetch(self):
+            if threading.current_thread() is threading.main_thread():  # others fetch ahead
+                if fetched["batches"] == step:
+                    os.kill(os.getpid(), number)
+                fetched["batches"] += 1
+            return original(self)
 
-    monkeypatch.setattr(pipeline.Batches, "__next__", fetch)
+        return fetch
+
+    for kind in (Prefetch, pipeline.Batches):
+        monkeypatch.setattr(kind, "__next__", counted(kind.__next__))
 
 
 def test_stop_and_resume_gives_the_weights_of_never_stopping(finished, tmp_path, monkeypatch):
@@ -113,11 +121,39 @@ def test_result_and_files_of_a_run(finished):
     assert summary["seconds"] > 0
     assert summary["images_per_second"] > 0
     json.dumps(summary, allow_nan=False)
-    for name in ("reconstructions", "usage", "code_frequencies", "losses"):
-        assert (workdir / "report" / f"{name}.png").stat().st_size > 1000
+    page = (workdir / "report" / "index.html").read_text()
+    for shown in (
+        "64 \N{MULTIPLICATION SIGN} 8 codes",
+        f"{summary['psnr']:.2f}",
+        "Codes used while training",
+        "Losses",
+    ):
+        assert shown in page
     assert json.loads((workdir / "config.json").read_text())["tokenizer"]["codebook_size"] == 64
     record = restored(tiny_config(**WHOLE), workdir).record
     assert record["config"]["optim"]["ema_decay"] == 0.9
+
+
+def test_what_a_run_leaves_for_those_who_watch_it(finished):
+    workdir = finished[0]
+    heartbeat = json.loads((workdir / "heartbeat" / "host_000.json").read_text())
+    assert (heartbeat["step"], heartbeat["phase"]) == (4, "done")
+    assert list((workdir / "profile").rglob("*.xplane.pb"))
+    rows = [row for row in read_metrics(workdir) if "goodput" in row]
+    assert all(0 < row["goodput"] < 1 for row in rows)
+    assert all(row["time/longest_silence"] > 0 for row in rows)
+
+
+def test_goodput_counts_the_time_between_two_calls(tmp_path, monkeypatch):
+    config = tiny_config(**{"log.every_steps": 1, "steps": 2})
+    with monkeypatch.context() as patch:
+        interrupt_before_step(patch, 1)
+        assert train(config, tmp_path).interrupted
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 3600)
+    train(config, tmp_path)
+    before, after = (row["goodput"] for row in read_metrics(tmp_path) if "goodput" in row)
+    assert after < 0.1 * before
 
 
 def test_every_scalar_reaches_tensorboard(finished):
@@ -127,17 +163,22 @@ def test_every_scalar_reaches_tensorboard(finished):
     expected = {f"loss/{name}" for name in losses}
     expected |= {"grad_norm/tokenizer", "grad_norm/discriminator", "learning_rate", "usage/batch", "usage/window"}
     expected |= {"perplexity/window", "images_per_second", "time/data", "time/compute", "mfu", "memory/peak_bytes"}
-    expected |= {"eval/psnr", "eval/ssim", "eval/usage", "eval/perplexity"}
+    expected |= {"goodput", "time/longest_silence"}
+    expected |= {"eval/psnr", "eval/ssim", "eval/usage", "eval/perplexity", "eval/dead_codes", "eval/bits_per_pixel"}
     assert expected <= scalars
     assert events.Tags()["images"] == ["reconstructions"]
     assert events.Tags()["histograms"] == ["codes/window"]
 
 
-def test_evaluating_the_checkpoint_gives_the_scores_of_the_run(finished):
+def test_evaluating_the_workdir_gives_the_scores_of_the_run(finished, tmp_path, capsys):
+    """By the program, which computes on its own mesh, on the pictures that the workdir names."""
     workdir, result = finished
-    config = tiny_config(**WHOLE)
-    again = evaluate_checkpoint(config, workdir).summary
-    assert again == result.summary | {"seconds": again["seconds"], "images_per_second": again["images_per_second"]}
+    assert evaluate.main([f"--workdir={workdir}", f"--out={tmp_path}", "--batch=16"]) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    assert (metrics["images"], metrics["tokens"], metrics["size"]) == (24, 24 * 64, 16)
+    for name in ("psnr", "ssim", "l1", "mse", "usage", "perplexity"):
+        assert metrics[name] == pytest.approx(result.summary[name], rel=1e-4), name
+    assert "Codes used while training" in (tmp_path / "report" / "index.html").read_text()
 
 
 def test_evaluation_uses_the_moving_average(finished):
@@ -217,7 +258,7 @@ def test_a_longer_run_continues_with_moved_pictures_and_not_with_others(tmp_path
     assert train(config(tmp_path / "new", 5), tmp_path / "run").summary["step"] == 5
     assert [row["data/skipped_files"] for row in read_metrics(tmp_path / "run") if "loss/total" in row] == [0] * 5
     (tmp_path / "new" / "train" / "0.png").rename(tmp_path / "new" / "train" / "00.png")
-    with pytest.raises(InputError, match=r"pictures in data\.train_dir are not those"):
+    with pytest.raises(InputError, match="pictures to train on are not those"):
         train(config(tmp_path / "new", 6), tmp_path / "run")
 
 
@@ -244,9 +285,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
     assert [row["skipped_steps"] for row in read_metrics(tmp_path) if "skipped_steps" in row] == [0, 1, 2]
 
 
-def test_the_wrong_checkpoint_is_one_clear_error(finished, tmp_path):
-    with pytest.raises(InputError, match="no checkpoint"):
-        evaluate_checkpoint(tiny_config(), tmp_path / "nothing")
+def test_a_file_is_no_workdir(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"workdir .*file cannot be used"):
         train(tiny_config(), tmp_path / "file")

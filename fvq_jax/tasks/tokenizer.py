@@ -13,11 +13,10 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Shaped, UInt8
+from jaxtyping import Array, Float, Int, Shaped, UInt8
 from ml_collections import ConfigDict
 
 from fvq_jax.config import downsampling, has_discriminator
-from fvq_jax.evals import image_metrics
 from fvq_jax.models.discriminator import PatchGAN
 from fvq_jax.models.discriminator_stylegan import StyleGANDiscriminator
 from fvq_jax.models.layers import Conv
@@ -40,21 +39,6 @@ class StepMetrics:
     """What a training step reports: named float32 scalars, and how often each code was chosen (int32 [k])."""
 
     scalars: dict[str, Any]
-    code_counts: Any
-
-
-@struct.dataclass
-class EvalSums:
-    """Sums over the images of a batch (padding excluded), so that batches and hosts simply add up.
-
-    Attributes:
-      scalars: sum over images of each metric.
-      images: int32, how many images.
-      code_counts: int32 [k].
-    """
-
-    scalars: dict[str, Any]
-    images: Any
     code_counts: Any
 
 
@@ -191,23 +175,16 @@ class TokenizerTask:
         params = state.ema if self.optim.ema_decay > 0 else state.networks["tokenizer"].params
         return fold_bridge(self.net, params)[1]
 
-    def eval_step(self, params: dict, batch: dict[str, Array]) -> tuple[EvalSums, Float[Array, "b H W 3"]]:
-        """Scores one batch with what `eval_params` returned; also the reconstructions, in [-1, 1].
+    def eval_step(
+        self, params: dict, images: UInt8[Array, "b H W 3"]
+    ) -> tuple[Float[Array, "b H W 3"], Int[Array, "b h w"]]:
+        """Reconstructions, in [-1, 1], and codes, by what `eval_params` returned.
 
-        Reconstructions are scored as a picture file would hold them, rounded to 8 bits. Rows whose `mask` is
-        False count for nothing.
+        In float32 whatever the training computes in, as the exported tokenizer does.
         """
-        net = self.net.clone(bridge="none", entropy_temperature=None)
-        images, mask = to_float(batch["image"]), batch["mask"]
-        output = net.apply({"params": params}, images)
-        reconstruction = jnp.clip(output.reconstruction, -1, 1)
-        target, scored = image_metrics.to_unit(images), image_metrics.to_unit(reconstruction)
-        metrics = {name: getattr(image_metrics, name)(target, scored) for name in ("psnr", "ssim", "l1", "mse")}
-        sums = {name: jnp.sum(jnp.where(mask, value, 0)) for name, value in metrics.items()}
-        codes = output.quantized.codes
-        used = jnp.broadcast_to(mask[:, None, None], codes.shape)
-        counts = code_histogram(codes, self.codebook_size, used)
-        return EvalSums(sums, jnp.sum(mask, dtype=jnp.int32), counts), reconstruction
+        net = self.net.clone(bridge="none", entropy_temperature=None, dtype=jnp.float32)
+        output = net.apply({"params": params}, to_float(images))
+        return jnp.clip(output.reconstruction, -1, 1), output.quantized.codes
 
     def tokens(self, images: int) -> int:
         """Codes that so many training images become."""
