@@ -1,15 +1,17 @@
 """Command line: scores a trained tokenizer on a set of pictures, by a protocol that is named beside every figure.
 
-  python -m fvq_jax.evaluate --workdir=DIR --data=FOLDER --out=OUT [--protocol=direct|published]
+  python -m fvq_jax.evaluate --workdir=DIR --out=OUT [--data=FOLDER] [--protocol=direct|published]
   python -m fvq_jax.evaluate --tokenizer=PATH --data=photos --out=OUT --size=256 --inception=FILE
 
-Writes OUT/metrics.json, whose content is also the last line on standard output. Metrics that look through a trained
-network need its weights as a local file; those without are listed under `not_computed`, with what to get. With
+Writes OUT/metrics.json, whose content is also the last line on standard output, and OUT/report/index.html, a page for a
+person. Without --data the pictures are those that the run in the workdir is evaluated on. Metrics that look through a
+trained network need its weights as a local file; those without are listed under `not_computed`, with what to get. With
 `--distributed` it is one of several processes, of which the first writes. Exit codes: 0, and 2 for bad input.
 """
 
 import argparse
 import contextlib
+import copy
 import json
 import os
 import sys
@@ -18,18 +20,26 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from fvq_jax.command import Parser, fail, join_processes, true_or_false
-from fvq_jax.data.sources import Source, make_source
+from fvq_jax.config import default_config, flatten
+from fvq_jax.data.crops import RandomCrops
+from fvq_jax.data.record import Source
+from fvq_jax.data.sources import make_source
 from fvq_jax.errors import InputError
+from fvq_jax.evals.hosts import rows_of_all_hosts
 from fvq_jax.evals.image_file import ImageWriter
 from fvq_jax.evals.networks import FILES, load_networks, option
+from fvq_jax.evals.projection import principal_plane
 from fvq_jax.evals.protocol import PROTOCOLS
 from fvq_jax.evals.reference import Reference
-from fvq_jax.evals.suite import collect, not_computed, summarise
+from fvq_jax.evals.suite import collect, conditions, not_computed, summarise
+from fvq_jax.metrics import read_metrics
 from fvq_jax.pretrained import Tokenizer
+from fvq_jax.report.page import Report, write_page
+from fvq_jax.run import data_name, source_of
 from fvq_jax.saved_tokenizer import CONFIG
 
 METRICS, NPZ = "metrics.json", "reconstructions.npz"
@@ -53,60 +63,84 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """What `metrics.json` holds; {} in all processes but the first. InputError for bad input."""
-    if args.batch < 1 or args.images < 0:
-        raise InputError(f"--batch must be at least 1 and --images at least 0, not {args.batch} and {args.images}")
-    if args.save_npz and jax.process_count() > 1:
-        raise InputError("--save-npz writes the pictures of one process: evaluate without --distributed")
+    """Writes the report; returns what `metrics.json` holds, {} in all processes but the first.
+
+    Raises:
+      InputError: for bad input.
+    """
+    if args.batch < 1 or min(args.images, args.crops, args.seed) < 0:
+        raise InputError("--batch must be at least 1, and --images, --crops and --seed at least 0")
+    if args.images and args.crops:
+        raise InputError("--images and --crops exclude each other: both say how many to score")
     _make_folder(args.out)  # before hours of work, not after
     path = args.workdir or args.tokenizer
-    size = args.size or _trained_size(path)
+    trained = _config_of_run(path)
+    size = args.size or (trained.data.image_size if trained else SIZE)
     tokenizer = Tokenizer.from_pretrained(path, l2_norm=args.l2_norm)
-    source = _source(args.data, size, args.images)
+    if size < 1 or size % tokenizer.downsampling:
+        raise InputError(f"--size {size} is not divisible by the down-sampling of {tokenizer.downsampling}")
+    images = args.images or (trained.eval.images if trained and args.data is None else 0)
+    source, data = _source(args.data, size, images, copy.deepcopy(trained))
+    if args.crops:
+        resize = (trained.data.resize_min, trained.data.resize_max) if trained else (0, 0)
+        source, images = RandomCrops(source, args.crops, size, *resize, seed=args.seed), 0
     networks = load_networks({name: getattr(args, name) for name in FILES}, size)
     first = jax.process_index() == 0
     reference, known = None, None
     if networks.inception is not None:
-        what = {"protocol": args.protocol, "size": size, "images": args.images, "weights": args.inception}
+        what = {"protocol": args.protocol, "size": size, "images": images, "weights": args.inception}
         reference = Reference.of(args.reference_cache, source, **what)
         known = reference.load() if first else None
-    total = min(args.images or len(source), len(source))
+    total = min(images or len(source), len(source))
+
+    def reconstruct(crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        codes = tokenizer.encode(crops)
+        decoded = tokenizer.decode(codes)
+        if not np.isfinite(decoded).all():
+            raise InputError(f"the reconstructions of {tokenizer} are not finite: its weights are broken")
+        return decoded, codes
+
     with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(ImageWriter(args.out / NPZ, size, size)) if args.save_npz else None
+        writer = stack.enter_context(ImageWriter(args.out / NPZ, size, size, active=first)) if args.save_npz else None
         bar = tqdm(total=total, unit=" images", desc=f"evaluating ({args.protocol})", disable=not first)
-        sums = collect(
-            tokenizer,
+        found = collect(
+            reconstruct,
             source,
             networks,
-            protocol=args.protocol,
+            codebook_size=tokenizer.net.codebook_size,
             size=size,
             batch_size=args.batch,
-            images=args.images,
+            protocol=args.protocol,
+            images=images,
             with_reference=not _of_first_process(known is not None),
             writer=writer,
             progress=stack.enter_context(bar).update,
         )
     if not first:
         return {}
-    moments = known
+    sums, moments = found.sums, known
     if sums.real is not None and sums.images >= 2:
         moments = sums.real.moments()
         reference.save(moments)
+    facts = {"tokenizer": repr(tokenizer), "path": str(path)}
+    facts |= conditions(found, source, data=data, protocol=args.protocol, size=size) | {"random_crops": args.crops}
+    report = Report(
+        net=tokenizer.trained_net,
+        facts=facts,
+        metrics=summarise(sums, tokenizer.downsampling, moments),
+        not_computed=not_computed(networks, sums),
+        found=found,
+        plane=jax.device_get(jax.jit(principal_plane)(tokenizer.codebook)),
+        rows=read_metrics(path) if trained else (),
+        batch_tokens=trained.batch_size * (trained.data.image_size // tokenizer.downsampling) ** 2 if trained else None,
+        config=flatten(trained) if trained else {},
+    )
+    write_page(args.out, report)
     return {
-        "tokenizer": repr(tokenizer),
-        "path": str(path),
-        "data": args.data,
-        "pictures": source.fingerprint(),
-        "protocol": args.protocol,
-        "protocol_means": PROTOCOLS[args.protocol],
-        "size": size,
-        "images": int(sums.images),
-        "skipped_files": int(sums.skipped),
-        "tokens": int(sums.code_counts.sum()),
-        "codebook_size": len(sums.code_counts),
-        **summarise(sums, tokenizer, moments),
+        **facts,
+        **report.metrics,
         "reference": None if moments is None else {"path": str(reference.path), "cached": known is not None},
-        "not_computed": not_computed(networks, sums),
+        "not_computed": report.not_computed,
     }
 
 
@@ -118,10 +152,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--l2_norm", type=true_or_false, help="unit-length codes? for checkpoints that do not say")
     parser.add_argument(
         "--data",
-        required=True,
-        help="folder of pictures, or photos: the bundled ones (a folder of that name: ./photos)",
+        help="folder of pictures, or photos: the bundled ones (a folder of that name: ./photos); a workdir needs none",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="where metrics.json goes")
+    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="where metrics.json and report/ go")
     parser.add_argument(
         "--protocol",
         choices=PROTOCOLS,
@@ -131,6 +164,13 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, help=f"side of the crops (default: as trained, or else {SIZE})")
     parser.add_argument("--batch", type=int, default=64, help="pictures at a time, of all processes (default: 64)")
     parser.add_argument("--images", type=int, default=0, help="how many, evenly spaced (default: 0, all)")
+    parser.add_argument(
+        "--crops",
+        type=int,
+        default=0,
+        help="score so many random crops, resized and placed as in training, and not one crop of every picture",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of --crops (default: 0)")
     for name, what in FILES.items():
         parser.add_argument(option(name), metavar="FILE", type=Path, help=what)
     parser.add_argument("--save-npz", action="store_true", help=f"also write DIR/{NPZ} for ADM's evaluation suite")
@@ -145,22 +185,36 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _source(data: str, size: int, images: int) -> Source:
-    kind = "photos" if data == "photos" else "folder"
-    return make_source(kind, "eval", image_size=size, train_dir="", eval_dir=data, eval_images=images)
+def _source(given: str | None, size: int, images: int, trained: ConfigDict | None) -> tuple[Source, str]:
+    """The pictures, and what to call them."""
+    if given is not None:
+        kind = "photos" if given == "photos" else "folder"
+        return make_source(kind, "eval", image_size=size, eval_dir=given, eval_images=images), given
+    if trained is None:
+        raise InputError("--data=FOLDER is missing: only the workdir of a run says what that is evaluated on")
+    trained.data.image_size, trained.eval.images = size, images
+    return source_of(trained, "eval"), data_name(trained)
 
 
-def _trained_size(path: Path) -> int:
-    """The size of the crops that a workdir's run was trained on, `SIZE` for anything else."""
+def _config_of_run(path: Path) -> ConfigDict | None:
+    """The config of the run in a workdir; None of anything else, which is reported when the tokenizer is loaded."""
     try:
-        return int(json.loads((path / CONFIG).read_text())["data"]["image_size"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return SIZE  # what cannot be read at all is reported when the tokenizer is loaded
+        saved = json.loads((path / CONFIG).read_text())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(saved, dict) or "data" not in saved:
+        return None
+    config = default_config()
+    try:
+        config.update_from_flattened_dict(flatten(saved))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path / CONFIG} is not the config of a run of this version: {error}") from error
+    return config
 
 
 def _of_first_process(flag: bool) -> bool:
     """What `flag` is in the first process, in all of them."""
-    return bool(multihost_utils.broadcast_one_to_all(np.array(flag))) if jax.process_count() > 1 else flag
+    return bool(rows_of_all_hosts(np.array([flag]))[0])
 
 
 def _make_folder(path: Path) -> None:

@@ -22,10 +22,10 @@ from fvq_jax.interop.tokenizer_checkpoint import read_checkpoint
 from fvq_jax.interop.torch_file import read_tensors
 from fvq_jax.models.bridge import parse_bridge, rows_of_groups
 from fvq_jax.models.tokenizer import TokenizerNet
+from fvq_jax.storage import CHECKPOINTS
 
 FORMAT = "fvq_jax tokenizer"
 CONFIG, WEIGHTS, BRIDGE = "config.json", "weights.safetensors", "bridge.safetensors"
-CHECKPOINTS = "checkpoints"  # what a training workdir has
 FIELDS = (
     "ch",
     "ch_mult",
@@ -159,7 +159,7 @@ def _read_workdir(path: Path) -> SavedTokenizer:
     net = _network(config.get("tokenizer"), path / CONFIG)
     params = abstract_params(net)
     averaged = config.get("optim", {}).get("ema_decay", 0) > 0
-    with Checkpoints(path) as checkpoints:
+    with Checkpoints(path, read_only=True) as checkpoints:
         part = checkpoints.restore_part(
             {"ema": params} if averaged else {"networks": {"tokenizer": {"params": params}}}
         )

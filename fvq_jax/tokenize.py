@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from fvq_jax.code_file import CodeReader, CodeWriter
 from fvq_jax.command import Parser, fail, true_or_false
-from fvq_jax.data.sources import FolderSource, read_image
-from fvq_jax.data.transforms import center_crop
+from fvq_jax.data.decode import UnreadableImageError, open_image
+from fvq_jax.data.folder import FolderSource
+from fvq_jax.data.transforms import resize_center
 from fvq_jax.errors import InputError
 from fvq_jax.pretrained import Tokenizer
 
@@ -115,10 +116,9 @@ def _crops(
     """Names and crops in batches, None for what cannot be read; one batch is read ahead."""
 
     def load(name: str) -> UInt8[np.ndarray, "s s 3"] | None:
-        # Pillow reports damage by many kinds of exception, depending on the format.
         try:
-            return center_crop(read_image(name), size)
-        except Exception:
+            return resize_center(open_image(name), size)
+        except UnreadableImageError:
             return None
 
     waiting: collections.deque[tuple[list[str], list[Future]]] = collections.deque()

@@ -1,24 +1,28 @@
 import functools
 import json
+import shutil
 import tracemalloc
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from fvq_jax import evaluate
-from fvq_jax.data.sources import FolderSource, read_image
-from fvq_jax.data.transforms import center_crop
+from fvq_jax.config import default_config
+from fvq_jax.data.decode import open_image
+from fvq_jax.data.folder import FolderSource
+from fvq_jax.data.transforms import center_no_resize, resize_center
 from fvq_jax.errors import InputError
 from fvq_jax.evals import suite
 from fvq_jax.evals.frechet import frechet_distance
 from fvq_jax.evals.networks import Networks
-from fvq_jax.evals.protocol import as_scored, center_crop_unresized
+from fvq_jax.evals.protocol import as_scored
 from fvq_jax.models.inception import CLASSES
 from fvq_jax.pretrained import Tokenizer
+from fvq_jax.report.page import write_page
 from tests.random_tokenizer import random_tokenizer
+from tests.two_hosts import on_two_hosts
 
 TOKENIZERS = functools.cache(Tokenizer.from_pretrained)
 SIZE = 16
@@ -34,8 +38,9 @@ def saved(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def compiled_once(monkeypatch):
-    """The tokenizer of an earlier test, with its compiled programs."""
+    """The tokenizer of an earlier test, with its compiled programs; no page, which takes seconds to draw."""
     monkeypatch.setattr(evaluate.Tokenizer, "from_pretrained", TOKENIZERS)
+    monkeypatch.setattr(evaluate, "write_page", lambda folder, report: None)
 
 
 @pytest.fixture(scope="module")
@@ -80,19 +85,30 @@ def run(capsys, *options):
     return json.loads(captured.out), captured.err
 
 
+def by_tokenizer(tok):
+    """What `suite.collect` asks to reconstruct with."""
+
+    def reconstruct(crops):
+        codes = tok.encode(crops)
+        return tok.decode(codes), codes
+
+    return reconstruct
+
+
 def by_hand(saved, folder, protocol):
     """Crops and reconstructions as scored, and codes, one picture after the other."""
     tok = Tokenizer.from_pretrained(saved)
-    crop = center_crop if protocol == "direct" else center_crop_unresized
-    crops = np.stack([crop(read_image(path), SIZE) for path in sorted(folder.iterdir())])
+    crop = resize_center if protocol == "direct" else center_no_resize
+    crops = np.stack([crop(open_image(path), SIZE) for path in sorted(folder.iterdir())])
     codes = tok.encode(crops)
     decoded = np.round((tok.decode(codes).astype(np.float64) + 1) * 127.5).astype(np.uint8)
     return as_scored(crops, protocol), as_scored(decoded, protocol), codes
 
 
 @pytest.mark.parametrize("protocol", ["direct", "published"])
-def test_pixel_metrics_and_code_statistics(protocol, saved, folder, tmp_path, capsys):
+def test_pixel_metrics_and_code_statistics(protocol, saved, folder, tmp_path, capsys, monkeypatch):
     """Eleven pictures in batches of eight: five rows of padding that must not count."""
+    monkeypatch.setattr(evaluate, "write_page", write_page)
     report, err = run(
         capsys,
         f"--tokenizer={saved}",
@@ -105,6 +121,9 @@ def test_pixel_metrics_and_code_statistics(protocol, saved, folder, tmp_path, ca
     )
     assert f"evaluating ({protocol}): 100%" in err
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == report
+    page = (tmp_path / "out" / "report" / "index.html").read_text()
+    assert f"protocol <b>{protocol}</b>" in page
+    assert f"{report['psnr']:.2f}" in page
     real, decoded, codes = by_hand(saved, folder, protocol)
     pairs = list(zip(real / 255, decoded / 255, strict=True))
     expected = {
@@ -182,13 +201,14 @@ def test_memory_does_not_grow_with_the_pictures(saved):
             return str(self.count)
 
     tok, peaks = Tokenizer.from_pretrained(saved), []
-    for count in (16, 64, 400):
+
+    for count in (32, 128, 640):
         tracemalloc.start()
         networks = Networks(None, {}, {})
-        suite.collect(tok, Source(count), networks, protocol="direct", size=SIZE, batch_size=16)
+        suite.collect(by_tokenizer(tok), Source(count), networks, codebook_size=64, size=SIZE, batch_size=32)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[2] - peaks[1] < 336 * 768 / 2, peaks  # the crops alone are 336 x 768 bytes
+    assert peaks[2] - peaks[1] < 512 * 768 / 2, peaks  # the crops alone are 512 x 768 bytes
 
 
 def test_some_images_of_the_bundled_photographs(saved, tmp_path, capsys):
@@ -210,7 +230,7 @@ def test_a_missing_weight_file_is_named_and_the_rest_computed(saved, folder, tmp
     [
         (["--size=15"], "--size 15 is not divisible by the down-sampling of 2"),
         (["--size=16", "--batch=0"], "--batch must be at least 1"),
-        (["--size=16", "--images=-1"], "--images at least 0, not 64 and -1"),
+        (["--size=16", "--images=-1"], "--images, --crops and --seed at least 0"),
         (["--size=16", "--inception=PICTURE"], "is damaged or not written by torch.save"),
         (["--size=16", "--l2_norm=true"], "l2_norm=True contradicts"),
         (["--size=16", "--out=PICTURE"], "cannot write to"),
@@ -229,10 +249,28 @@ def test_bad_options_exit_2_with_one_line(options, message, saved, folder, tmp_p
     assert not (tmp_path / "out" / "metrics.json").exists()
 
 
-def test_a_workdir_says_how_large_its_crops_are(tmp_path):
-    assert evaluate._trained_size(tmp_path) == 256
-    (tmp_path / "config.json").write_text('{"data": {"image_size": 48}}')
-    assert evaluate._trained_size(tmp_path) == 48
+def test_what_a_workdir_says(tmp_path):
+    assert evaluate._config_of_run(tmp_path) is None
+    (tmp_path / "config.json").write_text('{"tokenizer": {}}')  # of a saved tokenizer
+    assert evaluate._config_of_run(tmp_path) is None
+    (tmp_path / "config.json").write_text('{"data": {"image_size": 48, "eval_dir": "there"}, "eval": {"images": 7}}')
+    config = evaluate._config_of_run(tmp_path)
+    assert (config.data.image_size, config.data.eval_dir, config.eval.images) == (48, "there", 7)
+    (tmp_path / "config.json").write_text('{"data": {"image_sise": 48}}')
+    with pytest.raises(InputError, match=r"is not the config of a run of this version.*image_sise"):
+        evaluate._config_of_run(tmp_path)
+
+
+def test_pictures_that_a_workdir_names_are_cropped_and_counted_as_asked(folder):
+    config = default_config()
+    config.data.source, config.data.eval_dir, config.data.image_size = "folder", str(folder), 256
+    source, data = evaluate._source(None, SIZE, 5, config)
+    assert (len(source), data) == (PICTURES, str(folder))
+    config.data.source = "photos"
+    source, _ = evaluate._source(None, SIZE, 5, config)
+    assert len(source) == 5
+    with pytest.raises(InputError, match="--data=FOLDER is missing"):
+        evaluate._source(None, SIZE, 0, None)
 
 
 def test_processes_are_joined_if_asked_for(saved, folder, tmp_path, monkeypatch, capsys):
@@ -245,20 +283,68 @@ def test_processes_are_joined_if_asked_for(saved, folder, tmp_path, monkeypatch,
     assert "no others" in capsys.readouterr().err
 
 
-def test_hosts_share_the_pictures_and_add_up(saved, folder, monkeypatch):
-    """Two hosts of four pictures at a time, one after the other, find together what one host of eight finds."""
-    monkeypatch.setattr(suite, "RFID_FEATURES", 64)
-    monkeypatch.setattr(suite, "sum_over_hosts", lambda sums: sums)
+def test_two_hosts_share_the_pictures_and_find_what_one_finds(saved, with_inception, folder, tmp_path, monkeypatch):
+    """Eleven pictures, four at a time on each: 7 of 4 and 3, and 4 of 4 and none."""
+
+    def arguments(out):
+        options = [f"--tokenizer={saved}", f"--data={folder}", f"--out={out}", f"--size={SIZE}", "--batch=8"]
+        return evaluate._parse([*options, *with_inception, "--save-npz"])
+
+    reports = {}
+    monkeypatch.setattr(evaluate, "write_page", lambda folder, report: reports.update({folder.name: report}))
+    whole = evaluate.evaluate(arguments(tmp_path / "one"))
+    shutil.rmtree(tmp_path / "cache")  # so that the statistics are collected again
+    results = on_two_hosts(monkeypatch, lambda index: evaluate.evaluate(arguments(tmp_path / f"host{index}")))
+    assert results[1] == {}
+    assert set(reports) == {"one", "host0"}
+    assert results[0].keys() == whole.keys()
+    for name, value in whole.items():
+        if isinstance(value, float):
+            assert results[0][name] == pytest.approx(value, rel=1e-4), name
+        elif name != "reference":
+            assert results[0][name] == value, name
+    assert not results[0]["reference"]["cached"]
+    with (
+        np.load(tmp_path / "one" / "reconstructions.npz") as one,
+        np.load(tmp_path / "host0" / "reconstructions.npz") as two,
+    ):
+        np.testing.assert_array_equal(one["arr_0"], two["arr_0"])
+    one, two = (reports[name].found for name in ("one", "host0"))
+    np.testing.assert_array_equal(one.first_use, two.first_use)
+    for kind in ("spread", "worst", "best"):
+        for ours, theirs in zip(getattr(one.examples, kind), getattr(two.examples, kind), strict=True):
+            assert (ours.position, ours.name) == (theirs.position, theirs.name)
+            np.testing.assert_array_equal(ours.reconstruction, theirs.reconstruction)
+
+
+def test_when_each_code_came_up_first(saved, folder):
     tok, source = Tokenizer.from_pretrained(saved), FolderSource(folder)
-    networks, options = Networks(features, {}, {}), {"protocol": "direct", "size": SIZE, "batch_size": 8}
-    whole = suite.collect(tok, source, networks, **options)
-    assert whole.images == PICTURES
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    parts = []
-    for index in range(2):
-        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-        parts.append(suite.collect(tok, source, networks, **options))
-    assert parts[0].images == 7  # of 4 and 4, 3 and none
-    added = jax.tree.leaves_with_path(jax.tree.map(np.add, *parts))
-    for (path, actual), expected in zip(added, jax.tree.leaves(whole), strict=True):
-        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-4, err_msg=jax.tree_util.keystr(path))
+
+    options = {"codebook_size": 64, "size": SIZE, "batch_size": 8}
+    found = suite.collect(by_tokenizer(tok), source, Networks(None, {}, {}), **options)
+    *_, codes = by_hand(saved, folder, "direct")
+    for code, first in enumerate(found.first_use):
+        having = np.flatnonzero((codes == code).any(axis=(1, 2)))
+        assert first == (having[0] if len(having) else suite.NEVER)
+
+
+def test_a_picture_without_a_number_does_not_score_as_black(folder):
+    def reconstruct(crops):
+        images = crops / np.float32(127.5) - 1
+        images[0, 3, 4, 1] = np.nan
+        return images, np.zeros((len(crops), 8, 8), np.int32)
+
+    options = {"codebook_size": 64, "size": SIZE, "batch_size": 16}
+    found = suite.collect(reconstruct, FolderSource(folder), Networks(None, {}, {}), **options)
+    assert found.sums.broken == 1
+    assert np.isnan(suite.summarise(found.sums, 2)["psnr"])
+    assert found.examples.worst[0].position == 0
+    assert found.examples.best[0].scores["psnr"] == pytest.approx(120)
+
+
+def test_weights_that_give_no_numbers_are_refused(saved, folder, tmp_path, capsys, monkeypatch):
+    nothing = np.full((8, SIZE, SIZE, 3), np.nan, np.float32)
+    monkeypatch.setattr(Tokenizer, "decode", lambda tokenizer, codes: nothing)
+    options = [f"--tokenizer={saved}", f"--data={folder}", f"--out={tmp_path}", f"--size={SIZE}", "--batch=8"]
+    assert evaluate.main(options) == 2
+    assert "are not finite: its weights are broken" in capsys.readouterr().err

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from fvq_jax import tokenize
-from fvq_jax.data.sources import read_image
-from fvq_jax.data.transforms import center_crop
+from fvq_jax.data.decode import open_image
+from fvq_jax.data.transforms import resize_center
 from fvq_jax.pretrained import Tokenizer
 from tests.random_tokenizer import random_tokenizer
 
@@ -52,7 +52,7 @@ def test_a_folder_becomes_codes_and_pictures_again(saved, folder, tmp_path, caps
     good = [path for path in files if path.name not in ("broken.jpg", "empty.png")]
     assert names == [path.relative_to(folder).as_posix() for path in good]
     tok = Tokenizer.from_pretrained(saved)
-    np.testing.assert_array_equal(codes, tok.encode(np.stack([center_crop(read_image(path), 16) for path in good])))
+    np.testing.assert_array_equal(codes, tok.encode(np.stack([resize_center(open_image(path), 16) for path in good])))
 
     back = tmp_path / "back"
     assert tokenize.main(["decode", str(out), str(back), f"--tokenizer={saved}", "--batch=4"]) == 0
@@ -110,8 +110,8 @@ def test_a_folder_without_readable_pictures_leaves_no_file(saved, tmp_path, caps
 
 def test_memory_does_not_grow_with_the_folder(saved, tmp_path, monkeypatch):
     """One picture under many names, so that only what is kept per picture could add up."""
-    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    monkeypatch.setattr(tokenize, "read_image", lambda name: picture)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    monkeypatch.setattr(tokenize, "open_image", lambda name: picture)
     peaks = []
     for count in (32, 320):
         folder = tmp_path / str(count)

@@ -103,7 +103,11 @@ def _of_moments(mean: Vector, covariance: Float64[np.ndarray, "_ _"]) -> tuple[V
     largest = np.abs(covariance).max(initial=0.0)
     if np.abs(covariance - covariance.T).max(initial=0.0) > 1e-6 * largest:
         raise InputError("a covariance must be symmetric")
-    values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
+    covariance = (covariance + covariance.T) / 2
+    try:
+        return mean, np.linalg.cholesky(covariance).T
+    except np.linalg.LinAlgError:  # singular: the eigenvectors take ten times as long
+        values, vectors = np.linalg.eigh(covariance)
     # Rounding leaves a singular covariance eigenvalues near 0 of either sign; the square root would enlarge them.
     noise = len(mean) * np.finfo(np.float64).eps * largest
     return mean, np.sqrt(np.where(values > noise, values, 0.0))[:, None] * vectors.T

@@ -1,5 +1,6 @@
-"""Adding up what every host has counted."""
+"""Putting together what every host has found. All hosts must call these functions, in the same order."""
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import jax
@@ -11,17 +12,38 @@ _CHUNK = 1 << 20  # elements sent at once, so that no host ever holds all hosts'
 
 
 def sum_over_hosts(tree: Tree) -> Tree:
-    """The sum over all hosts of every leaf, numpy of any 64-bit type, exact in that type; all hosts must call it."""
-    return tree if jax.process_count() == 1 else jax.tree.map(_sum, tree)
+    """The sum over all hosts of every leaf, numpy of any type, exact in that type."""
+    return _combine(tree, np.sum)
 
 
-def _sum(leaf: np.ndarray | np.generic) -> np.ndarray | np.generic:
-    leaf = np.asarray(leaf)
-    flat = np.ascontiguousarray(leaf).reshape(-1)
-    parts = []
-    for start in range(0, flat.size, _CHUNK):
-        # As bytes: JAX would round 64 bits to 32.
-        sent = flat[start : start + _CHUNK].view(np.uint8)
-        gathered = np.asarray(multihost_utils.process_allgather(sent)).view(flat.dtype)
-        parts.append(gathered.sum(axis=0))
-    return np.concatenate(parts).reshape(leaf.shape)[()] if parts else leaf
+def min_over_hosts(tree: Tree) -> Tree:
+    """The least value over all hosts of every element of every leaf, numpy of any type."""
+    return _combine(tree, np.min)
+
+
+def rows_of_all_hosts(rows: np.ndarray) -> np.ndarray:
+    """The rows [n, ...] of every host, those of the first host first: [hosts n, ...]. All hosts have as many rows."""
+    if jax.process_count() == 1:
+        return rows
+    gathered = _gather(np.ascontiguousarray(rows).reshape(-1))
+    return gathered.reshape(-1, *rows.shape[1:])
+
+
+def _combine(tree: Tree, reduce: Callable[..., np.ndarray]) -> Tree:
+    if jax.process_count() == 1:
+        return tree
+
+    def combine(leaf: np.ndarray | np.generic) -> np.ndarray | np.generic:
+        leaf = np.asarray(leaf)
+        flat = np.ascontiguousarray(leaf).reshape(-1)
+        parts = [np.zeros(0, flat.dtype)]
+        for start in range(0, flat.size, _CHUNK):
+            parts.append(reduce(_gather(flat[start : start + _CHUNK]), axis=0).astype(flat.dtype))
+        return np.concatenate(parts).reshape(leaf.shape)[()]
+
+    return jax.tree.map(combine, tree)
+
+
+def _gather(flat: np.ndarray) -> np.ndarray:
+    """What every host has, [hosts, n]; sent as bytes, since JAX would round 64 bits to 32."""
+    return np.asarray(multihost_utils.process_allgather(flat.view(np.uint8))).view(flat.dtype)

@@ -15,14 +15,17 @@ from fvq_jax.errors import InputError
 class ImageWriter:
     """Collects images of one size; a context manager, which writes `path` if no exception leaves it.
 
-    Memory does not grow with their number: they wait in a temporary file beside the target. InputError if the folder of
-    `path` cannot be written to.
+    Memory does not grow with their number: they wait in a temporary file beside the target. With `active=False` (every
+    process but the first) nothing is written. InputError if the folder of `path` cannot be written to.
     """
 
-    def __init__(self, path: str | os.PathLike[str], height: int, width: int):
+    def __init__(self, path: str | os.PathLike[str], height: int, width: int, *, active: bool = True):
         self._path = Path(path)
         self._shape = (height, width, 3)
+        self._active = active
         self.rows = 0
+        if not active:
+            return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._pixels = tempfile.TemporaryFile(dir=self._path.parent)  # noqa: SIM115 (__exit__ closes it)
@@ -33,6 +36,8 @@ class ImageWriter:
         return self
 
     def __exit__(self, kind: type | None, *exception: object) -> None:
+        if not self._active:
+            return
         with self._pixels:
             if kind is None:
                 self._finish()
@@ -41,6 +46,8 @@ class ImageWriter:
         """Adds images. InputError if the disk is full."""
         if images.shape[1:] != self._shape:
             raise ValueError(f"images {images.shape} do not fit rows of {self._shape}")
+        if not self._active:
+            return
         try:
             self._pixels.write(np.ascontiguousarray(images).tobytes())
         except OSError as error:

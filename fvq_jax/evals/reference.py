@@ -11,7 +11,8 @@ import numpy as np
 import PIL
 from absl import logging
 
-from fvq_jax.data.sources import FolderSource, Source
+from fvq_jax.data.folder import FolderSource
+from fvq_jax.data.record import Source
 
 Moments = tuple[np.ndarray, np.ndarray]
 

@@ -1,36 +1,41 @@
-"""Scores a trained tokenizer on a set of pictures with everything there is: the evaluation for results to quote.
+"""Scores a tokenizer on a set of pictures: the one evaluation, in training and behind `fvq_jax.evaluate`.
 
-One pass, in which nothing is kept per picture. Every metric is a sum over pictures; padding and unreadable files are
-left out of it, and hosts, each with its share of the pictures, add their sums at the end. The quick evaluation inside
-training is `evals.evaluate`; both use the same image metrics and code statistics.
+One pass. Every metric is a sum over pictures; padding and unreadable files are left out of it, and hosts, each with its
+share of the pictures, add their sums at the end. Beside the sums a few pictures are kept to be looked at
+(`evals.examples`), and for every code when it first came up. Without networks only pixels and codes are scored, which
+is the quick evaluation of training. How pictures are encoded and decoded is the caller's business.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float, Int, Int64, UInt8
 
 from fvq_jax.data.pipeline import eval_batches
-from fvq_jax.data.sources import Source
+from fvq_jax.data.record import Source
 from fvq_jax.errors import InputError
+from fvq_jax.evals.examples import ExampleCollector, Examples
 from fvq_jax.evals.frechet import FeatureStatistics, frechet_distance
-from fvq_jax.evals.hosts import sum_over_hosts
+from fvq_jax.evals.hosts import min_over_hosts, rows_of_all_hosts, sum_over_hosts
 from fvq_jax.evals.image_file import ImageWriter
 from fvq_jax.evals.image_metrics import SSIM_WINDOW, l1, mse, psnr, ssim, to_uint8
 from fvq_jax.evals.networks import Networks
-from fvq_jax.evals.protocol import Unresized, as_scored
+from fvq_jax.evals.protocol import CROPS, PROTOCOLS, as_scored
 from fvq_jax.evals.reference import Moments
 from fvq_jax.evals.row_parallel import RowParallel
 from fvq_jax.evals.scores import SPLITS, InceptionScore, code_statistics
 from fvq_jax.models.inception import CLASSES, FEATURES
 from fvq_jax.ops.code_statistics import perplexity, usage
-from fvq_jax.pretrained import Tokenizer
 
 RFID_FEATURES = FEATURES[-1]
+NEVER = np.iinfo(np.int64).max  # of a code that was not chosen
+# uint8 pictures of this host -> their reconstructions in [-1, 1] and their codes, both on the host.
+Reconstruct = Callable[[UInt8[np.ndarray, "b H W 3"]], tuple[Float[np.ndarray, "b H W 3"], Int[np.ndarray, "b h w"]]]
 
 
 @jax.tree_util.register_dataclass
@@ -40,6 +45,7 @@ class Sums:
 
     Attributes:
       images: how many pictures.
+      broken: of how many the reconstruction is not finite; their scores are not a number.
       skipped: how many unreadable files.
       scalars: the sum over pictures of each metric of single pictures.
       code_counts: how often each code was chosen [k].
@@ -48,6 +54,7 @@ class Sums:
     """
 
     images: np.int64
+    broken: np.int64
     skipped: np.int64
     scalars: dict[str, Any]
     code_counts: Int64[np.ndarray, "k"]
@@ -56,74 +63,99 @@ class Sums:
     inception_score: InceptionScore | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What one pass over the pictures found; the same on every host.
+
+    Attributes:
+      sums: see there.
+      first_use: of each code [k] the position of the first picture that it was chosen for, or `NEVER`.
+      examples: pictures to look at.
+    """
+
+    sums: Sums
+    first_use: Int64[np.ndarray, "k"]
+    examples: Examples
+
+
 def collect(
-    tokenizer: Tokenizer,
+    reconstruct: Reconstruct,
     source: Source,
     networks: Networks,
     *,
-    protocol: str,
+    codebook_size: int,
     size: int,
     batch_size: int,
+    protocol: str = "direct",
     images: int = 0,
+    num_workers: int = 0,
+    keep_images: int = 12,
     with_reference: bool = True,
     writer: ImageWriter | None = None,
     progress: Callable[[int], Any] = lambda done: None,
-) -> Sums:
-    """One pass over the pictures, over all hosts: every host gets the whole sums.
+) -> Found:
+    """One pass over the pictures, over all hosts.
 
     Args:
-      tokenizer: encodes and decodes on all local devices.
+      reconstruct: encodes and decodes.
       source: the pictures; all, or `images` of them, evenly spaced.
       networks: which metrics beyond pixels to compute.
-      protocol: a name in `PROTOCOLS`.
-      size: side of the crops, a multiple of the down-sampling.
+      codebook_size: how many codes there are.
+      size: side of the crops.
       batch_size: pictures at a time, of all hosts.
+      protocol: a name in `PROTOCOLS`.
+      num_workers: processes that read pictures, on every host; 0: threads.
+      keep_images: how many pictures spread over the set to keep as examples.
       with_reference: whether to collect the statistics of the crops.
-      writer: gets the reconstructions of this host, as scored.
+      writer: gets the reconstructions of all hosts, as scored, in order; on every host or on none.
       progress: called after every batch with how many pictures all hosts have seen since the last call.
 
     Raises:
-      InputError: no picture can be read or over 1 % cannot, sizes do not fit, or a reconstruction is not finite.
+      InputError: no picture can be read, or over 1 % cannot.
     """
-    if size < 1 or size % tokenizer.downsampling:
-        raise InputError(f"--size {size} is not divisible by the down-sampling of {tokenizer.downsampling}")
     count = min(images or len(source), len(source))
     index, hosts = jax.process_index(), jax.process_count()
     batches = eval_batches(
-        Unresized(source, size) if protocol == "published" else source,
+        source,
         image_size=size,
         batch_size=batch_size,
+        crop=CROPS[protocol],
         limit=images,
         process_index=index,
         process_count=hosts,
+        num_workers=num_workers,
     )
-    pixel_metrics = RowParallel(_pixel_metrics, ())
-    sums = _no_sums(tokenizer, networks, with_reference)
+    sums = _no_sums(codebook_size, networks, with_reference)
+    first_use = np.full(codebook_size, NEVER)
+    examples = ExampleCollector(keep_images, count, lambda position: source.name(position * len(source) // count))
     try:
         for step, batch in enumerate(batches):
             mask, crops = batch["mask"], batch["image"]
-            codes = tokenizer.encode(crops)
-            decoded = tokenizer.decode(codes)
-            if not np.isfinite(decoded).all():
-                raise InputError(f"the reconstructions of {tokenizer} are not finite: its weights are broken")
+            decoded, codes = reconstruct(crops)
+            broken = mask & ~np.isfinite(decoded).all(axis=(1, 2, 3))
             real, decoded = (as_scored(pixels, protocol) for pixels in (crops, np.asarray(to_uint8(decoded))))
-            scalars = pixel_metrics(real, decoded)
-            scalars |= {name: distance(real, decoded) for name, distance in networks.lpips.items()}
-            for name, values in scalars.items():
-                sums.scalars[name] = sums.scalars.get(name, 0.0) + values[mask].sum(dtype=np.float64)
+            scores = _PIXEL_METRICS(real, decoded)
+            scores |= {name: distance(real, decoded) for name, distance in networks.lpips.items()}
+            # Without a number, a pixel would count as black.
+            scores = {name: np.where(broken, np.nan, values)[mask] for name, values in scores.items()}
+            for name, values in scores.items():
+                sums.scalars[name] = sums.scalars.get(name, 0.0) + values.sum(dtype=np.float64)
             sums.images += mask.sum()
-            sums.code_counts += np.bincount(codes[mask].reshape(-1), minlength=len(sums.code_counts))
+            sums.broken += broken.sum()
+            positions = (step * hosts + index) * len(mask) + np.flatnonzero(mask)
+            codes = codes.reshape(len(mask), -1)[mask]
+            sums.code_counts += np.bincount(codes.reshape(-1), minlength=codebook_size)
+            np.minimum.at(first_use, codes, positions[:, None])
+            examples.add(positions, scores, real[mask], decoded[mask])
             if networks.inception is not None:
                 # Before the mask, so that the last batch has the shape of the others.
                 outputs = networks.inception(decoded)
                 sums.decoded.add(outputs[str(RFID_FEATURES)][mask])
-                first = (step * hosts + index) * len(mask)
-                split = (first + np.arange(len(mask))) * SPLITS // count
-                sums.inception_score.add(outputs["logits_unbiased"][mask], split[mask])
+                sums.inception_score.add(outputs["logits_unbiased"][mask], positions * SPLITS // count)
                 if sums.real is not None:
                     sums.real.add(networks.inception(real)[str(RFID_FEATURES)][mask])
             if writer is not None:
-                writer.write(decoded[mask])
+                writer.write(rows_of_all_hosts(decoded)[rows_of_all_hosts(mask)])
             progress(min(batch_size, count - step * batch_size))
     finally:
         batches.close()
@@ -131,10 +163,26 @@ def collect(
     sums = sum_over_hosts(sums)
     if not sums.images:
         raise InputError("the evaluation set has no readable picture")
-    return sums
+    return Found(sums, min_over_hosts(first_use), examples.result(size))
 
 
-def summarise(sums: Sums, tokenizer: Tokenizer, reference: Moments | None) -> dict[str, float | int]:
+def conditions(found: Found, source: Source, *, data: str, protocol: str, size: int) -> dict[str, str | int]:
+    """What was scored and how, to stand beside every figure; `data` is what to call the source."""
+    sums = found.sums
+    return {
+        "data": data,
+        "pictures": source.fingerprint(),
+        "protocol": protocol,
+        "protocol_means": PROTOCOLS[protocol],
+        "size": size,
+        "images": int(sums.images),
+        "skipped_files": int(sums.skipped),
+        "tokens": int(sums.code_counts.sum()),
+        "codebook_size": len(sums.code_counts),
+    }
+
+
+def summarise(sums: Sums, downsampling: int, reference: Moments | None = None) -> dict[str, float | int]:
     """Every metric by name. `reference`: mean and covariance of the crops' features, if rFID can be computed.
 
     `psnr`, `ssim`, `l1`, `mse` (data range 1) and `lpips_*` are means over pictures; `usage`, `perplexity` and those
@@ -145,9 +193,11 @@ def summarise(sums: Sums, tokenizer: Tokenizer, reference: Moments | None) -> di
         metrics["rfid"] = frechet_distance(reference, sums.decoded.moments())
     if sums.inception_score is not None:
         metrics["inception_score"], metrics["inception_score_std"] = sums.inception_score.result()
+    if sums.broken:
+        metrics |= dict.fromkeys(metrics.keys() & {"rfid", "inception_score", "inception_score_std"}, math.nan)
     counts = sums.code_counts
     metrics |= {"usage": float(usage(counts)), "perplexity": float(perplexity(counts))}
-    return metrics | code_statistics(counts, tokenizer.downsampling**2)
+    return metrics | code_statistics(counts, downsampling**2)
 
 
 def not_computed(networks: Networks, sums: Sums) -> dict[str, str]:
@@ -169,13 +219,17 @@ def _pixel_metrics(params: tuple[()], a: jax.Array, b: jax.Array) -> dict[str, j
     return {name: metric(a, b) for name, metric in metrics.items()}
 
 
-def _no_sums(tokenizer: Tokenizer, networks: Networks, with_reference: bool) -> Sums:
+_PIXEL_METRICS = RowParallel(_pixel_metrics, ())  # one for all evaluations of a run, which compile it once
+
+
+def _no_sums(codebook_size: int, networks: Networks, with_reference: bool) -> Sums:
     features = networks.inception is not None
     return Sums(
         images=np.int64(0),
+        broken=np.int64(0),
         skipped=np.int64(0),
         scalars={},
-        code_counts=np.zeros(tokenizer.net.codebook_size, np.int64),
+        code_counts=np.zeros(codebook_size, np.int64),
         real=FeatureStatistics.empty(RFID_FEATURES) if features and with_reference else None,
         decoded=FeatureStatistics.empty(RFID_FEATURES) if features else None,
         inception_score=InceptionScore.empty(CLASSES) if features else None,

@@ -1,7 +1,7 @@
 import jax
 import numpy as np
 import pytest
-from scipy.linalg import sqrtm
+from scipy import linalg
 
 from fvq_jax.errors import InputError
 from fvq_jax.evals.frechet import FeatureStatistics, frechet_distance
@@ -20,7 +20,7 @@ def features(n, d, seed):
 
 def by_matrix_square_root(a, b):
     (mean_a, cov_a), (mean_b, cov_b) = a, b
-    return np.sum((mean_a - mean_b) ** 2) + np.trace(cov_a + cov_b - 2 * sqrtm(cov_a @ cov_b).real)
+    return np.sum((mean_a - mean_b) ** 2) + np.trace(cov_a + cov_b - 2 * linalg.sqrtm(cov_a @ cov_b).real)
 
 
 def test_golden_distance():
@@ -50,6 +50,37 @@ def test_few_samples(n):
     assert frechet_distance(moments(a), moments(b)) == pytest.approx(expected, rel=1e-6)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9 * traces)
     assert frechet_distance(moments(a), moments(a)) == pytest.approx(0, abs=1e-6 * traces)
+
+
+def test_as_many_dimensions_as_inception_has():
+    """Two dense covariances of 2,048 dimensions, which one rotation splits into blocks whose roots take little time."""
+    d, block, rng = 2048, 128, np.random.default_rng(0)
+    axis = rng.normal(size=d)
+    axis /= np.linalg.norm(axis)
+
+    def rotated(blocks):
+        whole = linalg.block_diag(*blocks)
+        whole = whole - 2 * np.outer(axis, axis @ whole)
+        return whole - 2 * np.outer(whole @ axis, axis)
+
+    blocks = [[np.cov(features(200, block, 10 * part + side), rowvar=False) for part in range(16)] for side in (0, 1)]
+    means = rng.normal(size=(2, d))
+    roots = sum(np.trace(linalg.sqrtm(a @ b).real) for a, b in zip(*blocks, strict=True))
+    traces = sum(np.trace(part) for side in blocks for part in side)
+    expected = np.sum((means[0] - means[1]) ** 2) + traces - 2 * roots
+    (first, second) = map(rotated, blocks)
+    assert np.count_nonzero(first) > 0.99 * d * d
+    assert frechet_distance((means[0], first), (means[1], second)) == pytest.approx(expected, rel=1e-3)
+
+
+def test_few_pictures_in_as_many_dimensions():
+    """The trace of the root of C_a C_b is that of the root of a matrix of one row for each picture."""
+    a, b = (features(n, 2048, seed) for n, seed in ((150, 0), (120, 1)))
+    wide_a, wide_b = ((x - x.mean(axis=0)) / np.sqrt(len(x) - 1) for x in (a, b))
+    root = linalg.sqrtm(wide_b @ wide_a.T @ wide_a @ wide_b.T).real
+    traces = np.sum(np.square(wide_a)) + np.sum(np.square(wide_b))
+    expected = np.sum((a.mean(axis=0) - b.mean(axis=0)) ** 2) + traces - 2 * np.trace(root)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-3)
 
 
 def test_closed_form_of_diagonal_covariances():

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fvq_jax.data.sources import FolderSource, PhotoSource
+from fvq_jax.data.folder import FolderSource
+from fvq_jax.data.photos import PhotoSource
 from fvq_jax.evals.reference import Reference
 
 

@@ -1,0 +1,300 @@
+"""The figures of a report, as inline SVG whose colours the page chooses, so that they follow light and dark.
+
+Drawn with matplotlib's object-oriented interface (no pyplot, so no global figures and no display). Titles and captions
+belong to the page. Rows are those of `fvq_jax.metrics.read_metrics`; what they lack is left out.
+"""
+
+import functools
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float, Float64, Int, Int64
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+
+Rows = Sequence[Mapping[str, Any]]
+Counts = Int[np.ndarray, "k"]
+
+# Matplotlib knows no CSS variables: these greys, which no figure uses otherwise, stand for them.
+_INK, _GRID, _FIRST, _SECOND, _MUTED = "#010101", "#020202", "#030303", "#040404", "#050505"
+_VARIABLES = {_INK: "--ink", _GRID: "--line", _FIRST: "--first", _SECOND: "--second", _MUTED: "--muted"}
+_STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _MUTED,
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.6,
+    "figure.facecolor": "none",
+    "legend.frameon": False,
+    "text.color": _INK,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+    "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK,
+    "svg.fonttype": "none",
+}
+_WIDTH, _HEIGHT = 5.4, 3.4  # inches of 72 units
+_SKY, _DEAD = "#10131c", "#ff5a4f"  # of the map, whose colours are those of the picture in both themes
+MOST_POINTS = 1 << 17  # more codes than this are drawn as a density
+DENSITY_MEANS = (
+    " There are too many codes for points: a cell has their mean colour, is the more opaque the more they are, "
+    "and is red if none of them was ever chosen."
+)
+_CELLS = 160  # of the density, along a side
+_CURVE_POINTS = 50
+
+
+def styled(draw: Callable[..., Figure | None]) -> Callable[..., Figure | None]:
+    """Lets a function draw in the style of the page, which `to_svg` needs."""
+
+    @functools.wraps(draw)
+    def drawn(*args: Any, **kwargs: Any) -> Figure | None:
+        with matplotlib.rc_context(_STYLE):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+def to_svg(figure: Figure, name: str) -> str:
+    """The figure as an `svg` element, the same for the same figure; `name` keeps its ids apart from those of others."""
+    file = io.StringIO()
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
+        figure.savefig(file, format="svg", metadata={"Date": None}, dpi=144)
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
+    svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable})")
+    return svg
+
+
+@styled
+def code_frequency_figure(counts: Counts) -> Figure:
+    """How often each code was chosen, most frequent first, on logarithmic axes, against even use."""
+    ranked = np.sort(counts)[::-1]
+    size, tokens, hit = len(ranked), int(ranked.sum()), int(np.count_nonzero(ranked))
+    figure, axes = new_axes()
+    if hit:
+        # Beyond the first ranks a logarithmic axis cannot show every one.
+        ranks = np.unique(np.geomspace(1, hit, 400).round().astype(int))
+        axes.plot(ranks, ranked[ranks - 1], color=_FIRST, linewidth=1.8, label="measured", **_markers(len(ranks)))
+        axes.set_yscale("log")
+    even = tokens / size
+    axes.axhline(even, color=_SECOND, linestyle="--", linewidth=1.3, label=f"even use, {even:,.3g} times each")
+    if hit < size:
+        label = f"never chosen, {size - hit:,} codes"
+        axes.axvspan(hit + 0.5, size + 0.5, color=_MUTED, alpha=0.2, linewidth=0, label=label)
+    axes.set_xscale("log")
+    axes.set_xlim(0.9, max(size, 2) * 1.1)
+    _thousands(axes.xaxis, axes.yaxis)
+    axes.set_xlabel("rank of the code (1: most frequent)")
+    axes.set_ylabel("times chosen")
+    figure.legend(loc="outside lower left", ncols=2)
+    return figure
+
+
+@styled
+def usage_over_images_figure(first_use: Int64[np.ndarray, "k"], images: int, tokens_per_image: int) -> Figure:
+    """Share of the codes chosen at least once in the first n pictures, over n, against even use.
+
+    `first_use` [k] is the position of the first picture that a code was chosen for, at least `images` if there is none.
+    """
+    size = len(first_use)
+    seen = np.unique(np.geomspace(1, images, _CURVE_POINTS).round().astype(np.int64))
+    usage = np.searchsorted(np.sort(first_use), seen) / size
+    figure, axes = new_axes()
+    axes.plot(seen, usage, color=_FIRST, linewidth=1.8, label="measured", **_markers(len(seen)))
+    even = [uniform_usage(int(n) * tokens_per_image, size) for n in seen]
+    axes.plot(seen, even, color=_SECOND, linestyle="--", linewidth=1.3, label="expected of even use")
+    axes.set_xscale("log")
+    axes.set_ylim(-0.02, 1.04)
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    _thousands(axes.xaxis)
+    axes.set_xlabel(f"pictures seen ({tokens_per_image:,} tokens each)")
+    axes.set_ylabel("codes chosen at least once")
+    figure.legend(loc="outside lower left", ncols=2)
+    return figure
+
+
+@styled
+def codebook_map_figure(
+    points: Float[np.ndarray, "k 2"], share: Float[np.ndarray, "2"], counts: Counts, most_points: int = MOST_POINTS
+) -> Figure:
+    """Where the codes lie on two axes, coloured by how often each was chosen; codes never chosen are marked.
+
+    `share` is the part of the variance along each axis. Above `most_points` codes cells take the place of points: the
+    colour is the mean over the codes in a cell, the opacity their number.
+    """
+    figure, axes = new_axes(height=4.4)
+    axes.set_facecolor(_SKY)
+    axes.grid(False)
+    alive = counts > 0
+    norm = LogNorm(1, max(2, counts.max()))
+    if len(points) <= most_points:
+        area = float(np.clip(20_000 / len(points), 1.0, 26.0))
+        order = np.flatnonzero(alive)[np.argsort(counts[alive], kind="stable")]  # the most frequent on top
+        dead = {"s": area * 1.6, "marker": "x", "linewidths": 0.8, "color": _DEAD}
+        axes.scatter(*points[~alive].T, **dead, rasterized=True)
+        style = {"s": area, "linewidths": 0, "cmap": "viridis", "norm": norm}
+        colours = axes.scatter(*points[order].T, c=counts[order], rasterized=True, **style)
+    else:
+        colours = _density(axes, points, counts, norm)
+    bar = figure.colorbar(colours, ax=axes, label="times chosen", pad=0.02, aspect=30)
+    bar.outline.set_visible(False)
+    _thousands(bar.ax.yaxis)
+    if not alive.all():
+        handle = axes.scatter([], [], marker="x", color=_DEAD, label=f"never chosen, {np.sum(~alive):,} codes")
+        figure.legend(handles=[handle], loc="outside lower left")
+    axes.set_xlabel(f"first principal axis ({share[0]:.1%} of the variance)")
+    axes.set_ylabel(f"second principal axis ({share[1]:.1%})")
+    return figure
+
+
+def _density(axes: Axes, points: Float[np.ndarray, "k 2"], counts: Counts, norm: LogNorm) -> Any:
+    edges = [np.linspace(low, high, _CELLS + 1) for low, high in zip(points.min(0), points.max(0), strict=True)]
+    codes, uses, used = (
+        np.histogram2d(*points.T, bins=edges, weights=weights)[0].T for weights in (None, counts, counts > 0)
+    )
+    opacity = np.log1p(codes) / np.log1p(codes.max())
+    extent = (edges[0][0], edges[0][-1], edges[1][0], edges[1][-1])
+    style = {"extent": extent, "origin": "lower", "aspect": "auto", "interpolation": "nearest"}
+    colours = axes.imshow(
+        np.maximum(uses / np.maximum(codes, 1), 1),
+        alpha=np.where(used > 0, 0.25 + 0.75 * opacity, 0),
+        cmap="viridis",
+        norm=norm,
+        **style,
+    )
+    red = np.broadcast_to(matplotlib.colors.to_rgb(_DEAD), (*codes.shape, 3))
+    dead = np.where((codes > 0) & (used == 0), 0.25 + 0.75 * opacity, 0)
+    axes.imshow(np.dstack([red, dead]), **style)
+    return colours
+
+
+@styled
+def usage_figure(
+    rows: Rows, codebook_size: int, *, batch_tokens: int | None = None, window_tokens: int | None = None
+) -> Figure | None:
+    """Usage over training steps, one curve per named window (step, window, evaluation); None without a value.
+
+    Where a window's size is known, the legend says what even use of the codes would show in it.
+    """
+    eval_tokens = max((int(row.get("eval/tokens") or 0) for row in rows), default=0)
+    curves = (
+        ("usage/batch", "one step", batch_tokens, {"color": _MUTED, "linewidth": 1.0, "alpha": 0.8}),
+        ("usage/window", "last steps", window_tokens, {"color": _FIRST, "linewidth": 1.8}),
+        ("eval/usage", "evaluation", eval_tokens, {"color": _SECOND, "linewidth": 1.3, "marker": "o"}),
+    )
+    figure, axes = new_axes()
+    for name, label, tokens, style in curves:
+        steps, values = scalar_series(rows, name)
+        if steps.size == 0:
+            continue
+        if tokens:
+            label += f": {tokens:,} tokens (even use {uniform_usage(tokens, codebook_size):.1%})"
+        axes.plot(steps, values, label=label, **_markers(steps.size) | style)
+    if not axes.lines:
+        return None
+    axes.set_ylim(-0.02, 1.04)
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    axes.set_ylabel("codes chosen at least once")
+    step_axis(axes)
+    figure.legend(loc="outside lower left")
+    return figure
+
+
+@styled
+def loss_figure(rows: Rows) -> Figure | None:
+    """One panel per loss term (`loss/...`) over steps, logarithmic where its values allow; None without a value."""
+    names = dict.fromkeys(name for row in rows for name in row if name.startswith("loss/"))
+    series = {name: scalar_series(rows, name) for name in sorted(names, key=lambda name: name != "loss/total")}
+    series = {name: points for name, points in series.items() if points[0].size}
+    if not series:
+        return None
+    columns = min(len(series), 2)
+    panel_rows = math.ceil(len(series) / columns)
+    figure = Figure(figsize=(_WIDTH, 1.9 * panel_rows), layout="constrained")
+    panels = figure.subplots(panel_rows, columns, squeeze=False).flatten()
+    for axes, (name, (steps, values)) in zip(panels, series.items(), strict=False):
+        smoothed = _running_mean(values)
+        if smoothed is None:
+            axes.plot(steps, values, color=_FIRST, linewidth=1.6, **_markers(steps.size))
+        else:
+            axes.plot(steps, values, color=_FIRST, linewidth=0.7, alpha=0.35)
+            axes.plot(steps, smoothed, color=_FIRST, linewidth=1.6)
+        logarithmic = values.min() > 0.0 and values.max() >= 3.0 * values.min()
+        if logarithmic:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_title(name.removeprefix("loss/") + (" (log scale)" if logarithmic else ""))
+        step_axis(axes, ticks=3)
+    for axes in panels[len(series) :]:
+        axes.remove()
+    return figure
+
+
+def uniform_usage(tokens: int, codebook_size: int) -> float:
+    """The usage expected of `tokens` independent, uniformly drawn codes: 1 - (1 - 1/k)^n."""
+    if codebook_size == 1:
+        return 1.0
+    return -math.expm1(tokens * math.log1p(-1.0 / codebook_size))
+
+
+def new_axes(height: float = _HEIGHT) -> tuple[Figure, Axes]:
+    """A figure of the page's width, `height` inches high, with one set of axes."""
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def scalar_series(rows: Rows, name: str) -> tuple[Int64[np.ndarray, "n"], Float64[np.ndarray, "n"]]:
+    """Steps (ascending, each once: the later row counts) and finite values of a scalar; others are left out."""
+    points = {int(row["step"]): float(row[name]) for row in rows if row.get(name) is not None}
+    steps = sorted(step for step, value in points.items() if math.isfinite(value))
+    return np.array(steps, np.int64), np.array([points[step] for step in steps], np.float64)
+
+
+def _running_mean(values: Float64[np.ndarray, "n"]) -> Float64[np.ndarray, "n"] | None:
+    """Centred mean over about 5 % of the points, fewer at both ends; None where there are too few points."""
+    if values.size < 40:
+        return None
+    half = values.size // 40
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(values.size)
+    first, last = np.maximum(index - half, 0), np.minimum(index + half + 1, values.size)
+    return (sums[last] - sums[first]) / (last - first)
+
+
+def _markers(points: int) -> dict[str, Any]:
+    """Lines of few points get markers, so that a single one is visible."""
+    return {"marker": "o", "markersize": 3.5} if points <= 12 else {"markersize": 3.5}
+
+
+def _thousands(*axes: Any) -> None:
+    for axis in axes:
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+        axis.set_minor_formatter(NullFormatter())
+
+
+def step_axis(axes: Axes, ticks: int = 6) -> None:
+    """Makes the horizontal axis one of training steps."""
+    axes.set_xlabel("training step")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=ticks, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
