@@ -1,62 +1,103 @@
 #!/usr/bin/env bash
-# Starts one run as several processes on this machine, on simulated CPU devices: the way to try a multi-host run.
+# Starts one run as several processes on this machine: the way to try a multi-host run. See --help.
 set -euo pipefail
 
 usage() {
-  cat <<EOF
-usage: launch/local.sh [--dry-run] PROCESSES DEVICES_PER_PROCESS ARGUMENTS...
+  cat <<'END'
+usage: launch/local.sh [--dry-run] [--devices=D] N CONFIG [OVERRIDES...]
 
-Starts PROCESSES times \`python -m fvq_jax.main --distributed ARGUMENTS\`, with DEVICES_PER_PROCESS simulated CPU
-devices each; only the first prints. Ends when all have ended, with the first exit code that is not 0.
-  --dry-run   print the commands instead of running them
-  PYTHON      (environment) the interpreter, default .venv/bin/python
-  PORT        (environment) of the coordinator on 127.0.0.1, default 12355
+Starts N times `python -m fvq_jax.main --distributed --config=CONFIG OVERRIDES...`. Only the first process prints; the
+last line of another one is shown if it fails. If one fails the others are stopped, with SIGTERM and, where that does
+not end them in time, SIGKILL. SIGTERM and SIGINT are passed on, so that the run is saved.
 
-  launch/local.sh 2 4 --config=configs/fvq16k.py:smoke --workdir=runs/two-processes
-EOF
+  --devices=D  D simulated CPU devices per process; without it process I of N uses GPU I
+  --dry-run    print the commands instead of running them
+  OVERRIDES    flags of the program: --config.FIELD=VALUE, --workdir=DIR (default runs/local-CONFIG), ...
+
+Environment: PYTHON, the interpreter (.venv/bin/python); PORT of the coordinator on 127.0.0.1 (12355); GRACE, the
+seconds between SIGTERM and SIGKILL (60). Exit code: 0 all ended well, 75 interrupted and saved, otherwise that of the
+first process that failed; 2 also for wrong arguments.
+
+  launch/local.sh --devices=4 2 configs/fvq16k.py:smoke
+END
 }
 
-dry_run=
-if [[ ${1:-} == --dry-run ]]; then dry_run=1; shift; fi
-if [[ ${1:-} == --help || $# -lt 3 || ! $1 =~ ^[1-9][0-9]*$ || ! $2 =~ ^[1-9][0-9]*$ ]]; then
-  usage
-  [[ ${1:-} == --help ]] && exit 0 || exit 2
-fi
-processes=$1 devices=$2
+refuse() {
+  echo "launch/local.sh: $1 (see --help)" >&2
+  exit 2
+}
+
+dry_run='' devices=''
+while [[ ${1:-} == -* ]]; do
+  case $1 in
+    --help | -h) usage && exit ;;
+    --dry-run) dry_run=1 ;;
+    --devices=*) devices=${1#*=} ;;
+    *) refuse "unknown option $1" ;;
+  esac
+  shift
+done
+(($# >= 2)) || refuse 'N and CONFIG are needed'
+[[ $1 =~ ^[1-9][0-9]*$ ]] || refuse "N must be a whole number above 0, not $1"
+[[ -z $devices || $devices =~ ^[1-9][0-9]*$ ]] || refuse "--devices must be a whole number above 0, not $devices"
+processes=$1 config=$2
 shift 2
 
-export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$devices XLA_FLAGS=
-export JAX_COORDINATOR_ADDRESS=127.0.0.1:${PORT:-12355} JAX_NUM_PROCESSES=$processes
-command=("${PYTHON:-.venv/bin/python}" -m fvq_jax.main --distributed "$@")
-if [[ $dry_run ]]; then
-  for ((i = 0; i < processes; i++)); do
-    echo "JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$devices XLA_FLAGS= JAX_COORDINATOR_ADDRESS=$JAX_COORDINATOR_ADDRESS" \
-      "JAX_NUM_PROCESSES=$processes JAX_PROCESS_ID=$i ${command[*]}"
-  done
-  exit 0
+command=("${PYTHON:-.venv/bin/python}" -m fvq_jax.main --distributed "--config=$config" "$@")
+if [[ " $*" != *' --workdir'* ]]; then
+  name=${config##*/}
+  name=${name/.py/}
+  command+=("--workdir=runs/local-${name//[^A-Za-z0-9=._]/-}")
 fi
+environment=("JAX_COORDINATOR_ADDRESS=127.0.0.1:${PORT:-12355}" "JAX_NUM_PROCESSES=$processes")
+[[ -z $devices ]] || environment+=(JAX_PLATFORMS=cpu "JAX_NUM_CPU_DEVICES=$devices" XLA_FLAGS=)
 
-logs=$(mktemp -d)
-pids=()
-trap 'kill "${pids[@]}" 2>/dev/null || true' INT TERM
+declare -A number=() # of a process, by its id, as long as it runs
+logs=''
 for ((i = 0; i < processes; i++)); do
-  if ((i == 0)); then
-    JAX_PROCESS_ID=0 "${command[@]}" &
+  line=(env "${environment[@]}" "JAX_PROCESS_ID=$i")
+  [[ $devices ]] || line+=("JAX_LOCAL_DEVICE_IDS=$i")
+  line+=("${command[@]}")
+  if [[ $dry_run ]]; then
+    printf '%q ' "${line[@]}"
+    echo
+  elif ((i == 0)); then
+    logs=$(mktemp -d)
+    trap 'rm -rf "$logs"' EXIT
+    trap 'kill -TERM "${!number[@]}" 2>/dev/null || true' INT TERM
+    "${line[@]}" &
+    number[$!]=$i
   else
-    JAX_PROCESS_ID=$i "${command[@]}" >"$logs/$i" 2>&1 &
+    "${line[@]}" >"$logs/$i" 2>&1 &
+    number[$!]=$i
   fi
-  pids+=($!)
 done
 
+# A process that waits for one that is gone may not see SIGTERM.
+stop_others() {
+  kill -TERM "${!number[@]}" 2>/dev/null || true
+  for ((tenths = 10 * ${GRACE:-60}; tenths > 0; tenths--)); do
+    kill -0 "${!number[@]}" 2>/dev/null || return 0
+    sleep 0.1
+  done
+  kill -KILL "${!number[@]}" 2>/dev/null || true
+}
+
+# Not by `wait -n`, which may miss a process that ended while a signal was handled.
 code=0
-for ((i = 0; i < processes; i++)); do
-  status=0
-  # A signal ends `wait` early, with the processes still saving: wait on until this one has ended.
-  while wait "${pids[i]}" || status=$?; ((status > 128)) && kill -0 "${pids[i]}" 2>/dev/null; do status=0; done
-  if ((status != 0)); then
-    ((code != 0)) || code=$status
+while ((${#number[@]})); do
+  for pid in "${!number[@]}"; do
+    ! kill -0 "$pid" 2>/dev/null || continue
+    i=${number[$pid]} status=0
+    unset "number[$pid]"
+    wait "$pid" || status=$?
+    ((status)) || continue
     ((i == 0)) || echo "process $i ended with $status: $(tail -n 1 "$logs/$i")" >&2
-  fi
+    if ((code == 0 || code == 75)); then
+      code=$status
+      ((status == 75 || ${#number[@]} == 0)) || stop_others
+    fi
+  done
+  sleep 0.1
 done
-rm -rf "$logs"
 exit "$code"
