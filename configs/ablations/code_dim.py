@@ -1,0 +1,15 @@
+"""Nine points: codes of 4 to 1,024 dimensions; with `smoke`, five of 4 to 64.
+
+The paper: all codes are used at every dimension it tries, up to 512, and reconstructions gain from more. A later one
+(StableVQ) sees FVQ lose most of them at 1,024: 18.75 % used.
+How to start it, hardware and arguments: base.py.
+"""
+
+from configs.ablations import base
+from configs.ablations.base import get_config as get_config
+
+
+def sweep(arg=""):
+    """Powers of two."""
+    for exponent in range(2, 7 if base.is_smoke(arg) else 11):
+        yield {"tokenizer.code_dim": 2**exponent}

@@ -1,0 +1,132 @@
+"""The figures of a sweep's report, in the style of `fvq_jax.report.figures`.
+
+A point has the same colour and number in all of them; what is not finished is drawn hollow.
+"""
+
+from collections.abc import Sequence
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator, PercentFormatter
+
+from fvq_jax.report.figures import new_axes, scalar_series, step_axis, styled
+from fvq_jax.sweep.table import COLUMNS, UNITS, Row, series, short_names, swept_fields, swept_values
+
+# Told apart on a light and on a dark page.
+_COLOURS = ("#2f7ed8", "#e0701a", "#2a9d55", "#d0433a", "#8a5cd6", "#b58a1b", "#12a0ad", "#d6499f")
+
+
+def label(row: Row, fields: Sequence[str]) -> str:
+    """The point's number and what sets it apart."""
+    short = short_names(fields)
+    swept = zip(fields, swept_values(row, fields), strict=True)
+    return f"{row.record.index}: " + ", ".join(f"{short[field]} {value}" for field, value in swept)
+
+
+@styled
+def steps_figure(rows: Sequence[Row], column: str) -> Figure | None:
+    """A score of the evaluations over training steps, one curve per point; None without a value."""
+    figure, axes = new_axes(height=3.4 + 0.17 * len(rows))
+    fields = swept_fields(rows)
+    for place, row in enumerate(rows):
+        steps, values = scalar_series(row.curves, f"eval/{column}")
+        if steps.size:
+            style = {"marker": "o", "markersize": 3.5, "markerfacecolor": None if _done(row) else "none"}
+            axes.plot(steps, values, color=_colour(place, rows), linewidth=1.5, label=label(row, fields), **style)
+    if not axes.lines:
+        return None
+    step_axis(axes)
+    _score_axis(axes, column)
+    figure.legend(loc="outside lower left", fontsize=8)
+    return figure
+
+
+@styled
+def swept_figure(rows: Sequence[Row], column: str) -> Figure | None:
+    """A score over the field that is swept first, one line per combination of the others; None without a value."""
+    if not any(column in row.values for row in rows):
+        return None
+    field, lines = series(rows)
+    value_of = {id(row): _plain(swept_values(row, [field])[0]) for row in rows}
+    order = list(dict.fromkeys(value_of.values()))
+    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in order)
+    order = sorted(order) if numeric else order
+    figure, axes = new_axes(height=3.4 + 0.17 * (len(lines) - 1))
+    for place, (text, members) in enumerate(lines):
+        colour = _COLOURS[place % len(_COLOURS)]
+        scored = [row for row in members if column in row.values]
+        scored.sort(key=lambda row: order.index(value_of[id(row)]))
+        y = [row.values[column] / UNITS.get(column, 1) for row in scored]
+        if numeric:
+            x = [value_of[id(row)] for row in scored]
+            axes.plot(x, y, color=colour, linewidth=1.5)
+        else:  # words have nothing between them, and room beside them
+            aside = 0.1 * (place - (len(lines) - 1) / 2)
+            x = [order.index(value_of[id(row)]) + aside for row in scored]
+        for row, *at in zip(scored, x, y, strict=True):
+            _marker(axes, *at, colour, row)
+        axes.plot([], [], color=colour, marker="o", linestyle="-" if numeric else "none", label=text)
+    if not numeric:
+        axes.set_xlim(-0.5, len(order) - 0.5)
+    if numeric and order[0] > 0 and order[-1] >= 8 * order[0]:
+        axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(order if numeric else range(len(order))))
+    axes.xaxis.set_minor_locator(NullLocator())
+    names = {value: f"{value:,}" if numeric else str(value) for value in order}
+    axes.set_xticks(axes.get_xticks(), [names[value] for value in order], rotation=30 if len(order) > 6 else 0)
+    axes.set_xlabel(field)
+    _score_axis(axes, column)
+    if len(lines) > 1:
+        figure.legend(loc="outside lower left", fontsize=8)
+    return figure
+
+
+@styled
+def cost_figure(rows: Sequence[Row], cost: str, column: str) -> Figure | None:
+    """A score against what it costs, one numbered marker per point; None if no point has both."""
+    figure, axes = new_axes()
+    found = [(place, row) for place, row in enumerate(rows) if cost in row.values and column in row.values]
+    if not found:
+        return None
+    for place, row in found:
+        x, y = row.values[cost] / UNITS.get(cost, 1), row.values[column]
+        _marker(axes, x, y, _colour(place, rows), row)
+        axes.annotate(str(row.record.index), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    costs = [row.values[cost] for _, row in found]
+    if min(costs) > 0 and max(costs) >= 8 * min(costs):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(0.12)
+    axes.set_xlabel(COLUMNS[cost][0])
+    _score_axis(axes, column)
+    return figure
+
+
+def _done(row: Row) -> bool:
+    return row.record.status == "finished"
+
+
+def _plain(value: object) -> object:
+    """A value that can be looked up: lists (of a field such as ch_mult) as text."""
+    return value if isinstance(value, int | float | str) else str(value)
+
+
+def _colour(place: int, rows: Sequence[Row]) -> str | tuple[float, ...]:
+    if len(rows) <= len(_COLOURS):
+        return _COLOURS[place]
+    return matplotlib.colormaps["turbo"](0.06 + 0.88 * place / (len(rows) - 1))
+
+
+def _marker(axes: Axes, x: float | int, y: float | int, colour: object, row: Row) -> None:
+    face = colour if _done(row) else "none"
+    axes.plot([x], [y], marker="o", markersize=6, markeredgecolor=colour, markerfacecolor=face, linestyle="none")
+
+
+def _score_axis(axes: Axes, column: str) -> None:
+    axes.set_ylabel(COLUMNS[column][0])
+    if column == "usage":
+        axes.set_ylim(-0.02, 1.04)
+        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))

@@ -1,0 +1,152 @@
+"""The report of a sweep: `sweep.csv`, `sweep.md` and `index.html`, one self-contained page, in the sweep's workdir.
+
+It can be written at any time: what is not finished is shown as such. Looks are those of `fvq_jax/report/page.html`.
+"""
+
+import collections
+import string
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from fvq_jax.errors import InputError
+from fvq_jax.report.figures import to_svg
+from fvq_jax.report.page import FOLDER as RUN_FOLDER
+from fvq_jax.report.page import NONE
+from fvq_jax.report.page import PAGE as RUN_PAGE
+from fvq_jax.sweep import figures, table
+from fvq_jax.sweep.table import COLUMNS, Row
+
+CSV, MARKDOWN, PAGE = "sweep.csv", "sweep.md", "index.html"
+COSTS = ("seconds", "images_per_second", "parameters", "peak_memory_bytes")
+SCORES = ("usage", "psnr")
+
+
+def write_report(folder: Path) -> dict[str, Any]:
+    """Gathers the points under `folder` and writes the three files there.
+
+    Returns how many points there are of each status, and the files. InputError without points, or if a file cannot be
+    written.
+    """
+    rows = table.gather(folder)
+    linked = {row.record.name for row in rows if (folder / row.record.name / RUN_FOLDER / RUN_PAGE).exists()}
+    texts = {
+        CSV: table.to_csv(rows),
+        MARKDOWN: table.to_markdown(rows),
+        PAGE: page(folder.resolve().name, rows, linked),
+    }
+    for name, text in texts.items():
+        unfinished = folder / f".{name}.tmp"
+        try:
+            unfinished.write_text(text, encoding="utf-8")
+            unfinished.replace(folder / name)
+        except OSError as error:
+            raise InputError(f"cannot write {folder / name}: {error.strerror or error}") from error
+    counts = collections.Counter(row.record.status for row in rows)
+    return {"points": len(rows), **counts, "files": [str(folder / name) for name in texts]}
+
+
+def page(title: str, rows: Sequence[Row], linked: Iterable[str] = ()) -> str:
+    """The page as text; `linked` are the points whose run has a report of its own, which their names then lead to."""
+    body = "\n".join((_header(title, rows), _points(rows, set(linked)), _figures(rows), _details(rows)))
+    template = string.Template(resources.files("fvq_jax.report").joinpath("page.html").read_text(encoding="utf-8"))
+    return template.substitute(title=escape(f"Sweep: {title}"), body=body)
+
+
+def _header(title: str, rows: Sequence[Row]) -> str:
+    counts = collections.Counter(row.record.status for row in rows)
+    tiles = "".join(
+        f'<div class="tile card"><span>{status}</span><b>{count} <small>of {len(rows)}</small></b></div>'
+        for status, count in counts.items()
+    )
+    fields = ", ".join(f"<b>{escape(field)}</b>" for field in table.swept_fields(rows))
+    note = "" if set(counts) == {"finished"} else " · not finished: figures of other points are their last so far"
+    lead = f'<p class="lead">over {fields or "nothing"}{note}</p>'
+    return f'<h1>Sweep: {escape(title)}</h1>\n{lead}\n<div class="tiles">{tiles}</div>'
+
+
+def _points(rows: Sequence[Row], linked: set[str]) -> str:
+    fields, names = table.swept_fields(rows), table.columns(rows)
+    short = table.short_names(fields)
+    head = "".join(
+        f"<th{kind}>{escape(name)}</th>"
+        for kind, name in (
+            ("", "#"),
+            *((" class=text", short[field]) for field in fields),
+            (" class=text", "Status"),
+            *(("", COLUMNS[name][0]) for name in names),
+        )
+    )
+    lines = []
+    for row in rows:
+        number, name = str(row.record.index), escape(row.record.name)
+        if row.record.name in linked:
+            number = f'<a href="{name}/{RUN_FOLDER}/{RUN_PAGE}" title="{name}">{number}</a>'
+        swept = "".join(f'<td class="text">{escape(str(value))}</td>' for value in table.swept_values(row, fields))
+        cells = "".join(f"<td>{table.shown(row, column) or NONE}</td>" for column in names)
+        lines.append(f'<tr><td>{number}</td>{swept}<td class="text">{escape(row.status)}</td>{cells}</tr>')
+        if table.problem(row):
+            width = 2 + len(fields) + len(names)
+            lines.append(f'<tr class="source"><td colspan="{width}">{escape(table.problem(row))}</td></tr>')
+    return (
+        '<h2>Points</h2>\n<p class="note">Codes used, perplexity and scores are those of the last evaluation. A number '
+        "leads to the report of its run, where there is one.</p>\n"
+        f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    )
+
+
+def _figures(rows: Sequence[Row]) -> str:
+    field, _ = table.series(rows)
+    groups = (
+        (
+            "Over the swept value",
+            "Scores of the last evaluation. Hollow markers: points that are not finished.",
+            [(f"{COLUMNS[score][0]} over {field}", figures.swept_figure(rows, score)) for score in SCORES],
+        ),
+        (
+            "Over training",
+            "Every evaluation so far. Runs of different length are annealed over their own.",
+            [(f"{COLUMNS[score][0]} over steps", figures.steps_figure(rows, score)) for score in SCORES],
+        ),
+        (
+            "Cost against quality",
+            "Numbers are those of the table. Times compare only between runs on equal hardware that was not shared. "
+            "Parameters: encoder, decoder, codebook and bridge, as trained. Memory: the fullest device, on a CPU the "
+            "process.",
+            [
+                (f"{COLUMNS[score][0]} against {COLUMNS[cost][0].lower()}", figures.cost_figure(rows, cost, score))
+                for cost in COSTS
+                for score in SCORES
+            ],
+        ),
+    )
+    parts = []
+    for title, note, plots in groups:
+        drawn = [(name, figure) for name, figure in plots if figure is not None]
+        if drawn:
+            parts.append(f'<h2>{title}</h2>\n<p class="note">{note}</p>\n{_plots(drawn)}')
+    return "\n".join(parts)
+
+
+def _plots(plots: Sequence[tuple[str, Figure]]) -> str:
+    cards = []
+    for title, figure in plots:
+        svg = to_svg(figure, "".join(c if c.isalnum() else "-" for c in title.lower()))
+        svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
+        cards.append(f'<figure class="plot card"><h3>{escape(title)}</h3>{svg}</figure>')
+    return f'<div class="plots">{"".join(cards)}</div>'
+
+
+def _details(rows: Sequence[Row]) -> str:
+    lines = "".join(
+        f'<tr><td><code>{escape(name)}</code></td><td class="text wrap">{escape(str(value))}</td></tr>'
+        for name, value in table.shared_config(rows).items()
+    )
+    return (
+        '<h2>Details</h2>\n<details class="card"><summary>What all points share</summary><div class="scroll">'
+        f"<table><tbody>{lines}</tbody></table></div></details>"
+    )

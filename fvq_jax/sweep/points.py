@@ -1,0 +1,187 @@
+"""The points of a sweep: names, configs and commands, and the record that each has in its workdir.
+
+A point is a config with a few fields replaced. Which are run, and how, is left to `runner`; how records become a
+report to `table` and `page`.
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import inspect
+import json
+import os
+import re
+import runpy
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from ml_collections import ConfigDict
+
+from fvq_jax.config import flatten, validate
+from fvq_jax.errors import InputError
+
+RECORD, LOG, OUTPUT, LOCK = "point.json", "log.txt", "output.txt", ".lock"  # in the workdir of a point
+PROGRAM = (sys.executable, "-m", "fvq_jax.main")
+LONGEST_NAME = 100  # characters; file systems take 255 bytes
+
+Status = Literal["waiting", "running", "finished", "failed", "refused", "interrupted", "elsewhere"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One run of a sweep.
+
+    Attributes:
+      index: its place in the sweep, from 0.
+      overrides: what sets it apart, by full field name.
+      config: all fields, by full name, as JSON keeps them.
+      workdir: of its run; the last part is the point's name.
+      devices: how many its mesh needs at least; exactly that many if neither axis is -1.
+      refused: why its config cannot run; empty if it can.
+    """
+
+    index: int
+    overrides: dict[str, Any]
+    config: dict[str, Any]
+    workdir: Path
+    devices: int
+    refused: str = ""
+
+    @property
+    def name(self) -> str:
+        """Its overrides as the name of a folder."""
+        return self.workdir.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What `point.json` says about a point; `summary` is the result line of its run, {} until it is finished."""
+
+    index: int
+    name: str
+    overrides: dict[str, Any]
+    config: dict[str, Any]
+    devices: int
+    status: Status
+    exit_code: int | None = None
+    error: str = ""
+    summary: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def read_sweep(config_file: str) -> list[dict[str, Any]]:
+    """What `sweep` of a config file yields; "FILE:ARG" hands ARG to it, as to `get_config`, if it takes one.
+
+    InputError if there is no `sweep`, or nothing in it.
+    """
+    path, _, arg = config_file.partition(":")
+    sweep = runpy.run_path(path).get("sweep")
+    if sweep is None:
+        raise InputError(f"{path} has no sweep(): a generator of overrides, see docs/sweeps.md")
+    overrides = list(sweep(arg) if inspect.signature(sweep).parameters else sweep())
+    if not overrides:
+        raise InputError(f"sweep() of {path} yields no point")
+    return overrides
+
+
+def make_points(
+    config: ConfigDict, sweep: Sequence[Mapping[str, Any]], workdir: Path, given: Mapping[str, Any] | None = None
+) -> list[Point]:
+    """The points of a sweep over `config`, each validated for the devices that its mesh needs.
+
+    `given` holds what was overridden on the command line: a field that is swept must not be among it. InputError for
+    that, for a field that no config has or a value of another type, and for two points of one name. A point that
+    cannot run otherwise is kept, with the reason in `refused`.
+    """
+    points: dict[str, Point] = {}
+    for index, overrides in enumerate(sweep):
+        clash = sorted(overrides.keys() & (given or {}).keys())
+        if clash:
+            raise InputError(f"--config.{clash[0]} is what this sweep varies: leave it out, or run fvq_jax.main")
+        name = point_name(overrides)
+        if name in points:
+            raise InputError(f"points {points[name].index} and {index} of the sweep are both called {name}")
+        changed = config.copy_and_resolve_references()
+        try:
+            changed.update_from_flattened_dict(overrides)
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            raise InputError(f"point {index} of the sweep, {name}: {error}") from None
+        devices, refused = devices_needed(changed), ""
+        try:
+            validate(changed, devices)
+        except InputError as error:
+            refused = str(error)
+        kept = json.loads(json.dumps({"overrides": dict(overrides), "config": flatten(changed)}))
+        points[name] = Point(index, kept["overrides"], kept["config"], workdir / name, devices, refused)
+    return list(points.values())
+
+
+def point_name(overrides: Mapping[str, Any]) -> str:
+    """The overrides as the name of a folder: tokenizer.bridge=L-4,optim.decay=cosine.
+
+    What a file system or a shell might not take becomes a hyphen; the end of a long name a hash of all of it.
+    """
+    parts = [f"{field}={re.sub(r'[^A-Za-z0-9.+]+', '-', value_text(value))}" for field, value in overrides.items()]
+    name = ",".join(parts) or "base"
+    if len(name) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(json.dumps(overrides, default=list).encode()).hexdigest()[:8]
+    return f"{name[: LONGEST_NAME - 9]}-{digest}"
+
+
+def value_text(value: Any) -> str:
+    """A value as the command line takes it."""
+    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+
+def devices_needed(config: ConfigDict) -> int:
+    """How many devices the mesh needs at least: the product of the sizes that are given."""
+    return max(config.mesh.data, 1) * max(config.mesh.codebook, 1)
+
+
+def command(point: Point, config_file: str, given: Mapping[str, Any]) -> list[str]:
+    """What runs the point: fvq_jax.main with the sweep's own overrides, then the point's."""
+    overrides = [f"--config.{field}={value_text(value)}" for field, value in {**given, **point.overrides}.items()]
+    return [*PROGRAM, f"--config={config_file}", f"--workdir={point.workdir}", *overrides]
+
+
+def write_record(point: Point, status: Status, **outcome: Any) -> None:
+    """Replaces the point's record, atomically."""
+    record = Record(point.index, point.name, point.overrides, point.config, point.devices, status, **outcome)
+    path = point.workdir / RECORD
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(dataclasses.asdict(record), indent=2) + "\n")
+    unfinished.replace(path)
+
+
+def read_record(workdir: Path) -> Record | None:
+    """The record in a point's workdir; None without one. InputError if the file is something else."""
+    path = workdir / RECORD
+    try:
+        return Record(**json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} is not the record of a point: {error}") from None
+
+
+def is_finished(point: Point) -> bool:
+    """Whether a run of exactly this config has reached its last step."""
+    record = read_record(point.workdir)
+    return record is not None and record.status == "finished" and record.config == point.config
+
+
+def try_lock(workdir: Path) -> int | None:
+    """Locks a point's workdir and returns the lock as a file descriptor; None if another program holds it.
+
+    The lock is gone when every process that has the descriptor has closed it or died. Handed to a run, it lasts as long
+    as the run, even if the sweep is killed.
+    """
+    file = os.open(workdir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        return None
+    return file

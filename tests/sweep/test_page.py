@@ -1,0 +1,108 @@
+import html.parser
+import re
+
+import pytest
+
+from fvq_jax.errors import InputError
+from fvq_jax.sweep.page import write_report
+from fvq_jax.sweep.points import make_points
+from tests.sweep_folder import EVALUATION, write_point, write_sweep
+from tests.tiny import tiny_config
+
+
+class Outline(html.parser.HTMLParser):
+    """Attributes that load something, and whether tags are closed in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.links = [], []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "link", "img", "input", "br"):
+            self.open.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def outline(text):
+    found = Outline()
+    found.feed(text)
+    assert found.open == []
+    return found
+
+
+def page_of(folder):
+    assert write_report(folder)["files"][2] == str(folder / "index.html")
+    return (folder / "index.html").read_text()
+
+
+def test_all_three_files_are_written_while_the_sweep_runs(tmp_path):
+    write_sweep(tmp_path)
+    result = write_report(tmp_path)
+    assert {name: result[name] for name in ("points", "finished", "running", "failed", "waiting")} == {
+        "points": 4,
+        "finished": 1,
+        "running": 1,
+        "failed": 1,
+        "waiting": 1,
+    }
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["index.html", "sweep.csv", "sweep.md"]
+
+
+def test_the_page_holds_everything_itself(tmp_path):
+    write_sweep(tmp_path)
+    text = page_of(tmp_path)
+    assert all(link.startswith(("data:", "#")) for link in outline(text).links)
+    ids = re.findall(r' id="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+    # Two scores over the swept field and over steps, and against four costs.
+    assert text.count('<figure class="plot card">') == 2 + 2 + 8
+    assert "exit code 1: step 3: loss/total is nan | inf" in text
+    assert "not finished" in text
+    assert text == page_of(tmp_path)
+
+
+def test_a_number_leads_to_the_report_of_its_run(tmp_path):
+    write_sweep(tmp_path)
+    run = tmp_path / "tokenizer.codebook_size=64,tokenizer.bridge=none"
+    (run / "report").mkdir()
+    (run / "report" / "index.html").write_text("")
+    links = [link for link in outline(page_of(tmp_path)).links if not link.startswith(("data:", "#"))]
+    assert links == [f"{run.name}/report/index.html"]
+
+
+def test_a_sweep_that_has_only_begun_has_a_page(tmp_path):
+    for point in make_points(tiny_config(), [{"seed": 0}, {"seed": 1}], tmp_path):
+        write_point(point, "waiting")
+    text = page_of(tmp_path)
+    outline(text)
+    assert '<figure class="plot card">' not in text
+
+
+@pytest.mark.parametrize("count", [3, 12])
+def test_many_points_numbers_and_words_can_be_drawn(tmp_path, count):
+    sweep = [{"tokenizer.code_dim": 4 * 2**place, "data.flip": place % 2 == 0} for place in range(count)]
+    for point in make_points(tiny_config(), sweep, tmp_path):
+        write_point(point, "finished", [{"step": 1, **EVALUATION}], exit_code=0, summary={"parameters": 10})
+    text = page_of(tmp_path)
+    outline(text)
+    assert "tokenizer.code_dim" in text
+    assert text.count('<figure class="plot card">') == 2 + 2 + 2
+
+
+def test_names_are_escaped(tmp_path):
+    (point,) = make_points(tiny_config(), [{"data.train_dir": "<b>&"}], tmp_path)
+    write_point(point, "finished", [{"step": 1, **EVALUATION}], exit_code=0)
+    text = page_of(tmp_path)
+    outline(text)
+    assert "<b>&<" not in text
+    assert "&lt;b&gt;&amp;" in text
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    write_sweep(tmp_path)
+    (tmp_path / "sweep.csv").mkdir()
+    with pytest.raises(InputError, match=r"cannot write .*sweep\.csv"):
+        write_report(tmp_path)

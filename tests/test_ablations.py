@@ -1,0 +1,127 @@
+"""The sweeps in configs/ablations: every point can be built, and varies what the file says."""
+
+import functools
+import importlib
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs.ablations import base, mesh
+from fvq_jax.config import flatten
+from fvq_jax.errors import InputError
+from fvq_jax.models.bridge import make_bridge
+from fvq_jax.sharding import make_mesh
+from fvq_jax.state import abstract_state
+from fvq_jax.sweep.points import make_points, read_sweep
+from fvq_jax.tasks.tokenizer import TokenizerTask
+
+FOLDER = pathlib.Path(__file__).parents[1] / "configs" / "ablations"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("base", "__init__"))
+SIZES = ["", "smoke"]
+COUNTS = {
+    "bridge_depth": (3, 3),
+    "bridge_kind": (10, 10),
+    "bridge_width": (5, 5),
+    "code_dim": (9, 5),
+    "codebook_size": (6, 4),
+    "group_size": (15, 6),
+    "mesh": (4, 4),
+    "schedule": (3, 3),
+}
+
+
+def config_of(name, arg):
+    return importlib.import_module(f"configs.ablations.{name}").get_config(arg)
+
+
+@functools.cache
+def points_of(name, arg=""):
+    return make_points(config_of(name, arg), read_sweep(f"{FOLDER / name}.py:{arg}"), pathlib.Path("sweep"))
+
+
+def values_of(name, arg, field):
+    return list(dict.fromkeys(point.overrides[field] for point in points_of(name, arg)))
+
+
+@functools.cache
+def bridge_shape(codes, code_dim, bridge, groups):
+    """The bridged codebook's shape, by tracing alone."""
+    module, codebook = make_bridge(bridge, groups, jnp.float32), jax.ShapeDtypeStruct((codes, code_dim), jnp.float32)
+    return (
+        codebook.shape
+        if module is None
+        else jax.eval_shape(module.init_with_output, jax.random.key(0), codebook)[0].shape
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("arg", SIZES)
+def test_every_point_is_valid_and_its_codebook_can_be_made(name, arg):
+    points = points_of(name, arg)
+    assert len(points) == COUNTS[name][SIZES.index(arg)]
+    for point in points:
+        assert point.refused == "", point.name
+        config = point.config
+        shape = (config["tokenizer.codebook_size"], config["tokenizer.code_dim"])
+        assert bridge_shape(*shape, config["tokenizer.bridge"], config["tokenizer.bridge_groups"]) == shape
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("arg", SIZES)
+def test_a_sweep_changes_its_config_and_little_else(name, arg):
+    configs = {str(point.config) for point in points_of(name, arg)}
+    assert len(configs) == len(points_of(name, arg))
+    shared = flatten(config_of("mesh", arg)) if name == "mesh" else flatten(base.get_config(arg))
+    for point in points_of(name, arg):
+        changed = {field for field in shared if point.config[field] != shared[field]}
+        assert changed <= point.overrides.keys()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_small_size_needs_no_data_and_is_short(name):
+    for point in points_of(name, "smoke"):
+        assert point.config["data.source"] == "photos"
+        assert point.config["loss.perceptual_weight"] == point.config["adversarial.weight"] == 0
+        assert point.config["steps"] <= 200
+        assert point.config["data.image_size"] <= 32
+
+
+@pytest.mark.parametrize("arg", SIZES)
+def test_the_training_state_of_the_base_can_be_made(arg):
+    config, devices = base.get_config(arg), make_mesh(-1, 1)
+    config.loss.perceptual_weight = 0.0  # its weight files are not here, and it has no state
+    codebook = abstract_state(TokenizerTask(config, devices, 100, 10).init, devices).networks["tokenizer"].params
+    assert codebook["quantizer"]["codebook"].shape == ((256, 16) if arg else (16384, 256))
+
+
+def test_the_values_of_the_paper():
+    assert values_of("bridge_kind", "", "tokenizer.bridge") == ["none", "linear", "mlp5", "L/4", "dit-L/4"]
+    assert values_of("bridge_kind", "", "optim.decay") == ["linear", "constant"]
+    assert values_of("bridge_depth", "", "tokenizer.bridge") == ["L/4-d1", "L/4", "L/4-d4"]
+    assert values_of("code_dim", "", "tokenizer.code_dim") == [4, 8, 16, 32, 64, 128, 256, 512, 1024]
+    assert values_of("codebook_size", "", "tokenizer.codebook_size") == [1024, 4096, 16384, 65536, 262144, 1048576]
+    assert values_of("schedule", "", "optim.decay") == ["linear", "cosine", "constant"]
+
+
+def test_meshes_use_all_devices_and_say_so():
+    for devices, shapes in ((8, [(8, 1), (4, 2), (2, 4), (1, 8)]), (6, [(6, 1), (3, 2)]), (1, [(1, 1)])):
+        points = points_of("mesh", f"devices={devices}")
+        assert [(point.config["mesh.data"], point.config["mesh.codebook"]) for point in points] == shapes
+        assert {point.devices for point in points} == {devices}
+
+
+def test_codebooks_of_every_size_can_be_divided():
+    config = base.get_config()
+    config.mesh.codebook = 32
+    config.batch_size = config.eval.batch_size = 128
+    points = make_points(config, read_sweep(str(FOLDER / "codebook_size.py")), pathlib.Path("sweep"))
+    assert all(point.refused == "" for point in points)
+
+
+def test_an_unknown_argument_is_refused():
+    with pytest.raises(InputError, match="unknown config argument 'smok'"):
+        base.get_config("smok")
+    with pytest.raises(InputError, match="this config takes smoke, devices"):
+        mesh.get_config("batch=3")
