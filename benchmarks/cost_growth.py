@@ -83,7 +83,8 @@ def draw(rows, path):
         panel.set_xticks(ticks, [_short(tick) for tick in ticks])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=8)
+        panel.set_ylim(top=panel.get_ylim()[1] * (panel.get_ylim()[1] / panel.get_ylim()[0]) ** 0.3)  # for the legend
+        panel.legend(fontsize=8, loc="upper left")
     figure.savefig(path, dpi=110)
 
 

@@ -7,12 +7,15 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from benchmarks import cost_growth
 from benchmarks.processes import DoesNotFitError, Worker
 from fvq_jax.config import default_config, validate
+from fvq_jax.data.decode import open_image
+from fvq_jax.data.transforms import random_resize_crop
 from fvq_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -82,6 +85,38 @@ def test_the_network_in_pytorch_follows_the_config(bridge, published):
     config.optim.ema_decay = 0.9
     with pytest.raises(InputError, match=r"no optim\.ema_decay=0\.9: set it to 0\.0"):
         published_network(config)
+
+
+def test_both_ways_to_load_pictures():
+    pytest.importorskip("torch")
+    sizes = ["--size=32", "--batch=4", "--pictures=12", "--images=16", "--workers=1", "--rounds=2"]
+    rows, table = run("data", *sizes, "--markdown")
+    assert [row["method"] for row in rows] == ["folder", "array_record", "torch"]
+    for row in rows:
+        assert (row["size"], row["batch"], row["workers"], row["status"]) == (32, 4, 1, "")
+        assert row["per_core"] == row["images_per_second"] > 0
+        assert row["over_torch"] > 0
+    assert rows[2]["over_torch"] == 1
+    assert table[1].startswith("| method | workers and cores | images / s | per core | over torch |")
+
+
+@pytest.mark.parametrize(("size", "picture"), [(24, 60), (24, 41)])
+def test_the_crops_in_pytorch_are_ours(size, picture, tmp_path, monkeypatch):
+    """The same crops from the same random numbers, one picture being halved first."""
+    pytest.importorskip("torch")
+    from benchmarks import data
+
+    (tmp_path / "3").mkdir()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (picture, picture + 9, 3), dtype=np.uint8))
+    image.resize((picture + 9, picture)).save(tmp_path / "3/a.jpg", quality=95)
+    draw = np.random.default_rng(0)
+    monkeypatch.setattr(data.random, "randint", lambda low, high: int(draw.integers(low, high + 1)))
+    monkeypatch.setattr(data.random, "random", lambda: 1.0)
+    tensor, label = data.TorchFolder(str(tmp_path), size)[0]
+    crop = random_resize_crop(open_image(tmp_path / "3/a.jpg"), np.random.default_rng(0), size, size, size * 5 // 4)
+    assert label == 3
+    expected = crop.astype(np.float32) / 127.5 - 1
+    assert np.abs(tensor.numpy().transpose(1, 2, 0) - expected).mean() < 0.01
 
 
 def test_growth_measures_and_draws(monkeypatch, tmp_path):
