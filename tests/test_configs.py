@@ -20,7 +20,6 @@ from fvq_jax.tasks.tokenizer import TokenizerTask
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("common", "__init__"))
 PAPER = ["fvq16k", "fvq262k", "fvq65k"]
-FOLDERS = {"data.train_dir": "train", "data.eval_dir": "eval"}
 
 
 def get_config(name, arg=""):
@@ -49,15 +48,28 @@ def test_all_configs_are_here():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_config_is_valid_once_it_has_data(name):
+def test_every_config_is_valid(name):
     config = get_config(name)
     assert config.is_locked
-    if config.data.source == "folder":
-        with pytest.raises(InputError, match="train_dir is empty"):
-            validate(config, 8)
-    config.update_from_flattened_dict(FOLDERS)
+    assert config.data.source == ("photos" if name == "quickstart" else "tfds")
     for devices in (1, 2, 8):
         validate(config, devices)
+
+
+@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("source", ["folder", "array_record"])
+def test_configs_of_the_paper_take_folders_once_told_so(name, source):
+    config = get_config(name)
+    config.update_from_flattened_dict({"data.train_dir": "train", "data.eval_dir": "eval"})
+    with pytest.raises(InputError, match=r"train_dir is set, but data\.source=tfds .* --config\.data\.source=folder"):
+        validate(config, 8)
+    config.data.source = source
+    validate(config, 8)
+
+
+def test_the_paper_is_trained_on_imagenet():
+    data = get_config("fvq16k").data
+    assert (data.tfds_name, data.train_split, data.eval_split) == ("imagenet2012", "train", "validation")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -99,7 +111,7 @@ def test_the_smoke_size_keeps_the_kind_of_bridge_and_makes_it_small(bridge, smal
 @pytest.mark.parametrize("name", PAPER)
 def test_codebooks_of_the_paper_can_be_cut_over_eight_devices(name):
     config = get_config(name)
-    config.update_from_flattened_dict(FOLDERS | {"mesh.codebook": 8})
+    config.mesh.codebook = 8
     validate(config, 8)
     codebook = state_of(name, codebook_axis=8).networks["tokenizer"].params["quantizer"]["codebook"]
     assert codebook.sharding.shard_shape(codebook.shape) == (codebook.shape[0] // 8, codebook.shape[1])
@@ -131,15 +143,24 @@ def test_larger_codebooks_differ_from_the_main_recipe_in_few_fields():
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_a_batch_scales_the_rate_and_nothing_else(name):
+def test_a_batch_scales_the_rate_and_what_counts_in_steps(name):
     assert get_config(name).batch_size == 128
     assert get_config(name).optim.learning_rate == 1e-4
     changed = differences(get_config(name), get_config(name, "batch=512"))
-    assert changed == {"batch_size": 512, "optim.learning_rate": pytest.approx(4e-4)}
+    assert changed == {
+        "batch_size": 512,
+        "optim.learning_rate": pytest.approx(4e-4),
+        "eval.batch_size": 512,
+        "adversarial.start": 5000,
+        "eval.every_steps": 2500,
+        "checkpoint.every_steps": get_config(name).checkpoint.every_steps // 4,
+    }
+    assert get_config(name, "batch=64").eval.batch_size == 128
     assert differences(get_config(name), get_config(name, "batch=128")) == {}
     small = get_config(name, "smoke,batch=16")
     assert small.batch_size == 16
     assert small.optim.learning_rate == pytest.approx(1e-4 / 8)
+    assert small.adversarial.start == 2  # the smoke size has a batch of 8 and starts at 4
 
 
 def test_quickstart_scales_from_its_own_batch():
@@ -149,6 +170,9 @@ def test_quickstart_scales_from_its_own_batch():
     assert changed == {
         "batch_size": 2 * base.batch_size,
         "optim.learning_rate": pytest.approx(2 * base.optim.learning_rate),
+        "adversarial.start": base.adversarial.start // 2,
+        "eval.every_steps": base.eval.every_steps // 2,
+        "checkpoint.every_steps": base.checkpoint.every_steps // 2,
     }
 
 
