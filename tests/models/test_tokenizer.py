@@ -104,7 +104,9 @@ def test_the_gradient_of_every_parameter_equals_the_published_one(name):
         np.testing.assert_allclose(np.linalg.norm(grads[key]), norm, rtol=1e-3, atol=rounding, err_msg=key)
     grads["encoder.conv_in.weight"] = grads["encoder.conv_in.weight"].transpose(3, 2, 0, 1)
     for key in ("quantize.embedding.weight", "encoder.conv_in.weight", "decoder.conv_out.bias"):
-        assert relative_error(grads[key], expected[f"grad/{key}"]) < 1e-3, key
+        # Single entries feel rounding more than norms do: PyTorch's own float32 gradients of fvq_vit lie up to 1.5e-3
+        # from its float64 ones, ours 0.9e-3 to 1.2e-3, depending on the processor.
+        assert relative_error(grads[key], expected[f"grad/{key}"]) < 3e-3, key
 
 
 def test_a_folded_bridge_gives_the_published_codes_and_reconstruction():
