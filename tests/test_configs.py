@@ -15,6 +15,7 @@ from fvq_jax.errors import InputError
 from fvq_jax.models.bridge import make_bridge
 from fvq_jax.sharding import make_mesh
 from fvq_jax.state import abstract_state
+from fvq_jax.sweep.points import make_points, read_sweep
 from fvq_jax.tasks.tokenizer import TokenizerTask
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
@@ -51,7 +52,9 @@ def test_all_configs_are_here():
 def test_every_config_is_valid(name):
     config = get_config(name)
     assert config.is_locked
-    assert config.data.source == ("photos" if name == "quickstart" else "tfds")
+    assert config.data.source == {"quickstart": "photos", "photographs": "folder"}.get(name, "tfds")
+    if config.data.source == "folder":
+        config.data.train_dir, config.data.eval_dir = "train", "eval"
     for devices in (1, 2, 8):
         validate(config, devices)
 
@@ -179,6 +182,13 @@ def test_quickstart_scales_from_its_own_batch():
 def test_a_batch_below_the_devices_is_refused_with_the_smallest_that_works():
     with pytest.raises(InputError, match="batch_size 4 is below 8 devices: the smallest that works is 8"):
         validate(get_config("fvq16k", "smoke,batch=4"), 8)
+
+
+def test_photographs_sweeps_over_the_bridge_alone():
+    runs = make_points(get_config("photographs"), read_sweep(str(FOLDER / "photographs.py")), pathlib.Path("sweep"))
+    assert [run.overrides for run in runs] == [{"tokenizer.bridge": name} for name in ("none", "linear", "S/2")]
+    assert {run.config["steps"] for run in runs} == {1000}
+    assert get_config("photographs", "bridge=none").tokenizer.bridge == "none"
 
 
 @pytest.mark.parametrize("bridge", ["none", "linear", "XL/8-d4", "dit-B/8"])
