@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from fvq_jax.config import flatten
 from fvq_jax.errors import InputError
+from fvq_jax.hosts import rows_of_all_hosts
 
 T = TypeVar("T")
 
@@ -54,8 +54,8 @@ def check_same(values: Mapping[str, Any]) -> None:
 def gather_texts(text: str) -> list[str]:
     """The texts of all processes, in their order."""
     data = np.frombuffer(text.encode(), np.uint8)
-    lengths = np.atleast_1d(multihost_utils.process_allgather(np.int32(data.size)))
-    padded = np.zeros(max(1, lengths.max()), np.uint8)
-    padded[: data.size] = data
-    rows = np.atleast_2d(multihost_utils.process_allgather(padded))
+    lengths = rows_of_all_hosts(np.array([data.size], np.int32))
+    padded = np.zeros((1, max(1, lengths.max())), np.uint8)
+    padded[0, : data.size] = data
+    rows = rows_of_all_hosts(padded)
     return [row[:length].tobytes().decode() for row, length in zip(rows, lengths, strict=True)]

@@ -6,7 +6,8 @@
 Writes OUT/metrics.json, whose content is also the last line on standard output, and OUT/report/index.html, a page for a
 person. Without --data the pictures are those that the run in the workdir is evaluated on. Metrics that look through a
 trained network need its weights as a local file; those without are listed under `not_computed`, with what to get. With
-`--distributed` it is one of several processes, of which the first writes. Exit codes: 0, and 2 for bad input.
+`--distributed` it is one of several processes, of which the first writes. Exit codes: 0, 2 for bad input, and 1 if the
+pictures stop coming: for as long as the workdir's `data.timeout` says, or else the default of that.
 """
 
 import argparse
@@ -23,19 +24,21 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fvq_jax.command import Parser, fail, join_processes, true_or_false
+from fvq_jax.agreement import check_same, everywhere
+from fvq_jax.command import FAILED, Parser, fail, join_processes, true_or_false
 from fvq_jax.config import default_config, flatten
+from fvq_jax.data.array_record import MANIFEST
 from fvq_jax.data.crops import RandomCrops
 from fvq_jax.data.record import Source
 from fvq_jax.data.sources import make_source
-from fvq_jax.errors import InputError
-from fvq_jax.evals.hosts import rows_of_all_hosts
+from fvq_jax.errors import DataError, InputError
 from fvq_jax.evals.image_file import ImageWriter
 from fvq_jax.evals.networks import FILES, load_networks, option
 from fvq_jax.evals.projection import principal_plane
 from fvq_jax.evals.protocol import PROTOCOLS
 from fvq_jax.evals.reference import Reference
 from fvq_jax.evals.suite import collect, conditions, not_computed, summarise
+from fvq_jax.hosts import rows_of_all_hosts
 from fvq_jax.metrics import read_metrics
 from fvq_jax.pretrained import Tokenizer
 from fvq_jax.report.page import Report, write_page
@@ -54,19 +57,22 @@ def main(argv: list[str] | None = None) -> int:
             join_processes()
         report = evaluate(args)
         if jax.process_index() == 0:
-            _write(args.out / METRICS, json.dumps(report, indent=2) + "\n")
             sys.stdout.write(json.dumps(report) + "\n")
             sys.stdout.flush()
     except InputError as error:
         return fail(str(error))
+    except DataError as error:
+        fail(str(error), FAILED)
+        os._exit(FAILED)  # at once: the interpreter would wait for threads that hang
     return 0
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """Writes the report; returns what `metrics.json` holds, {} in all processes but the first.
+    """Writes `metrics.json` and the page; returns what the first holds, {} in all processes but the first.
 
     Raises:
       InputError: for bad input.
+      DataError: the pictures stop coming.
     """
     if args.batch < 1 or min(args.images, args.crops, args.seed) < 0:
         raise InputError("--batch must be at least 1, and --images, --crops and --seed at least 0")
@@ -80,7 +86,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if size < 1 or size % tokenizer.downsampling:
         raise InputError(f"--size {size} is not divisible by the down-sampling of {tokenizer.downsampling}")
     images = args.images or (trained.eval.images if trained and args.data is None else 0)
-    source, data = _source(args.data, size, images, copy.deepcopy(trained))
+    source, data = everywhere(lambda: _source(args.data, size, images, copy.deepcopy(trained)))
+    check_same({"pictures": source.fingerprint()})
     if args.crops:
         resize = (trained.data.resize_min, trained.data.resize_max) if trained else (0, 0)
         source, images = RandomCrops(source, args.crops, size, *resize, seed=args.seed), 0
@@ -112,6 +119,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
             batch_size=args.batch,
             protocol=args.protocol,
             images=images,
+            timeout=(trained or default_config()).data.timeout,
             with_reference=not _of_first_process(known is not None),
             writer=writer,
             progress=stack.enter_context(bar).update,
@@ -121,9 +129,13 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     sums, moments = found.sums, known
     if sums.real is not None and sums.images >= 2:
         moments = sums.real.moments()
-        reference.save(moments)
+        if not sums.skipped:  # what cannot be read now may be readable the next time
+            reference.save(moments)
     facts = {"tokenizer": repr(tokenizer), "path": str(path)}
     facts |= conditions(found, source, data=data, protocol=args.protocol, size=size) | {"random_crops": args.crops}
+    if args.crops:
+        _, _, scored_as = facts["protocol_means"].partition("; ")
+        facts["protocol_means"] = f"{args.crops:,} random crops as in training, seed {args.seed}; {scored_as}"
     report = Report(
         net=tokenizer.trained_net,
         facts=facts,
@@ -135,13 +147,15 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         batch_tokens=trained.batch_size * (trained.data.image_size // tokenizer.downsampling) ** 2 if trained else None,
         config=flatten(trained) if trained else {},
     )
-    write_page(args.out, report)
-    return {
+    metrics = {
         **facts,
         **report.metrics,
         "reference": None if moments is None else {"path": str(reference.path), "cached": known is not None},
         "not_computed": report.not_computed,
     }
+    _write(args.out / METRICS, json.dumps(metrics, indent=2) + "\n")  # first: the page only shows it
+    write_page(args.out, report)
+    return metrics
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -152,7 +166,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--l2_norm", type=true_or_false, help="unit-length codes? for checkpoints that do not say")
     parser.add_argument(
         "--data",
-        help="folder of pictures, or photos: the bundled ones (a folder of that name: ./photos); a workdir needs none",
+        help="folder of pictures or of prepared ArrayRecord files, or photos: the bundled ones (a folder of that name: "
+        "./photos); a workdir needs none",
     )
     parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="where metrics.json and report/ go")
     parser.add_argument(
@@ -188,7 +203,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def _source(given: str | None, size: int, images: int, trained: ConfigDict | None) -> tuple[Source, str]:
     """The pictures, and what to call them."""
     if given is not None:
-        kind = "photos" if given == "photos" else "folder"
+        prepared = (Path(given) / MANIFEST).is_file()
+        kind = "photos" if given == "photos" else "array_record" if prepared else "folder"
         return make_source(kind, "eval", image_size=size, eval_dir=given, eval_images=images), given
     if trained is None:
         raise InputError("--data=FOLDER is missing: only the workdir of a run says what that is evaluated on")

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from fvq_jax import device
@@ -27,6 +26,7 @@ from fvq_jax.data.prefetch import Prefetch
 from fvq_jax.errors import NonFiniteError
 from fvq_jax.evals.in_training import Evaluation
 from fvq_jax.heartbeat import Heartbeat, host_log
+from fvq_jax.hosts import rows_of_all_hosts
 from fvq_jax.interrupt import Interrupt
 from fvq_jax.metrics import MetricWriter, Progress, StepTimer
 from fvq_jax.ops.code_statistics import perplexity, usage
@@ -72,7 +72,8 @@ def train(
         stack.enter_context(host_log(run.workdir, jax.process_index()))
         log_start(run)
         checkpoints = stack.enter_context(Checkpoints(run.workdir, **keep))
-        check_same({"checkpoint": checkpoints.latest_step(), "pictures": run.train_source.fingerprint()})
+        pictures = {split: getattr(run, f"{split}_source").fingerprint() for split in ("train", "eval")}
+        check_same({"checkpoint": checkpoints.latest_step(), "pictures": pictures})
         like = abstract_state(run.task.init, run.mesh)
         if checkpoints.latest_step() is None:
             state, record = create_state(run.task.init, config.seed, run.mesh), {}
@@ -94,7 +95,8 @@ def train(
             except InterruptedRunError:
                 loop.save()
                 checkpoints.wait()
-                logging.warning("%s: saved step %d, start me again to go on", interrupt.signal.name, loop.step)
+                why = interrupt.signal.name if interrupt.signal else "another process was told to stop"
+                logging.warning("%s: saved step %d, start me again to go on", why, loop.step)
                 return Result({}, interrupted=True)
         run.report(loop.state, evaluation)
         return Result(run.summary(loop.step, evaluation, loop.record()))
@@ -319,4 +321,4 @@ class _Loop:
             return here
         if self.step % AGREE_EVERY:
             return False
-        return bool(multihost_utils.process_allgather(np.array(here)).any())
+        return bool(rows_of_all_hosts(np.array([here])).any())

@@ -29,6 +29,7 @@ def made_up_report(codes: int = 1024, size: int = 32, images: int = 192) -> Repo
         collector.add(np.array([position]), scores, pair[0][None], pair[1][None])
     sums = Sums(np.int64(images), np.int64(0), np.int64(0), {}, counts, None, None, None)
     metrics = {"psnr": 27.812, "ssim": 0.7634, "l1": 0.031, "mse": 0.0017, "rfid": 1.234}
+    metrics |= {"inception_score": 189.53, "inception_score_std": 2.345, "lpips_alex": 0.0871}
     metrics |= {"usage": float(usage(counts)), "perplexity": float(perplexity(counts))}
     rows = [
         {
@@ -59,7 +60,7 @@ def made_up_report(codes: int = 1024, size: int = 32, images: int = 192) -> Repo
         },
         metrics=metrics | code_statistics(counts, 16),
         not_computed={"lpips_vgg": "not given: get the weights and pass --vgg16=FILE"},
-        found=Found(sums, first_use, collector.result(size)),
+        found=Found(sums, int(sums.images + sums.skipped), first_use, collector.result(size)),
         plane=(points.astype(np.float32), np.array([0.31, 0.07], np.float32)),
         rows=rows,
         batch_tokens=2048,

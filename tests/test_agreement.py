@@ -1,16 +1,11 @@
 import json
-import os
-import pathlib
-import socket
-import subprocess
-import sys
 
 import pytest
 
 from fvq_jax.agreement import check_same, everywhere, gather_texts
 from fvq_jax.errors import InputError
+from tests.two_hosts import free_port, start_host
 
-ROOT = pathlib.Path(__file__).parents[1]
 # Two of these say what they saw.
 PROGRAM = """
 import json, sys
@@ -46,27 +41,9 @@ print(json.dumps([
 """
 
 
-def start(index, count, program, port):
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-        "JAX_NUM_PROCESSES": str(count),
-        "JAX_PROCESS_ID": str(index),
-    }
-    command = [sys.executable, "-c", program]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def test_two_processes_share_errors_and_name_what_differs():
     port = free_port()
-    processes = [start(index, 2, PROGRAM, port) for index in range(2)]
+    processes = [start_host(index, 2, port, "-c", PROGRAM) for index in range(2)]
     outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     for index, (out, _) in enumerate(outputs):
@@ -82,7 +59,8 @@ def test_two_processes_share_errors_and_name_what_differs():
 
 
 def test_a_host_that_never_comes_is_one_line_and_exit_1():
-    process = start(1, 2, "from fvq_jax.command import join_processes; join_processes(2)", free_port())
+    program = "from fvq_jax.command import join_processes; join_processes(2)"
+    process = start_host(1, 2, free_port(), "-c", program)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1
     (line,) = err.splitlines()

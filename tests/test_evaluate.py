@@ -1,6 +1,9 @@
 import functools
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -12,8 +15,10 @@ from fvq_jax import evaluate
 from fvq_jax.config import default_config
 from fvq_jax.data.decode import open_image
 from fvq_jax.data.folder import FolderSource
+from fvq_jax.data.prepare import main as prepare
+from fvq_jax.data.sample import Sample
 from fvq_jax.data.transforms import center_no_resize, resize_center
-from fvq_jax.errors import InputError
+from fvq_jax.errors import DataError, InputError
 from fvq_jax.evals import suite
 from fvq_jax.evals.frechet import frechet_distance
 from fvq_jax.evals.networks import Networks
@@ -21,8 +26,10 @@ from fvq_jax.evals.protocol import as_scored
 from fvq_jax.models.inception import CLASSES
 from fvq_jax.pretrained import Tokenizer
 from fvq_jax.report.page import write_page
+from tests.hanging_source import HangingSource
 from tests.random_tokenizer import random_tokenizer
-from tests.two_hosts import on_two_hosts
+from tests.test_saved_tokenizer import workdir
+from tests.two_hosts import ROOT, free_port, on_two_hosts, start_host
 
 TOKENIZERS = functools.cache(Tokenizer.from_pretrained)
 SIZE = 16
@@ -105,6 +112,12 @@ def by_hand(saved, folder, protocol):
     return as_scored(crops, protocol), as_scored(decoded, protocol), codes
 
 
+def order_of(folder):
+    """Of the pictures by name, as they are scored."""
+    source = FolderSource(folder)
+    return [Sample(source, len(source)).index(position) for position in range(len(source))]
+
+
 @pytest.mark.parametrize("protocol", ["direct", "published"])
 def test_pixel_metrics_and_code_statistics(protocol, saved, folder, tmp_path, capsys, monkeypatch):
     """Eleven pictures in batches of eight: five rows of padding that must not count."""
@@ -151,7 +164,7 @@ def test_pixel_metrics_and_code_statistics(protocol, saved, folder, tmp_path, ca
     assert report["protocol"] == protocol
     with np.load(tmp_path / "out" / "reconstructions.npz") as file:
         assert file.files == ["arr_0"]
-        np.testing.assert_array_equal(file["arr_0"], decoded)
+        np.testing.assert_array_equal(file["arr_0"], decoded[order_of(folder)])
     assert set(report["not_computed"]) == {"rfid", "inception_score", "lpips_vgg", "lpips_alex"}
     assert "rfid" not in report
     assert "pass --inception=FILE" in report["not_computed"]["rfid"]
@@ -178,6 +191,78 @@ def test_rfid_and_its_cached_reference(with_inception, saved, folder, tmp_path, 
     repaired, _ = run(capsys, *options, f"--data={folder}")
     assert not repaired["reference"]["cached"]
     assert repaired["rfid"] == again["rfid"]
+
+
+class ClassAfterClass:
+    """400 pictures of one grey each, twenty of one shade after twenty of another, as folders of classes list them."""
+
+    def __len__(self):
+        return 400
+
+    def __getitem__(self, index):
+        return {"image": np.full((SIZE, SIZE, 3), 10 * (index // 20), np.uint8), "label": np.int32(index // 20)}
+
+    def name(self, index):
+        return str(index)
+
+    def fingerprint(self):
+        return "400 pictures"
+
+
+def as_they_are(crops):
+    return crops.astype(np.float32) / 127.5 - 1, np.zeros((len(crops), 1, 1), np.int32)
+
+
+def test_inception_score_does_not_depend_on_the_order_of_the_classes():
+    def sure(images):
+        shades = images[:, 0, 0, 0].astype(int) // 10
+        logits = 50 * np.eye(CLASSES, dtype=np.float32)[shades]
+        return {"2048": np.zeros((len(images), 2048), np.float32), "logits_unbiased": logits}
+
+    found = suite.collect(
+        as_they_are, ClassAfterClass(), Networks(sure, {}, {}), codebook_size=1, size=SIZE, batch_size=64
+    )
+    score, spread = found.sums.inception_score.result()
+    assert 12 < score <= 20  # two, if a split held only its own two classes
+    assert spread < 2
+
+
+def test_lpips_is_the_mean_over_the_pictures_alone():
+    def distance(a, b):
+        assert a.dtype == b.dtype == np.uint8
+        return a[:, 0, 0, 0] / np.float32(255) + (a != b).any(axis=(1, 2, 3))
+
+    networks = Networks(None, {"lpips_vgg": distance}, {})
+    found = suite.collect(as_they_are, ClassAfterClass(), networks, codebook_size=1, size=SIZE, batch_size=300)
+    assert suite.summarise(found.sums, 1)["lpips_vgg"] == pytest.approx(95 / 255, rel=1e-6)
+    assert [example.scores["lpips_vgg"] for example in found.examples.best] == [0] * 6
+    assert found.examples.ranked_by == "lpips_vgg"
+
+
+def test_scores_are_kept_if_the_page_cannot_be_written(saved, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "write_page", write_page)
+    (tmp_path / "report").write_text("not a folder")
+    assert evaluate.main([f"--tokenizer={saved}", f"--data={folder}", f"--out={tmp_path}", f"--size={SIZE}"]) == 2
+    assert "report" in capsys.readouterr().err.splitlines()[-1]
+    assert json.loads((tmp_path / "metrics.json").read_text())["images"] == PICTURES
+
+
+def test_prepared_pictures_score_as_their_folder(saved, folder, tmp_path, capsys):
+    assert prepare([str(folder), str(tmp_path / "prepared")]) == 0
+    capsys.readouterr()
+    options = [f"--tokenizer={saved}", f"--size={SIZE}", f"--out={tmp_path / 'out'}"]
+    ours, _ = run(capsys, *options, f"--data={tmp_path / 'prepared'}")
+    theirs, _ = run(capsys, *options, f"--data={folder}")
+    assert ours["psnr"] == pytest.approx(theirs["psnr"], rel=1e-6)
+    assert ours["pictures"] != theirs["pictures"]
+
+
+def test_random_crops_are_called_so(saved, folder, tmp_path, capsys):
+    options = [f"--tokenizer={saved}", f"--size={SIZE}", f"--out={tmp_path / 'out'}", f"--data={folder}"]
+    report, _ = run(capsys, *options, "--crops=30", "--seed=4", "--protocol=published")
+    assert report["images"] == 30
+    expected = "30 random crops as in training, seed 4; crops and reconstructions scored after JPEG of quality 75"
+    assert report["protocol_means"] == expected
 
 
 def test_memory_does_not_grow_with_the_pictures(saved):
@@ -317,12 +402,73 @@ def test_two_hosts_share_the_pictures_and_find_what_one_finds(saved, with_incept
             np.testing.assert_array_equal(ours.reconstruction, theirs.reconstruction)
 
 
+def test_two_processes_write_once_what_one_writes(saved, folder, tmp_path):
+    """Four pictures at a time in each, so that one process and two run the same programs on the same batches."""
+    options = ["-m", "fvq_jax.evaluate", f"--tokenizer={saved}", f"--data={folder}", f"--size={SIZE}", "--save-npz"]
+    two, port = ["--batch=8", "--distributed"], free_port()
+    hosts = [
+        start_host(0, 1, port, *options, "--batch=4", f"--out={tmp_path / 'one'}"),
+        *(start_host(index, 2, port, *options, *two, f"--out={tmp_path / f'host{index}'}") for index in range(2)),
+    ]
+    outputs = [host.communicate(timeout=300) for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0, 0], outputs
+    assert "psnr" not in outputs[2][0]
+    assert list((tmp_path / "host1").iterdir()) == []
+    whole, divided = (json.loads((tmp_path / out / "metrics.json").read_text()) for out in ("one", "host0"))
+    assert json.loads(outputs[1][0].splitlines()[-1]) == divided
+    assert divided.keys() == whole.keys()
+    for name, value in whole.items():
+        assert divided[name] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value), name
+    with (
+        np.load(tmp_path / "one" / "reconstructions.npz") as one,
+        np.load(tmp_path / "host0" / "reconstructions.npz") as both,
+    ):
+        assert one["arr_0"].shape == (PICTURES, SIZE, SIZE, 3)
+        np.testing.assert_array_equal(both["arr_0"], one["arr_0"])
+
+
+def test_pictures_that_stop_coming_end_the_pass_in_time(folder):
+    hanging = HangingSource(FolderSource(folder), order_of(folder)[9])  # after the first batch
+
+    def reconstruct(crops):
+        return crops / np.float32(127.5) - 1, np.zeros((len(crops), 8, 8), np.int32)
+
+    options = {"codebook_size": 64, "size": SIZE, "batch_size": 8}
+    try:
+        with pytest.raises(DataError, match=r"no batch for 0\.5 s"):
+            suite.collect(reconstruct, hanging, Networks(None, {}, {}), timeout=0.5, **options)
+    finally:
+        hanging.release()
+
+
+def test_pictures_that_stop_coming_end_the_program_with_one_line_and_exit_1(folder, tmp_path):
+    """Opening one hangs, for longer than the run of this workdir waits."""
+    run, pictures = tmp_path / "run", tmp_path / "pictures"
+    workdir(run)
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["timeout"] = 0.5
+    (run / "config.json").write_text(json.dumps(config))
+    shutil.copytree(folder, pictures)
+    shutil.copy(pictures / "00.png", pictures / "11.png")
+    last = sorted(pictures.iterdir())[order_of(pictures)[-1]]
+    last.unlink()
+    os.mkfifo(last)
+    options = [f"--workdir={run}", f"--data={pictures}", f"--out={tmp_path / 'out'}", f"--size={SIZE}", "--batch=8"]
+    command = [sys.executable, "-m", "fvq_jax.evaluate", *options, "--save-npz"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 1, ended.stderr
+    (line,) = (line for line in ended.stderr.splitlines() if line and not line.startswith("evaluating"))
+    assert line.startswith("fvq_jax: no batch for 0.5 s: ")
+    assert ended.stdout == ""
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_when_each_code_came_up_first(saved, folder):
     tok, source = Tokenizer.from_pretrained(saved), FolderSource(folder)
 
     options = {"codebook_size": 64, "size": SIZE, "batch_size": 8}
     found = suite.collect(by_tokenizer(tok), source, Networks(None, {}, {}), **options)
-    *_, codes = by_hand(saved, folder, "direct")
+    codes = by_hand(saved, folder, "direct")[-1][order_of(folder)]
     for code, first in enumerate(found.first_use):
         having = np.flatnonzero((codes == code).any(axis=(1, 2)))
         assert first == (having[0] if len(having) else suite.NEVER)

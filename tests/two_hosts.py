@@ -1,5 +1,10 @@
-"""Two hosts as two threads of one process, for tests of what hosts put together through `fvq_jax.evals.hosts`."""
+"""Several hosts on one machine: threads of this process, that meet only in `fvq_jax.hosts`, or real processes."""
 
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,9 +14,30 @@ import jax
 import numpy as np
 import pytest
 
-from fvq_jax.evals import hosts
+from fvq_jax import hosts
 
+ROOT = pathlib.Path(__file__).parents[1]
 SECONDS = 100  # after which a host that waits for the other gives up
+
+
+def free_port() -> int:
+    """A port for a coordinator."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_host(index: int, count: int, port: int, *arguments: str) -> subprocess.Popen:
+    """Starts Python with these arguments and a single device, as process `index` of `count`."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(count),
+        "JAX_PROCESS_ID": str(index),
+    }
+    command = [sys.executable, *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True)
 
 
 def on_two_hosts(monkeypatch: pytest.MonkeyPatch, work: Callable[[int], Any]) -> list[Any]:

@@ -3,9 +3,8 @@
 import dataclasses
 
 import numpy as np
-from PIL import Image
 
-from fvq_jax.data.decode import open_image
+from fvq_jax.data.decode import open_stored
 from fvq_jax.data.record import Record, Source
 from fvq_jax.data.transforms import random_resize_crop
 
@@ -29,8 +28,8 @@ class RandomCrops:
 
     def __getitem__(self, index: int) -> Record:
         record = self.source[index % len(self.source)]
-        stored = record["image"]
-        image = open_image(stored, self.resize_max) if isinstance(stored, bytes) else Image.fromarray(stored)
+        # Without resizing the crop is of the pixels as they are stored.
+        image = open_stored(record["image"], self.resize_max if self.resize_min else 0)
         rng = np.random.default_rng((self.seed, index))
         return {**record, "image": random_resize_crop(image, rng, self.size, self.resize_min, self.resize_max)}
 

@@ -75,6 +75,11 @@ def open_image(file: str | os.PathLike[str] | bytes, min_side: int = 0) -> Image
         raise UnreadableImageError(str(error) or type(error).__name__) from error
 
 
+def open_stored(stored: bytes | UInt8[np.ndarray, "H W 3"], min_side: int = 0) -> Image.Image:
+    """The picture of a `Record`, which holds a file's content, see `open_image`, or pixels, taken as they are."""
+    return open_image(stored, min_side) if isinstance(stored, bytes) else Image.fromarray(stored)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any picture in mode RGB; see `open_image`."""
     if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow would clip it

@@ -17,7 +17,7 @@ from absl import logging
 from jaxtyping import UInt8
 from PIL import Image
 
-from fvq_jax.data.decode import UnreadableImageError, open_image
+from fvq_jax.data.decode import UnreadableImageError, open_stored
 from fvq_jax.data.record import Source
 from fvq_jax.data.transforms import random_flip, random_resize_crop, resize_center
 from fvq_jax.data.worker import follow_parent
@@ -33,14 +33,13 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     """Iterator over one host's batches; counts the unreadable files that come by.
 
     `skipped` maps the name of each such file to how often it was replaced; every new one is logged.
-    Iteration raises InputError once they exceed 1 % of `files`, and RuntimeError when a worker process has
+    Iteration raises InputError once they exceed 1 % of the source, and RuntimeError when a worker process has
     died. Each host counts the files it sees. Call `close` to stop the workers early.
     """
 
-    def __init__(self, dataset: grain.MapDataset, source: Source, files: int, num_workers: int):
+    def __init__(self, dataset: grain.MapDataset, source: Source, num_workers: int):
         self.skipped: dict[str, int] = {}
         self._source = source
-        self._files = files
         # Each worker builds every num_workers-th batch, so the order is that of one process.
         threads = 0 if num_workers else min(_MAX_THREADS, os.cpu_count() or 1)
         batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
@@ -71,8 +70,8 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         if name not in self.skipped:
             logging.warning("skipped %r: %s", name, self._reason(index))
         self.skipped[name] = self.skipped.get(name, 0) + 1
-        if len(self.skipped) > _UNREADABLE_LIMIT * self._files:
-            raise _too_many(list(self.skipped), self._files)
+        if len(self.skipped) > _UNREADABLE_LIMIT * len(self._source):
+            raise _too_many(list(self.skipped), len(self._source))
 
     def _reason(self, index: int) -> str:
         # Decoded once more, since only numbers come along with a batch.
@@ -124,7 +123,7 @@ def train_batches(
     # Batches of one host's size, of which each host takes its own: contiguous rows of the global batch.
     dataset = dataset.batch(local_size, drop_remainder=True)
     dataset = dataset[start_step * process_count + process_index :: process_count]
-    return Batches(dataset, source, len(source), num_workers)
+    return Batches(dataset, source, num_workers)
 
 
 def eval_batches(
@@ -133,24 +132,21 @@ def eval_batches(
     image_size: int,
     batch_size: int,
     crop: Callable[[Image.Image, int], UInt8[np.ndarray, "s s 3"]] = resize_center,
-    limit: int = 0,
     process_index: int = 0,
     process_count: int = 1,
     num_workers: int = 0,
 ) -> Batches:
     """Every picture once, in order and cropped by `crop`: `image` and `label` as in training, `mask` bool [b].
 
-    With a `limit`, that many pictures, evenly spaced over the source (the first ones would be of the first
-    classes); 0 takes all. Rows with a False `mask` must not count: they fill up the last batch, or stand in
-    for an unreadable file. Every process gets the same number of batches, and rows as in `train_batches`.
+    Rows with a False `mask` must not count: they fill up the last batch, or stand in for an unreadable file. Every
+    process gets the same number of batches, and rows as in `train_batches`.
     """
     local_size = _local_batch_size(batch_size, process_count)
-    count = min(limit or len(source), len(source))
-    padded = -(-count // batch_size) * batch_size
-    load = functools.partial(_load_to_score, source=source, count=count, image_size=image_size, crop=crop)
+    padded = -(-len(source) // batch_size) * batch_size
+    load = functools.partial(_load_to_score, source=source, image_size=image_size, crop=crop)
     dataset = grain.MapDataset.range(padded).map(load)
     dataset = dataset.batch(local_size, drop_remainder=True)[process_index::process_count]
-    return Batches(dataset, source, count, num_workers)
+    return Batches(dataset, source, num_workers)
 
 
 def _local_batch_size(batch_size: int, process_count: int) -> int:
@@ -168,11 +164,9 @@ def _too_many(names: list[str], files: int) -> InputError:
 
 
 def _open(source: Source, index: int, min_side: int = 0) -> tuple[Image.Image, np.int32]:
-    """Picture and label; see `decode.open_image`. Raises one of _UNREADABLE."""
+    """Picture and label; see `decode.open_stored`. Raises one of _UNREADABLE."""
     record = source[index]
-    stored = record["image"]
-    image = open_image(stored, min_side) if isinstance(stored, bytes) else Image.fromarray(stored)
-    return image, record["label"]
+    return open_stored(record["image"], min_side), record["label"]
 
 
 def _row(image: np.ndarray, label: np.int32, unreadable: int = -1) -> dict[str, Any]:
@@ -208,16 +202,14 @@ def _load_to_score(
     position: int,
     *,
     source: Source,
-    count: int,
     image_size: int,
     crop: Callable[[Image.Image, int], UInt8[np.ndarray, "s s 3"]],
 ) -> dict[str, Any]:
     nothing = np.zeros((image_size, image_size, 3), np.uint8)
-    if position >= count:
+    if position >= len(source):
         return _row(nothing, np.int32(0)) | {"mask": np.bool_(False)}
-    index = position * len(source) // count
     try:
-        image, label = _open(source, index)
+        image, label = _open(source, position)
     except _UNREADABLE:
-        return _row(nothing, np.int32(0), index) | {"mask": np.bool_(False)}
+        return _row(nothing, np.int32(0), position) | {"mask": np.bool_(False)}
     return _row(crop(image, image_size), label) | {"mask": np.bool_(True)}

@@ -37,6 +37,7 @@ class Prefetch(Iterator[T]):
         self._place = place
         self._timeout = timeout
         self._patience = _START * timeout
+        self._others = set(multiprocessing.active_children())  # not ours to end: an evaluation goes on while training
         self._placed: queue.Queue[tuple[T | None, Exception | None]] = queue.Queue(1)  # and one waits to be put there
         self._closed = threading.Event()
         self._filling = threading.Thread(target=self._fill, name="prefetch", daemon=True)
@@ -48,7 +49,7 @@ class Prefetch(Iterator[T]):
         except queue.Empty:
             raise DataError(
                 f"no batch for {self._patience:g} s: a picture cannot be read, or its file system does not answer; "
-                "start again when it does, or with a longer data.timeout"
+                "start again when it does (if it is only slow: a training run waits as long as its data.timeout)"
             ) from None
         self._patience = self._timeout
         if isinstance(error, InputError | StopIteration):
@@ -70,7 +71,7 @@ class Prefetch(Iterator[T]):
         closing.start()
         closing.join(_CLOSING)
         if closing.is_alive():  # they ignore SIGTERM, and the interpreter would wait for them at its end
-            for child in multiprocessing.active_children():
+            for child in set(multiprocessing.active_children()) - self._others:
                 if child.name.startswith("grain-"):
                     child.kill()
 

@@ -26,9 +26,9 @@ def make_source(
 ) -> Source:
     """The source a config names, for training or for evaluation; arguments as in the config's `data`.
 
-    `eval_images` is the number of crops cut for `photos` (0: 2,048); other sources are taken whole (see `limit`
-    of `eval_batches`). Listing a large folder takes a while: make a source once, for every evaluation. Raises
-    InputError for data that are missing or not in order.
+    `eval_images` is the number of crops cut for `photos` (0: 2,048); other sources are taken whole (an
+    evaluation takes a `Sample` of them). Listing a large folder takes a while: make a source once, for every
+    evaluation. Raises InputError for data that are missing or not in order.
     """
     if source == "photos":
         return PhotoSource(image_size, split, eval_images or 2048)

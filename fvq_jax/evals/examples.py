@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from fvq_jax.evals.hosts import rows_of_all_hosts, sum_over_hosts
+from fvq_jax.hosts import rows_of_all_hosts, sum_over_hosts
 
 EXTREMES = 6  # pictures kept at either end
 # Ranks pictures: the first of these that was computed, and whether a larger value is better.

@@ -71,6 +71,7 @@ class Evaluator:
             batch_size=config.eval.batch_size,
             images=config.eval.images,
             num_workers=config.data.num_workers,
+            timeout=config.data.timeout,
             keep_images=config.log.images,
             with_reference=self._reference is None,
             progress=progress,

@@ -18,7 +18,8 @@ class InceptionScore:
     """Running sums of the Inception Score (arXiv 1606.03498); those of disjoint sets simply add up.
 
     exp of the mean divergence between each picture's class probabilities p and their mean over the pictures, in
-    `SPLITS` consecutive parts of the set as usual; the divergence is E[sum p log p] - sum E[p] log E[p].
+    `SPLITS` parts of the set as usual, in each of which the classes must be mixed; the divergence is
+    E[sum p log p] - sum E[p] log E[p].
 
     Attributes:
       count: pictures in each split [s].

@@ -17,11 +17,12 @@ import numpy as np
 from jaxtyping import Float, Int, Int64, UInt8
 
 from fvq_jax.data.pipeline import eval_batches
+from fvq_jax.data.prefetch import Prefetch
 from fvq_jax.data.record import Source
+from fvq_jax.data.sample import Sample
 from fvq_jax.errors import InputError
 from fvq_jax.evals.examples import ExampleCollector, Examples
 from fvq_jax.evals.frechet import FeatureStatistics, frechet_distance
-from fvq_jax.evals.hosts import min_over_hosts, rows_of_all_hosts, sum_over_hosts
 from fvq_jax.evals.image_file import ImageWriter
 from fvq_jax.evals.image_metrics import SSIM_WINDOW, l1, mse, psnr, ssim, to_uint8
 from fvq_jax.evals.networks import Networks
@@ -29,6 +30,7 @@ from fvq_jax.evals.protocol import CROPS, PROTOCOLS, as_scored
 from fvq_jax.evals.reference import Moments
 from fvq_jax.evals.row_parallel import RowParallel
 from fvq_jax.evals.scores import SPLITS, InceptionScore, code_statistics
+from fvq_jax.hosts import min_over_hosts, rows_of_all_hosts, sum_over_hosts
 from fvq_jax.models.inception import CLASSES, FEATURES
 from fvq_jax.ops.code_statistics import perplexity, usage
 
@@ -69,11 +71,13 @@ class Found:
 
     Attributes:
       sums: see there.
+      count: how many pictures it went through, unreadable ones included.
       first_use: of each code [k] the position of the first picture that it was chosen for, or `NEVER`.
       examples: pictures to look at.
     """
 
     sums: Sums
+    count: int
     first_use: Int64[np.ndarray, "k"]
     examples: Examples
 
@@ -89,6 +93,7 @@ def collect(
     protocol: str = "direct",
     images: int = 0,
     num_workers: int = 0,
+    timeout: float = 0.0,
     keep_images: int = 12,
     with_reference: bool = True,
     writer: ImageWriter | None = None,
@@ -98,38 +103,41 @@ def collect(
 
     Args:
       reconstruct: encodes and decodes.
-      source: the pictures; all, or `images` of them, evenly spaced.
+      source: the pictures; all, or `images` of them, in the order of `data.sample.Sample`.
       networks: which metrics beyond pixels to compute.
       codebook_size: how many codes there are.
       size: side of the crops.
       batch_size: pictures at a time, of all hosts.
       protocol: a name in `PROTOCOLS`.
       num_workers: processes that read pictures, on every host; 0: threads.
+      timeout: seconds without a batch that end the pass, five times as many at the start; 0: none.
       keep_images: how many pictures spread over the set to keep as examples.
       with_reference: whether to collect the statistics of the crops.
-      writer: gets the reconstructions of all hosts, as scored, in order; on every host or on none.
+      writer: gets the reconstructions of all hosts, as scored, in that order; on every host or on none.
       progress: called after every batch with how many pictures all hosts have seen since the last call.
 
     Raises:
       InputError: no picture can be read, or over 1 % cannot.
+      DataError: no batch came for `timeout` seconds, or a process that reads them has died.
     """
-    count = min(images or len(source), len(source))
+    sample = Sample(source, min(images or len(source), len(source)))
+    count = len(sample)
     index, hosts = jax.process_index(), jax.process_count()
     batches = eval_batches(
-        source,
+        sample,
         image_size=size,
         batch_size=batch_size,
         crop=CROPS[protocol],
-        limit=images,
         process_index=index,
         process_count=hosts,
         num_workers=num_workers,
     )
+    prefetched = Prefetch(batches, lambda batch: batch, timeout=timeout)
     sums = _no_sums(codebook_size, networks, with_reference)
     first_use = np.full(codebook_size, NEVER)
-    examples = ExampleCollector(keep_images, count, lambda position: source.name(position * len(source) // count))
+    examples = ExampleCollector(keep_images, count, sample.name)
     try:
-        for step, batch in enumerate(batches):
+        for step, batch in enumerate(prefetched):
             mask, crops = batch["mask"], batch["image"]
             decoded, codes = reconstruct(crops)
             broken = mask & ~np.isfinite(decoded).all(axis=(1, 2, 3))
@@ -158,12 +166,12 @@ def collect(
                 writer.write(rows_of_all_hosts(decoded)[rows_of_all_hosts(mask)])
             progress(min(batch_size, count - step * batch_size))
     finally:
-        batches.close()
+        prefetched.close()
     sums.skipped += len(batches.skipped)
     sums = sum_over_hosts(sums)
     if not sums.images:
         raise InputError("the evaluation set has no readable picture")
-    return Found(sums, min_over_hosts(first_use), examples.result(size))
+    return Found(sums, count, min_over_hosts(first_use), examples.result(size))
 
 
 def conditions(found: Found, source: Source, *, data: str, protocol: str, size: int) -> dict[str, str | int]:

@@ -45,6 +45,17 @@ def test_every_option_changes_the_crops_or_their_number_and_the_fingerprint(pict
     assert len(after) != len(before) or not np.array_equal(pixels(after, 5), pixels(before, 5))
 
 
+def test_without_resizing_a_photograph_is_not_decoded_smaller(tmp_path):
+    """Resizing to a most of 320 allows JPEG files to be decoded at a half or a quarter of their size."""
+    noise = np.random.default_rng(0).integers(0, 256, (1400, 1400, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "large.jpg", quality=95)
+    source = FolderSource(tmp_path)
+    whole = np.asarray(Image.open(tmp_path / "large.jpg"))
+    crop = pixels(RandomCrops(source, 1, 16, resize_min=0, resize_max=320), 0)
+    np.testing.assert_array_equal(crop, pixels(RandomCrops(source, 1, 16), 0))
+    assert abs(crop.std() - whole.std()) < 10
+
+
 def test_the_pipeline_takes_them_as_they_are_and_counts_damage(pictures, tmp_path):
     damage(tmp_path / "1.png")
     crops = RandomCrops(pictures, 300, 16)

@@ -16,6 +16,7 @@ from fvq_jax.data import pipeline
 from fvq_jax.data.decode import decode_image
 from fvq_jax.data.folder import FolderSource
 from fvq_jax.data.photos import PhotoSource
+from fvq_jax.data.sample import Sample
 from fvq_jax.data.transforms import center_no_resize
 from fvq_jax.errors import InputError
 from tests import odd_pictures
@@ -278,14 +279,14 @@ def test_training_decodes_no_larger_than_it_needs_and_evaluation_whole(tmp_path,
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.jpg", quality=90)
     source, seen = FolderSource(tmp_path), []
-    opened = pipeline.open_image
+    opened = pipeline.open_stored
 
     def spy(data, min_side):
         image = opened(data, min_side)
         seen.append((min_side, image.size))
         return image
 
-    monkeypatch.setattr(pipeline, "open_image", spy)
+    monkeypatch.setattr(pipeline, "open_stored", spy)
     take(1, source, batch_size=1, resize_min=8, resize_max=16)
     assert set(seen) == {(16, (16, 16))}
     take(1, source, batch_size=1)
@@ -325,14 +326,6 @@ def test_evaluation_in_worker_processes_is_the_same_and_ends(folder):
     assert_same(list(pipeline.eval_batches(source, image_size=SIZE, batch_size=4, num_workers=2)), expected)
 
 
-def test_a_limit_takes_pictures_from_the_whole_source(folder):
-    source = folder(10)
-    (batch,) = pipeline.eval_batches(source, image_size=SIZE, batch_size=5, limit=5)
-    assert batch["label"].tolist() == [0, 0, 0, 1, 1]
-    assert batch["mask"].all()
-    assert len(list(pipeline.eval_batches(source, image_size=SIZE, batch_size=5, limit=1000))) == 2
-
-
 def test_evaluation_crops_the_centre_of_the_resized_picture(tmp_path):
     pixels = np.zeros((16, 48, 3), np.uint8)
     pixels[:, 16:32] = 255
@@ -355,7 +348,7 @@ def test_a_damaged_file_is_masked_in_evaluation(folder):
     assert np.flatnonzero(~mask).tolist() == [4]
     assert list(batches.skipped.values()) == [1]
     with pytest.raises(InputError, match="1 of 50 pictures"):
-        list(pipeline.eval_batches(source, image_size=SIZE, batch_size=10, limit=50))
+        list(pipeline.eval_batches(Sample(source, 50), image_size=SIZE, batch_size=10))
 
 
 def test_a_worker_that_dies_ends_the_run(photos):

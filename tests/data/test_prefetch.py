@@ -1,10 +1,13 @@
 import itertools
+import multiprocessing
+import signal
 import threading
 import time
 
 import numpy as np
 import pytest
 
+from fvq_jax.data import prefetch
 from fvq_jax.data.prefetch import Prefetch
 from fvq_jax.errors import DataError, InputError
 
@@ -62,11 +65,27 @@ def test_a_batch_that_does_not_come_is_an_error_in_time_and_closing_does_not_wai
     batches = Prefetch(Numbers(2, hang.wait), abs, timeout=0.3)
     assert list(itertools.islice(batches, 2)) == [0, 1]
     began = time.monotonic()
-    with pytest.raises(DataError, match=r"no batch for 0\.3 s: .*data\.timeout"):
+    with pytest.raises(DataError, match=r"no batch for 0\.3 s: .*a training run waits as long as its data\.timeout"):
         next(batches)
     assert 0.2 < time.monotonic() - began < 30
     batches.close()
     assert time.monotonic() - began < 60
+    hang.set()
+
+
+def test_closing_ends_the_workers_of_these_batches_and_no_others(monkeypatch):
+    """An evaluation that does not end well must not take the workers of training with it."""
+    monkeypatch.setattr(prefetch, "_CLOSING", 0.1)
+    spawn, hang = multiprocessing.get_context("spawn"), threading.Event()
+    other, own = (spawn.Process(target=time.sleep, args=(60,), name=f"grain-{i}", daemon=True) for i in range(2))
+    other.start()
+    batches = Prefetch(Numbers(0, hang.wait), abs)
+    own.start()
+    batches.close()
+    own.join(30)
+    assert own.exitcode == -signal.SIGKILL
+    assert other.is_alive()
+    other.kill()
     hang.set()
 
 

@@ -2,8 +2,9 @@ import jax
 import numpy as np
 import pytest
 
+from fvq_jax.data.sample import Sample
 from fvq_jax.data.sources import make_source
-from fvq_jax.errors import InputError
+from fvq_jax.errors import DataError, InputError
 from fvq_jax.evals import in_training, suite
 from fvq_jax.evals.frechet import frechet_distance
 from fvq_jax.evals.image_metrics import to_uint8
@@ -12,6 +13,7 @@ from fvq_jax.evals.networks import Networks
 from fvq_jax.models.inception import CLASSES
 from fvq_jax.sharding import make_mesh
 from fvq_jax.tasks.tokenizer import TokenizerTask
+from tests.hanging_source import HangingSource
 from tests.tiny import random_state, tiny_config
 
 
@@ -89,3 +91,13 @@ def test_without_its_file_there_is_no_rfid(seen):
     assert set(seen["files"].values()) == {None}
     with pytest.raises(InputError, match=r"eval\.inception: there is no file 'none\.pth'"):
         Evaluator(*parts(**{"eval.inception": "none.pth"}))
+
+
+def test_pictures_that_stop_coming_end_it_after_the_timeout_of_the_run(seen):
+    config, mesh, task, source = parts(**{"data.timeout": 0.5})
+    hanging = HangingSource(source, Sample(source, len(source)).index(20))  # after the first batch
+    try:
+        with pytest.raises(DataError, match=r"no batch for 0\.5 s"):
+            Evaluator(config, mesh, task, hanging).evaluate(random_state(task))
+    finally:
+        hanging.release()

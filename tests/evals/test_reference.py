@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fvq_jax.data.crops import RandomCrops
 from fvq_jax.data.folder import FolderSource
 from fvq_jax.data.photos import PhotoSource
 from fvq_jax.evals.reference import Reference
@@ -39,6 +40,21 @@ def test_everything_that_changes_the_statistics_changes_the_file(reference, fold
     (folder / "b.png").rename(folder / "c.png")
     paths.append(reference().path)
     assert len(set(paths)) == len(paths)
+
+
+def test_crops_of_another_picture_of_the_same_name_are_others(reference, folder):
+    crops = RandomCrops(FolderSource(folder), 8, 4)
+    before = reference(crops).path
+    os.utime(folder / "b.png", ns=(1, 1))
+    assert reference(crops).path != before
+
+
+def test_a_picture_that_has_gone_is_left_to_the_evaluation(reference, folder):
+    (folder / "c.png").symlink_to(folder / "nowhere.png")
+    source = FolderSource(folder)
+    before = reference(source).path
+    (folder / "b.png").unlink()
+    assert reference(source).path != before
 
 
 def test_moments_come_back_as_they_were(reference):

@@ -1,7 +1,7 @@
 import jax
 import numpy as np
 
-from fvq_jax.evals import hosts
+from fvq_jax import hosts
 from fvq_jax.evals.frechet import FeatureStatistics
 from tests.two_hosts import on_two_hosts
 
