@@ -97,7 +97,7 @@ def cost_figure(rows: Sequence[Row], cost: str, column: str) -> Figure | None:
     if min(costs) > 0 and max(costs) >= 8 * min(costs):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(0.12)
     axes.set_xlabel(COLUMNS[cost][0])

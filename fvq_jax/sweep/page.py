@@ -118,7 +118,7 @@ def _figures(rows: Sequence[Row]) -> str:
             "Parameters: encoder, decoder, codebook and bridge, as trained. Memory: the fullest device, on a CPU the "
             "process.",
             [
-                (f"{COLUMNS[score][0]} against {COLUMNS[cost][0].lower()}", figures.cost_figure(rows, cost, score))
+                (f"{COLUMNS[score][0]} against {_inside(COLUMNS[cost][0])}", figures.cost_figure(rows, cost, score))
                 for cost in COSTS
                 for score in SCORES
             ],
@@ -130,6 +130,11 @@ def _figures(rows: Sequence[Row]) -> str:
         if drawn:
             parts.append(f'<h2>{title}</h2>\n<p class="note">{note}</p>\n{_plots(drawn)}')
     return "\n".join(parts)
+
+
+def _inside(name: str) -> str:
+    """A column's name as it stands inside a title; units keep their capitals."""
+    return name[0].lower() + name[1:]
 
 
 def _plots(plots: Sequence[tuple[str, Figure]]) -> str:
