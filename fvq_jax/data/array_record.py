@@ -73,18 +73,21 @@ class Manifest:
         return manifest
 
     def write(self, folder: Path) -> None:
-        """Writes the file, which appears once it is whole."""
+        """Writes the file, which appears once it is whole. InputError if it cannot be written."""
         content = {
             **self.plan,
             "records": sum(shard.records for shard in self.shards),
             "shards": [dataclasses.asdict(shard) for shard in self.shards],
         }
         unfinished = folder / f"{MANIFEST}.unfinished"
-        with open(unfinished, "w") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(folder / MANIFEST)
+        try:
+            with open(unfinished, "w") as file:
+                json.dump(content, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(folder / MANIFEST)
+        except OSError as error:
+            raise InputError(f"cannot write {folder / MANIFEST}: {error.strerror}") from error
 
 
 def pack(image: bytes, label: int, name: str) -> bytes:

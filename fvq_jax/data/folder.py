@@ -1,6 +1,7 @@
 """Folders of picture files as a source."""
 
 import array
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
@@ -88,7 +89,8 @@ def _image_files(root: str) -> Iterator[tuple[str, int]]:
     A link that leads nowhere has size -1: it is named among the unreadable files, and not left out in silence.
     """
 
-    def below(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
+    def below(folder: str, prefix: str, way: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+        """`way` holds the real paths of the folders from the root to this one."""
         try:
             with os.scandir(folder) as found:
                 entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda e: e.name)
@@ -96,19 +98,28 @@ def _image_files(root: str) -> Iterator[tuple[str, int]]:
             raise InputError(f"cannot read folder {folder!r}: {error.strerror}") from error
         for entry in entries:
             name = prefix + entry.name
-            if entry.is_dir():
-                if not (entry.is_symlink() and _links_upwards(entry.path, folder)):
-                    yield from below(entry.path, name + os.sep)
+            if _is_folder(entry):
+                real = os.path.realpath(entry.path)
+                if not (entry.is_symlink() and _holds_one_of(real, way)):  # else an endless walk
+                    yield from below(entry.path, name + os.sep, (*way, real))
             elif entry.name.lower().endswith(ENDINGS):
                 try:
                     yield name, entry.stat().st_size
                 except OSError:
                     yield name, -1
 
-    return below(root, "")
+    return below(root, "", (os.path.realpath(root),))
 
 
-def _links_upwards(link: str, folder: str) -> bool:
-    """Whether `link`, found in `folder`, leads to that or above it: an endless walk."""
-    target = os.path.realpath(link)
-    return os.path.commonpath((target, os.path.realpath(folder))) == target
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link to itself leads nowhere
+            return False
+        raise InputError(f"cannot read folder {entry.path!r}: {error.strerror}") from error
+
+
+def _holds_one_of(folder: str, others: tuple[str, ...]) -> bool:
+    """Whether one of the others is this folder or lies in it; all are real paths."""
+    return any(os.path.commonpath((folder, other)) == folder for other in others)

@@ -122,7 +122,7 @@ class _Journal:
                 self._out.mkdir(parents=True, exist_ok=True)
                 if not path.exists() and not (self._out / MANIFEST).exists() and any(self._out.iterdir()):
                     raise InputError(f"{self._out} holds something else: give a new or empty folder")
-                self._file = stack.enter_context(open(path, "ab+"))
+                self._file = stack.enter_context(open(path, "ab+", buffering=0))
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise InputError(f"another process is preparing {self._out}") from None
@@ -177,9 +177,13 @@ class _Journal:
             path.unlink(missing_ok=True)
 
     def _append(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        rest = json.dumps(line).encode() + b"\n"
+        try:
+            while rest:  # a disk that becomes full takes the first part
+                rest = rest[self._file.write(rest) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise InputError(f"cannot write {self._out / JOURNAL}: {error.strerror}") from error
 
     def _refuse(self, plan: dict[str, Any]) -> None:
         for field, option in (("shard_size", "--shard-size"), ("checked", "--check")):

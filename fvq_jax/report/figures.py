@@ -15,8 +15,10 @@ import matplotlib
 import numpy as np
 from jaxtyping import Float, Float64, Int, Int64
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 Rows = Sequence[Mapping[str, Any]]
@@ -51,10 +53,11 @@ _WIDTH, _HEIGHT = 5.4, 3.4  # inches of 72 units
 _SKY, _DEAD = "#10131c", "#ff5a4f"  # of the map, whose colours are those of the picture in both themes
 MOST_POINTS = 1 << 17  # more codes than this are drawn as a density
 DENSITY_MEANS = (
-    " There are too many codes for points: a cell has their mean colour, is the more opaque the more they are, "
-    "and is red if none of them was ever chosen."
+    " There are too many codes for points: a cell has the colour of how often its codes were chosen on average, those "
+    "never chosen left out; it is the redder the larger their share, and the more opaque the more codes it holds."
 )
 _CELLS = 160  # of the density, along a side
+_BELOW_TOP = 0.99  # of the cells have colours of their own; those above share the last one
 _CURVE_POINTS = 50
 
 
@@ -139,51 +142,52 @@ def codebook_map_figure(
     """Where the codes lie on two axes, coloured by how often each was chosen; codes never chosen are marked.
 
     `share` is the part of the variance along each axis. Above `most_points` codes cells take the place of points: the
-    colour is the mean over the codes in a cell, the opacity their number.
+    colour is the mean over the codes chosen in a cell, blended with red by the share of the others; the opacity says
+    how many codes there are.
     """
     figure, axes = new_axes(height=4.4)
     axes.set_facecolor(_SKY)
     axes.grid(False)
     alive = counts > 0
-    norm = LogNorm(1, max(2, counts.max()))
+    dead_label = f"never chosen, {np.sum(~alive):,} codes"
     if len(points) <= most_points:
         area = float(np.clip(20_000 / len(points), 1.0, 26.0))
         order = np.flatnonzero(alive)[np.argsort(counts[alive], kind="stable")]  # the most frequent on top
         dead = {"s": area * 1.6, "marker": "x", "linewidths": 0.8, "color": _DEAD}
-        axes.scatter(*points[~alive].T, **dead, rasterized=True)
-        style = {"s": area, "linewidths": 0, "cmap": "viridis", "norm": norm}
+        dead_handle = axes.scatter(*points[~alive].T, **dead, rasterized=True, label=dead_label)
+        style = {"s": area, "linewidths": 0, "cmap": "viridis", "norm": LogNorm(1, max(2, counts.max()))}
         colours = axes.scatter(*points[order].T, c=counts[order], rasterized=True, **style)
     else:
-        colours = _density(axes, points, counts, norm)
-    bar = figure.colorbar(colours, ax=axes, label="times chosen", pad=0.02, aspect=30)
+        dead_handle = Patch(color=_DEAD, label=dead_label)
+        colours = _density(axes, points, counts)
+    ticks = LogLocator(subs=(1.0, 2.0, 5.0))
+    bar = figure.colorbar(colours, ax=axes, label="times chosen", ticks=ticks, pad=0.02, aspect=30)
     bar.outline.set_visible(False)
     _thousands(bar.ax.yaxis)
     if not alive.all():
-        handle = axes.scatter([], [], marker="x", color=_DEAD, label=f"never chosen, {np.sum(~alive):,} codes")
-        figure.legend(handles=[handle], loc="outside lower left")
+        figure.legend(handles=[dead_handle], loc="outside lower left")
     axes.set_xlabel(f"first principal axis ({share[0]:.1%} of the variance)")
     axes.set_ylabel(f"second principal axis ({share[1]:.1%})")
     return figure
 
 
-def _density(axes: Axes, points: Float[np.ndarray, "k 2"], counts: Counts, norm: LogNorm) -> Any:
+def _density(axes: Axes, points: Float[np.ndarray, "k 2"], counts: Counts) -> ScalarMappable:
+    """Draws the cells; returns which colour stands for how many times chosen."""
     edges = [np.linspace(low, high, _CELLS + 1) for low, high in zip(points.min(0), points.max(0), strict=True)]
     codes, uses, used = (
         np.histogram2d(*points.T, bins=edges, weights=weights)[0].T for weights in (None, counts, counts > 0)
     )
-    opacity = np.log1p(codes) / np.log1p(codes.max())
+    mean = np.maximum(uses / np.maximum(used, 1), 1)
+    # A few frequent codes, alone in their cells, would leave all others one colour.
+    top = np.quantile(mean[used > 0], _BELOW_TOP) if used.any() else 2
+    colours = ScalarMappable(LogNorm(1, max(2, top)), "viridis")
+    colours.cmap.colorbar_extend = "max"
+    dead = 1 - (used / np.maximum(codes, 1))[..., None]
+    blended = (1 - dead) * colours.to_rgba(mean)[..., :3] + dead * np.array(to_rgb(_DEAD))
+    opacity = np.where(codes > 0, 0.4 + 0.6 * np.log1p(codes) / np.log1p(codes.max()), 0)
     extent = (edges[0][0], edges[0][-1], edges[1][0], edges[1][-1])
     style = {"extent": extent, "origin": "lower", "aspect": "auto", "interpolation": "nearest"}
-    colours = axes.imshow(
-        np.maximum(uses / np.maximum(codes, 1), 1),
-        alpha=np.where(used > 0, 0.25 + 0.75 * opacity, 0),
-        cmap="viridis",
-        norm=norm,
-        **style,
-    )
-    red = np.broadcast_to(matplotlib.colors.to_rgb(_DEAD), (*codes.shape, 3))
-    dead = np.where((codes > 0) & (used == 0), 0.25 + 0.75 * opacity, 0)
-    axes.imshow(np.dstack([red, dead]), **style)
+    axes.imshow(np.dstack([blended, opacity]), **style)
     return colours
 
 

@@ -26,10 +26,14 @@ from fvq_jax.report.published import RESULTS, SOURCES, Published
 
 FOLDER, PAGE = "report", "index.html"
 TIMES = "\N{MULTIPLICATION SIGN}"
+PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 NONE = "\N{EN DASH}"
 _CONDITIONS = ("size", "protocol", "protocol_means", "data")
 FORMATS = {"psnr": ".2f", "ssim": ".3f", "lpips_vgg": ".3f", "lpips_alex": ".3f"}
-NAMES = {"psnr": "PSNR", "ssim": "SSIM", "lpips_vgg": "LPIPS (VGG16)", "lpips_alex": "LPIPS (AlexNet)"}
+_LPIPS_NETWORKS = {"lpips_vgg": "VGG16", "lpips_alex": "AlexNet"}
+NAMES = {"psnr": "PSNR", "ssim": "SSIM"} | {name: f"LPIPS ({network})" for name, network in _LPIPS_NETWORKS.items()}
+_MANY_PICTURES = 10_000  # of fewer the Frechet distance comes out clearly too large
+_NEARLY_ALL = 0.999
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +75,16 @@ class Report:
 
 
 def write_page(folder: str | os.PathLike[str], report: Report) -> Path:
-    """Writes `folder/report/index.html`; returns its path. InputError if that cannot be written."""
+    """Writes `folder/report/index.html`, which appears once it is whole; returns its path.
+
+    InputError if that cannot be written.
+    """
     path = Path(folder) / FOLDER / PAGE
+    unfinished = path.with_name(f"{PAGE}.unfinished")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page(report), encoding="utf-8")
+        unfinished.write_text(page(report), encoding="utf-8", errors="backslashreplace")  # names need not be text
+        unfinished.replace(path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     return path
@@ -105,25 +114,33 @@ def _header(report: Report) -> str:
         f"protocol <b>{escape(str(facts['protocol']))}</b>"
     )
     tiles = "".join(
-        f'<div class="tile card"><span>{name}</span><b>{value} <small>{unit}</small></b></div>'
-        for metric, name, value, unit in _tiles(report.metrics)
+        f'<div class="tile card"><span>{name}</span><b>{value} <small>{unit}</small></b><small>{note}</small></div>'
+        for metric, name, value, unit, note in _tiles(report)
         if metric in report.metrics
     )
     return f'<h1>Tokenizer: {escape(report.title)}</h1>\n<p class="lead">{lead}</p>\n<div class="tiles">{tiles}</div>'
 
 
-def _tiles(metrics: Mapping[str, float | int]) -> Iterable[tuple[str, str, str, str]]:
-    """(metric, name, value, unit) of the figures at the top."""
-    yield "rfid", "rFID", _number(metrics.get("rfid"), ".2f"), ""
-    yield "inception_score", "Inception Score", _number(metrics.get("inception_score"), ".1f"), ""
-    yield "psnr", "PSNR", _number(metrics.get("psnr"), ".2f"), "dB"
-    yield "ssim", "SSIM", _number(metrics.get("ssim"), ".3f"), ""
-    for metric in ("lpips_vgg", "lpips_alex"):
-        yield metric, NAMES[metric], _number(metrics.get(metric), ".3f"), ""
-    yield "usage", "Codes used", _number(metrics.get("usage"), ".1%"), ""
-    yield "dead_codes", "Dead codes", _number(metrics.get("dead_codes"), ","), ""
-    yield "perplexity", "Perplexity", _number(metrics.get("perplexity"), ",.0f"), ""
-    yield "bits_per_pixel", "Bits per pixel", _number(metrics.get("bits_per_pixel"), ".3g"), ""
+def _tiles(report: Report) -> Iterable[tuple[str, str, str, str, str]]:
+    """(metric, name, value, unit, note) of the figures at the top."""
+    metrics = report.metrics
+    yield "rfid", "rFID", _number(metrics.get("rfid"), ".2f"), "", "biased upwards" if _few_pictures(report) else ""
+    spread = f"{PLUS_MINUS} {_number(metrics.get('inception_score_std'), '.1f')}"
+    yield "inception_score", "Inception Score", _number(metrics.get("inception_score"), ".1f"), "", spread
+    yield "psnr", "PSNR", _number(metrics.get("psnr"), ".2f"), "dB", ""
+    yield "ssim", "SSIM", _number(metrics.get("ssim"), ".3f"), "", ""
+    for metric in _LPIPS_NETWORKS:
+        yield metric, NAMES[metric], _number(metrics.get(metric), ".3f"), "", ""
+    even = figures.uniform_usage(report.facts["tokens"], report.net.codebook_size)
+    note = f"even use: {even:.1%}" if even < _NEARLY_ALL else ""
+    yield "usage", "Codes used", _number(metrics.get("usage"), ".1%"), "", note
+    yield "dead_codes", "Dead codes", _number(metrics.get("dead_codes"), ","), "", ""
+    yield "perplexity", "Perplexity", _number(metrics.get("perplexity"), ",.0f"), "", ""
+    yield "bits_per_pixel", "Bits per pixel", _number(metrics.get("bits_per_pixel"), ".3g"), "", ""
+
+
+def _few_pictures(report: Report) -> bool:
+    return report.facts["images"] < _MANY_PICTURES
 
 
 def _comparison(report: Report) -> str:
@@ -146,17 +163,25 @@ def _comparison(report: Report) -> str:
         text = f"<b>{escape(source)}.</b> ImageNet validation, 256 {TIMES} 256. {escape(protocol)}"
         lines.append(f'<tr class="source"><td colspan="9">{text}</td></tr>')
         lines += [_row(result.name, result) for result in RESULTS if result.source == source]
+    warning = ""
+    if "rfid" in report.metrics and _few_pictures(report):
+        warning = (
+            f" <b>rFID of {report.facts['images']:,} pictures:</b> the Frechet distance is biased upwards for few "
+            "pictures and does not compare with that of 50,000."
+        )
     size, protocol, means, data = (escape(str(report.facts[name])) for name in _CONDITIONS)
     return (
         "<h2>Beside reported results</h2>\n"
         f'<p class="note">Figures compare only between equal data, sizes and protocols: this run was scored on '
-        f"{data}, {size} {TIMES} {size}, protocol {protocol} ({means}). {NONE}: not computed or not reported.</p>\n"
+        f"{data}, {size} {TIMES} {size}, protocol {protocol} ({means}).{warning} "
+        f"{NONE}: not computed or not reported.</p>\n"
         f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
     )
 
 
 def _own_result(report: Report) -> Published:
     metrics = report.metrics
+    lpips = next((metric for metric in _LPIPS_NETWORKS if metric in metrics), None)
     return Published(
         name="",
         codes=report.net.codebook_size,
@@ -168,7 +193,8 @@ def _own_result(report: Report) -> Published:
         usage=metrics.get("usage"),
         psnr=metrics.get("psnr"),
         ssim=metrics.get("ssim"),
-        lpips=metrics.get("lpips_vgg", metrics.get("lpips_alex")),
+        lpips=metrics.get(lpips),
+        lpips_network=_LPIPS_NETWORKS.get(lpips, ""),
     )
 
 
@@ -182,7 +208,7 @@ def _row(name: str, result: Published, kind: str = "") -> str:
         _number(result.rfid, ".2f"),
         _number(result.psnr, ".2f"),
         _number(result.ssim, ".3f"),
-        _number(result.lpips, ".3f"),
+        f"{_number(result.lpips, '.3f')} {result.lpips_network}".strip(),
     )
     return f'<tr class="{kind}">{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
 
@@ -231,7 +257,7 @@ def _pair(example: Example, ranked_by: str) -> str:
 
 def _codes(report: Report) -> str:
     sums = report.found.sums
-    counts, images = sums.code_counts, int(sums.images + sums.skipped)
+    counts, images = sums.code_counts, report.found.count
     tokens = (report.facts["size"] // report.downsampling) ** 2
     points, share = report.plane
     plots = (

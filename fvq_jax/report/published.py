@@ -12,7 +12,10 @@ SOURCES = {
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """One reported result; None where nothing was reported. `usage` in [0, 1], `ssim` with data range 1."""
+    """One reported result; None where nothing was reported. `usage` in [0, 1], `ssim` with data range 1.
+
+    `lpips_network` is what LPIPS compares by; empty where that is not stated.
+    """
 
     name: str
     codes: int
@@ -25,6 +28,7 @@ class Published:
     psnr: float | None = None
     ssim: float | None = None
     lpips: float | None = None
+    lpips_network: str = ""
 
 
 RESULTS = (

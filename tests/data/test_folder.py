@@ -60,6 +60,23 @@ def test_folder_follows_links_but_not_in_circles(tmp_path):
     assert [os.path.basename(source.name(index)) for index in range(len(source))] == ["2.png", "1.png"]
 
 
+def test_links_to_each_other_end_where_they_come_back(tmp_path):
+    write_pictures(tmp_path, ("a/1.png", "b/2.png"))
+    (tmp_path / "a/to").symlink_to(tmp_path / "b")
+    (tmp_path / "b/to").symlink_to(tmp_path / "a")
+    source = FolderSource(tmp_path)
+    names = [source.relative_name(index) for index in range(len(source))]
+    assert names == ["a/1.png", "a/to/2.png", "b/2.png", "b/to/1.png"]
+
+
+def test_a_link_to_itself_leads_nowhere(tmp_path):
+    write_pictures(tmp_path, ("a.png",))
+    for name in ("self", "self.png"):
+        (tmp_path / name).symlink_to(name)
+    source = FolderSource(tmp_path)
+    assert [source.relative_name(index) for index in range(len(source))] == ["a.png", "self.png"]
+
+
 def test_folder_refuses_what_is_missing_empty_or_closed(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="does not exist"):
         FolderSource(tmp_path / "nowhere")

@@ -1,9 +1,11 @@
 import concurrent.futures
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import subprocess
@@ -221,6 +223,37 @@ def test_a_full_disk_is_bad_input_and_what_is_written_stays(folder, prepared, tm
     line = refusal(capsys, folder, out)
     assert f"cannot write {out / SHARDS[2]}" in line
     assert "No space left" in line
+    assert run(folder, out) == 0
+    assert files(out) == files(prepared)
+
+
+@pytest.mark.parametrize("name", [prepare.JOURNAL, "manifest.json"])
+def test_so_it_is_when_the_disk_has_no_room_for_journal_or_manifest(
+    name, folder, prepared, tmp_path, capsys, monkeypatch
+):
+    out, fsync = tmp_path / "out", os.fsync
+
+    def full(file):
+        if name in os.readlink(f"/proc/self/fd/{file}") and any(out.glob("*.array_record")):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert f"cannot write {out / name}: No space left" in refusal(capsys, folder, out)
+    assert run(folder, out) == 0
+    assert files(out) == files(prepared)
+
+
+def test_a_line_of_the_journal_for_which_half_the_room_is_left(folder, prepared, tmp_path, capsys):
+    out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+    try:
+        line = refusal(capsys, folder, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"cannot write {out / prepare.JOURNAL}: File too large" in line
+    assert (out / prepare.JOURNAL).stat().st_size == 64
     assert run(folder, out) == 0
     assert files(out) == files(prepared)
 

@@ -1,7 +1,11 @@
 import re
 
+import matplotlib
 import numpy as np
 import pytest
+from matplotlib.collections import PathCollection
+from matplotlib.colors import to_rgb
+from matplotlib.patches import Rectangle
 
 from fvq_jax.metrics import MetricWriter, read_metrics
 from fvq_jax.report import figures
@@ -12,6 +16,10 @@ def rows(steps=range(10, 60, 10)):
         {"step": step, "loss/total": 1.0 / step, "loss/entropy": -0.1, "usage/batch": 0.2, "usage/window": 0.5}
         for step in steps
     ]
+
+
+def viridis(share):
+    return matplotlib.colormaps["viridis"](share)[:3]
 
 
 def labels(figure):
@@ -74,15 +82,40 @@ def test_map_marks_codes_that_were_never_chosen():
     assert figure.axes[0].get_xlabel() == "first principal axis (50.0% of the variance)"
 
 
+def cells(points, counts):
+    """The colours of the map's cells and its bar, drawn as a density."""
+    figure = figures.codebook_map_figure(points, np.zeros(2), counts, most_points=1)
+    (image,) = figure.axes[0].images
+    return image.get_array(), figure.axes[1]
+
+
 def test_map_of_many_codes_is_a_density():
-    """Two cells: one of three codes, chosen eight times on average, one of a single dead code."""
-    points, counts = np.array([[0, 0], [0, 0], [0, 0], [1, 1]], float), np.array([8, 6, 10, 0])
-    figure = figures.codebook_map_figure(points, np.zeros(2), counts, most_points=3)
-    frequency, dead = (image.get_array() for image in figure.axes[0].images)
-    assert frequency[0, 0] == 8
-    assert figure.axes[0].images[0].get_alpha()[-1, -1] == 0
-    assert dead[-1, -1, 3] > 0
-    assert np.count_nonzero(dead[..., 3]) == 1
+    """Three cells: three codes, chosen eight times on average; two codes of which one is dead; a single dead code."""
+    points = np.array([[0, 0], [0, 0], [0, 0], [0, 1], [0, 1], [1, 1]], float)
+    colours, bar = cells(points, np.array([8, 6, 10, 0, 8, 0]))
+    alive, half, dead = colours[0, 0], colours[-1, 0], colours[-1, -1]
+    np.testing.assert_allclose(alive[:3], viridis(1.0), atol=1e-6)
+    np.testing.assert_allclose(dead[:3], to_rgb("#ff5a4f"), atol=1e-6)
+    np.testing.assert_allclose(half[:3], (alive[:3] + dead[:3]) / 2, atol=1e-6)
+    assert alive[3] == 1 > half[3] > dead[3] > 0.4
+    assert np.count_nonzero(colours[..., 3]) == 3
+    np.testing.assert_allclose(bar.get_ylim(), (1, 8))
+
+
+def test_one_frequent_code_leaves_the_others_of_a_density_their_colours():
+    """Of 1,000 cells 500 hold codes chosen once, 499 codes chosen twice, and one a code chosen 900 times."""
+    points = np.stack(np.divmod(np.arange(1000.0), 100), axis=1)
+    colours, _ = cells(points, np.repeat([1, 2, 900], [500, 499, 1]))
+    expected = [viridis(0.0), viridis(1.0), viridis(1.0)]
+    np.testing.assert_allclose([colours[0, 0, :3], colours[0, -1, :3], colours[-1, -1, :3]], expected, atol=1e-6)
+
+
+def test_the_legend_of_the_map_shows_what_is_drawn():
+    points, counts = np.arange(8.0).reshape(4, 2), np.array([3, 0, 1, 0])
+    for most_points, kind in ((4, PathCollection), (3, Rectangle)):
+        (legend,) = figures.codebook_map_figure(points, np.zeros(2), counts, most_points).legends
+        assert [type(handle) for handle in legend.legend_handles] == [kind]
+        assert [text.get_text() for text in legend.get_texts()] == ["never chosen, 2 codes"]
 
 
 def test_loss_panels():
