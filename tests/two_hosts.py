@@ -28,10 +28,8 @@ def free_port() -> int:
 
 
 def start_host(index: int, count: int, port: int, *arguments: str) -> subprocess.Popen:
-    """Starts Python with these arguments and a single device, as process `index` of `count`."""
+    """Starts Python with these arguments, as process `index` of `count`, with as many devices as this one has."""
     environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": str(count),
         "JAX_PROCESS_ID": str(index),
