@@ -26,20 +26,26 @@ def true_or_false(text: str) -> bool:
     return text.lower() == "true"
 
 
-def join_processes(timeout: int = 120) -> None:
-    """Makes this one of several processes: TPU pods and Slurm are detected, elsewhere JAX_* variables say so.
+def join_processes(
+    timeout: int = 120, *, coordinator: str | None = None, count: int | None = None, index: int | None = None
+) -> None:
+    """Makes this one of several processes: number `index` of `count`, of which the first is at `coordinator` HOST:PORT.
+
+    What is not given is read from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, and what is not there
+    either is detected on TPU pods and under Slurm.
 
     Ends this process with one line if the others have not all come after `timeout` seconds. One that falls silent
-    later, for longer than that, ends them all. SystemExit if the network fails, InputError if the variables are wrong.
+    later, for longer than that, ends them all. SystemExit if the network fails, InputError if the settings are wrong.
     """
-    # JAX reads the coordinator's address itself, but not the other two.
-    count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+    coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    count = os.environ.get("JAX_NUM_PROCESSES") if count is None else count
+    index = os.environ.get("JAX_PROCESS_ID") if index is None else index
+    complete = None not in (coordinator, count, index)
 
     def give_up():
-        who = f"this is process {index} of {count}, " if count and index else ""
-        where = os.environ.get("JAX_COORDINATOR_ADDRESS", "detected")
+        who = f"this is process {index} of {count}, coordinator {coordinator}; " if complete else ""
         fail(
-            f"--distributed: after {timeout} s not all processes have come: {who}coordinator {where}; "
+            f"--distributed: after {timeout} s not all processes have come: {who}"
             "is every host up, and started with the same command?"
         )
         os._exit(FAILED)
@@ -50,8 +56,11 @@ def join_processes(timeout: int = 120) -> None:
     alarm.start()
     try:
         jax.distributed.initialize(
-            num_processes=count and int(count),
-            process_id=index and int(index),
+            coordinator,
+            num_processes=None if count is None else int(count),
+            process_id=None if index is None else int(index),
+            # In Kubernetes looking for more would warn of a missing package.
+            cluster_detection_method="deactivate" if complete else None,
             initialization_timeout=timeout + 60,
             heartbeat_timeout_seconds=max(1, timeout * 3 // 4),  # and the rest of the time to end in
         )

@@ -29,13 +29,18 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, 
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
-    "One of several processes: TPU pods and Slurm are detected, elsewhere set JAX_COORDINATOR_ADDRESS, "
-    "JAX_NUM_PROCESSES and JAX_PROCESS_ID",
+    "One of several processes: TPU pods and Slurm are detected, elsewhere give --coordinator, --num_processes and "
+    "--process_id, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID",
 )
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; the port must be free there")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are", 1)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0", 0)
 DISTRIBUTED_TIMEOUT = flags.DEFINE_integer(
     "distributed_timeout", 120, "Seconds to wait for all processes at the start, and for one that fell silent", 1
 )
 PROFILE_STEPS = flags.DEFINE_string("profile_steps", "", "FIRST:LAST, the steps to trace into WORKDIR/profile")
+PLACE = (COORDINATOR, NUM_PROCESSES, PROCESS_ID)
+ONE_RUN = (DISTRIBUTED, *PLACE, DISTRIBUTED_TIMEOUT, PROFILE_STEPS)  # a sweep takes the other flags too
 
 # In the errors of collectives and of JAX's coordination service.
 _OTHERS = re.compile(r"Gloo|NCCL|Connection (reset|closed)|UNAVAILABLE|heartbeat|Barrier|coordination service")
@@ -51,6 +56,8 @@ def main(argv: list[str]) -> int:
         return fail(f"unexpected argument {argv[1]!r}: options start with --", BAD_INPUT)
     if CONFIG.value is None or WORKDIR.value is None:
         return fail("--config=FILE and --workdir=DIR are both needed, see --help", BAD_INPUT)
+    if not DISTRIBUTED.value and any(flag.present for flag in PLACE):
+        return fail("--coordinator, --num_processes and --process_id do nothing without --distributed", BAD_INPUT)
     _set_up_logging()
     try:
         return _train()
@@ -70,7 +77,12 @@ def _train() -> int:
     """As one of several processes if told so."""
     with contextlib.ExitStack() as stack:
         if DISTRIBUTED.value:
-            join_processes(DISTRIBUTED_TIMEOUT.value)
+            join_processes(
+                DISTRIBUTED_TIMEOUT.value,
+                coordinator=COORDINATOR.value,
+                count=NUM_PROCESSES.value,
+                index=PROCESS_ID.value,
+            )
             stack.enter_context(last_words(_WORDS.format(jax.process_index(), socket.gethostname())))
         keep_compiled(WORKDIR.value)
         result = train(CONFIG.value, WORKDIR.value, profile_steps=parse_steps(PROFILE_STEPS.value))

@@ -90,7 +90,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 where=("--zone=$zone" "${project[@]}")
 queued=(gcloud compute tpus queued-resources)
 poll=${POLL:-30} grace=${GRACE:-300}
-failures=0
+state='' failures=0
 
 run() {
   if [[ $dry_run ]]; then
@@ -113,14 +113,14 @@ on() {
   local which=$1 line
   shift
   printf -v line '%q ' fvq_jax/launch/tpu_worker.sh "$@"
-  # A machine that is gone does not close its connections.
+  # A machine that is gone does not close its connections, and gcloud tries ten times to make one.
   run "${queued[@]}" ssh "$name" "${where[@]}" "--node=$which" "--worker=$which" \
-    --ssh-flag=-oServerAliveInterval=15 "${more_ssh[@]}" "--command=${line% }"
+    --ssh-flag=-oServerAliveInterval=15 --ssh-flag=-oConnectTimeout=15 "${more_ssh[@]}" "--command=${line% }"
 }
 
 # Sets `reply`: ABSENT, or the state of the slice. A slice with a machine that is gone counts as SUSPENDED.
 look() {
-  ask "${assumed:-ABSENT}" run "${queued[@]}" list "${where[@]}" "--filter=name~(^|/)$name\$" \
+  ask "${assumed:-ABSENT}" run "${queued[@]}" list "${where[@]}" "--filter=name~/$name\$" \
     '--format=value(state.state)' || return
   reply=${reply:-ABSENT}
   [[ $reply == ACTIVE ]] || return 0
@@ -132,10 +132,11 @@ look() {
   esac
 }
 
-# Sets `state`; Google Cloud may not answer for a while.
+# Sets `state`. Google Cloud may not answer for a while; if it never has, something is wrong with the question.
 look_patiently() {
   local tries=0
   until look; do
+    [[ $state ]] || fail 1 'gcloud ended with an error, see the lines above'
     ((++tries < 20)) || fail 1 "gcloud does not say what became of $name; a program on it runs on: try again later"
     sleep "$poll"
   done

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,8 @@ from fvq_jax.state import abstract_state
 from fvq_jax.sweep.points import make_points, read_sweep
 from fvq_jax.tasks.tokenizer import TokenizerTask
 
-FOLDER = pathlib.Path(__file__).parents[1] / "configs" / "ablations"
+ROOT = pathlib.Path(__file__).parents[1]
+FOLDER = ROOT / "configs" / "ablations"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("base", "__init__"))
 SIZES = ["", "smoke"]
 COUNTS = {
@@ -66,6 +68,11 @@ def test_every_point_is_valid_and_its_codebook_can_be_made(name, arg):
         config = point.config
         shape = (config["tokenizer.codebook_size"], config["tokenizer.code_dim"])
         assert bridge_shape(*shape, config["tokenizer.bridge"], config["tokenizer.bridge_groups"]) == shape
+
+
+def test_the_list_of_sweeps_is_complete():
+    listed = re.findall(r"^\| `(\w+)` \| (\d+) \|", (ROOT / "docs" / "sweeps.md").read_text(), flags=re.MULTILINE)
+    assert {name: int(points) for name, points in listed} == {name: COUNTS[name][0] for name in NAMES}
 
 
 @pytest.mark.parametrize("name", NAMES)

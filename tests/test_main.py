@@ -139,6 +139,9 @@ def test_sigterm_saves_says_so_and_exits_75(tmp_path):
         (["--config.loss.perceptual_weight=1.0", "--config.data.image_size=32"], ["LPIPS", "loss.lpips_path"]),
         (["--bogus"], ["bogus"]),
         (["surplus"], ["surplus"]),
+        (["--process_id=1"], ["--process_id", "without --distributed"]),
+        (["--distributed", "--num_processes=two"], ["--num_processes", "two"]),
+        (["--profile_steps=20"], ["--profile_steps=20", "10:20"]),
         (["--config.eval.inception=EMPTY/no.pth"], ["eval.inception: there is no file", "EMPTY/no.pth"]),
         (["--config=configs/missing.py"], ["configs/missing.py"]),
         (["--config=configs/fvq16k.py:smoke,batch=many"], ["'batch'", "int", "many"]),
@@ -179,6 +182,7 @@ def test_a_loss_that_is_not_finite_exits_1(run_prepared, tmp_path):
 
 def test_the_program_waits_for_other_hosts_as_long_as_told(tmp_path):
     others = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+    others["KUBERNETES_SERVICE_HOST"] = "127.0.0.1"  # where JAX asks for a package, unless it has all it needs
     command = [sys.executable, "-m", "fvq_jax.main", *TINY, f"--workdir={tmp_path}"]
     command += ["--distributed", "--distributed_timeout=1"]
     ended = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT | others, capture_output=True, text=True, timeout=300)
@@ -187,15 +191,23 @@ def test_the_program_waits_for_other_hosts_as_long_as_told(tmp_path):
     assert len(ended.stderr.splitlines()) == 1
 
 
-def test_compiled_programs_are_kept_in_the_workdir(tmp_path):
-    code = f"""
+def test_flags_reach_the_run(tmp_path):
+    """Compiled programs are kept in the workdir, unless the environment says where; 120 s is how long hosts wait."""
+    code = """
 import jax
-from fvq_jax.main import keep_compiled
-keep_compiled({str(tmp_path)!r})
-print(jax.config.jax_compilation_cache_dir)
+from fvq_jax import main
+from fvq_jax.train import Result
+
+def train(config, workdir, profile_steps):
+    print(jax.config.jax_compilation_cache_dir, main.DISTRIBUTED_TIMEOUT.value, config.seed, workdir, *profile_steps)
+    return Result({}, interrupted=True)
+
+main.train = train
+raise SystemExit(main.main(main.parse_flags(__import__("sys").argv)))
 """
-    for chosen, expected in (("", str(tmp_path / "compilation_cache")), ("/elsewhere", "/elsewhere")):
+    for chosen, cache in (("", f"{tmp_path}/compilation_cache"), ("/elsewhere", "/elsewhere")):
+        command = [sys.executable, "-c", code, *TINY, f"--workdir={tmp_path}", "--config.seed=3", "--profile_steps=2:4"]
         environment = ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": chosen}
-        command = [sys.executable, "-c", code]
-        ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-        assert ended.stdout.split() == [expected]
+        ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert ended.returncode == 75, ended.stderr
+        assert ended.stdout.split() == [cache, "120", "3", str(tmp_path), "2", "4"]

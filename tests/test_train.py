@@ -1,9 +1,11 @@
+import functools
 import json
 import os
 import shutil
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,7 +18,7 @@ from fvq_jax.checkpoint import Checkpoints
 from fvq_jax.data import pipeline
 from fvq_jax.data.prefetch import Prefetch
 from fvq_jax.errors import InputError, NonFiniteError
-from fvq_jax.metrics import read_metrics
+from fvq_jax.metrics import StepTimer, read_metrics
 from fvq_jax.sharding import make_mesh
 from fvq_jax.state import abstract_state
 from fvq_jax.tasks.tokenizer import TokenizerTask
@@ -193,9 +195,35 @@ def test_evaluation_uses_the_moving_average(finished):
         assert_same_bits(state.ema["encoder"], state.networks["tokenizer"].params["encoder"])
 
 
+def slow_data(patch):
+    """The step timer gets a clock by which a batch comes 5 s after the one before, and the devices need 3 s for it."""
+    clock, block_until_ready = SimpleNamespace(now=0.0, batch_due=0.0, devices_done=0.0), jax.block_until_ready
+
+    class SlowBatches(Prefetch):
+        def ready(self):
+            return clock.now >= clock.batch_due
+
+        def __next__(self):
+            batch = super().__next__()
+            clock.now = max(clock.now, clock.batch_due)
+            clock.batch_due, clock.devices_done = clock.now + 5, clock.now + 3
+            return batch
+
+    def wait(arrays):
+        clock.now = max(clock.now, clock.devices_done)
+        return block_until_ready(arrays)
+
+    patch.setattr("fvq_jax.train.Prefetch", SlowBatches)
+    patch.setattr("fvq_jax.train.StepTimer", functools.partial(StepTimer, clock=lambda: clock.now))
+    patch.setattr(jax, "block_until_ready", wait)
+
+
 @pytest.fixture(scope="module")
 def five_steps(tmp_path_factory):
-    """A run that logs, evaluates and keeps checkpoints at every second step: its workdir, and how often it traced."""
+    """A run that logs, evaluates and keeps checkpoints at every second step: its workdir, and how often it traced.
+
+    Its data are slow, see `slow_data`.
+    """
     traces, original = [], TokenizerTask.train_step
 
     def counted(self, *args):
@@ -207,6 +235,7 @@ def five_steps(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("five")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TokenizerTask, "train_step", counted)
+        slow_data(patch)
         train(tiny_config(steps=5, **every, **kept), workdir)
     return workdir, len(traces)
 
@@ -219,6 +248,12 @@ def test_window_usage_covers_the_steps_since_the_last_log(five_steps):
     rows = [row for row in read_metrics(five_steps[0]) if "usage/window" in row]
     assert [row["step"] for row in rows] == [2, 4, 5]
     assert [row["tokens/window"] for row in rows] == [2 * 16 * 64, 2 * 16 * 64, 16 * 64]
+
+
+def test_waiting_for_data_is_only_the_time_in_which_the_devices_have_no_work(five_steps):
+    """2 s for every batch but the first, which is fetched before the clock is read; here per step of each window."""
+    waited = [row["time/data"] for row in read_metrics(five_steps[0]) if "time/data" in row]
+    assert waited == [(0 + 2) / 2, (2 + 2) / 2, 2 / 1]
 
 
 def test_evaluates_every_so_many_steps(five_steps):

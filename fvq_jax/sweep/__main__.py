@@ -22,7 +22,7 @@ from absl import app, flags, logging
 
 from fvq_jax.command import BAD_INPUT, FAILED, INTERRUPTED, Parser, fail
 from fvq_jax.errors import InputError
-from fvq_jax.main import CONFIG, DISTRIBUTED, WORKDIR, parse_flags
+from fvq_jax.main import CONFIG, ONE_RUN, WORKDIR, parse_flags
 from fvq_jax.sweep.page import write_report
 from fvq_jax.sweep.points import Point, command, make_points, read_sweep
 from fvq_jax.sweep.runner import Outcome, run_points
@@ -39,8 +39,11 @@ def main(argv: list[str]) -> int:
         return fail(f"unexpected argument {argv[1]!r}: options start with --", BAD_INPUT)
     if CONFIG.value is None or WORKDIR.value is None:
         return fail("--config=FILE and --workdir=DIR are both needed, see --help", BAD_INPUT)
-    if DISTRIBUTED.value:
-        return fail("every point is a run of one process: divide the points with --shard=I/N instead", BAD_INPUT)
+    for flag in ONE_RUN:
+        if flag.present:
+            return fail(
+                f"--{flag.name} is for a single run (fvq_jax.main); hosts share a sweep by --shard=I/N", BAD_INPUT
+            )
     logging.set_verbosity(logging.INFO)
     config_flag = flags.FLAGS["config"]
     config_file, given = config_flag.config_filename, config_flag.override_values
@@ -69,6 +72,8 @@ def choose(points: Sequence[Point], index: int | None, shard: str) -> list[Point
     match = re.fullmatch(r"(\d+)/(\d+)", shard)
     if not match or int(match[1]) >= int(match[2]):
         raise InputError(f"--shard={shard} must be I/N with I from 0 to N - 1, for instance --shard=0/4")
+    if index is not None and int(match[2]) > 1:
+        raise InputError(f"--index={index} already is one point: leave --shard={shard} out")
     if index is None:
         return list(points[int(match[1]) :: int(match[2])])
     if index >= len(points):
@@ -111,7 +116,9 @@ def exit_code(outcomes: Sequence[Outcome]) -> int:
 
 def _described(point: Point) -> str:
     sizes = point.config["mesh.data"], point.config["mesh.codebook"]
-    devices = f"{'a multiple of ' if -1 in sizes else ''}{point.devices} devices"
+    devices = f"{point.devices} devices"
+    if -1 in sizes:
+        devices = "any number of devices" if point.devices == 1 else f"a multiple of {devices}"
     refused = f"; refused: {point.refused}" if point.refused else ""
     return f"{point.index} {point.name} ({devices}{refused})"
 

@@ -90,8 +90,18 @@ def test_a_dry_run_shows_the_commands_and_needs_no_device(tmp_path, config):
         "'--config.data.train_dir=my photos' --config.tokenizer.bridge=none --config.mesh.codebook=2"
     )
     assert "-m fvq_jax.main --config=" in lines[1]
+    assert lines[2] == "1 tokenizer.bridge=none (any number of devices)"
     assert "refused: tokenizer.codebook_size 1000" in lines[4]
     assert json.loads(lines[-1]) == {"points": 3}
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize("flag", ["--distributed", "--process_id=0", "--profile_steps=1:2"])
+def test_what_is_for_a_single_run_is_refused(tmp_path, config, flag):
+    result = run(config, f"--workdir={tmp_path / 'sweep'}", flag)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"fvq_jax: {flag.split('=')[0]} is for a single run")
+    assert len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "sweep").exists()
 
 
@@ -115,6 +125,8 @@ def test_an_index_takes_one_point(points):
     assert choose(points, 3, "0/1") == [points[3]]
     with pytest.raises(InputError, match="--index=7: this sweep has 7 points, counted from 0"):
         choose(points, 7, "0/1")
+    with pytest.raises(InputError, match="--index=3 already is one point: leave --shard=1/2 out"):
+        choose(points, 3, "1/2")
 
 
 @pytest.mark.parametrize("shard", ["2/2", "1", "a/b", "-1/2", "0/0", ""])

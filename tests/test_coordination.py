@@ -1,0 +1,59 @@
+"""Two processes of one run: they begin together or not at all, and stop together."""
+
+import json
+import os
+import re
+import signal
+
+import pytest
+
+from tests.faults.program import Prepared
+from tests.two_hosts import free_port
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    prepared = Prepared(tmp_path_factory.mktemp("programs"))
+    yield prepared
+    prepared.close()
+
+
+def start(prepared, first, second):
+    """Both processes, each with options of its own; where they meet is told by flags."""
+    together = ["--distributed", f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
+    return [prepared.start(*together, f"--process_id={index}", *own) for index, own in enumerate((first, second))]
+
+
+def test_another_config_on_one_host_is_named(prepared, tmp_path):
+    workdir = f"--workdir={tmp_path}"
+    programs = start(prepared, [workdir], [workdir, "--config.optim.learning_rate=0.5"])
+    for code, line in [program.end() for program in programs]:
+        assert code == 2
+        assert line.startswith("fvq_jax: process 1 differs from process 0: config.optim.learning_rate is 0.5 and not ")
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_hosts_that_do_not_see_the_same_checkpoints_are_named(prepared, tmp_path):
+    """As where the workdir is a local folder of each host."""
+    (tmp_path / "0" / "checkpoints" / "step_3").mkdir(parents=True)
+    programs = start(prepared, *([f"--workdir={tmp_path / str(index)}"] for index in range(2)))
+    for code, line in [program.end() for program in programs]:
+        assert code == 2
+        assert line.startswith("fvq_jax: process 1 differs from process 0: checkpoint is None and not 3;")
+
+
+def test_a_signal_to_one_process_is_one_save_of_all(prepared, tmp_path):
+    options = [f"--workdir={tmp_path}", "--distributed_timeout=60", "--config.steps=100000"]
+    programs = start(prepared, options, options)
+    assert programs[0].wait_for(lambda: "step 2/" in programs[0].said()), programs[0].said()
+    os.kill(programs[1].pid, signal.SIGTERM)
+    ends = [program.end() for program in programs]
+    assert [code for code, _ in ends] == [75, 75], [program.said() for program in programs]
+    for index, (program, why) in enumerate(zip(programs, ("another process was told to stop", "SIGTERM"), strict=True)):
+        saved = re.search(rf"{why}: saved step (\d+)", program.said())
+        assert saved, program.said()
+        assert (tmp_path / "checkpoints" / f"step_{saved[1]}").is_dir()
+        assert saved[0] in (tmp_path / "logs" / f"host_00{index}.log").read_text()
+        heartbeat = json.loads((tmp_path / "heartbeat" / f"host_00{index}.json").read_text())
+        assert (heartbeat["step"], heartbeat["phase"], heartbeat["pid"]) == (int(saved[1]), "saving", program.pid)
+        assert '"step"' not in program.out.read_text()  # no result
