@@ -21,7 +21,6 @@ import jax
 import numpy as np
 from absl import logging
 from jaxtyping import Int, UInt8
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 METRICS_FILE = "metrics.jsonl"
@@ -50,9 +49,12 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: str | os.PathLike[str], *, start_step: int, active: bool):
-        self._tensorboard: SummaryWriter | None = None
+        self._tensorboard = None
         if not active:
             return
+        # Imported here, since it brings in PyTorch where that is installed, which takes seconds.
+        from tensorboardX import SummaryWriter
+
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(workdir) if start_step > 0 and row["step"] <= start_step]

@@ -9,7 +9,6 @@ import pathlib
 import pty
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import termios
@@ -31,6 +30,7 @@ from fvq_jax.tasks.tokenizer import TokenizerTask
 from fvq_jax.train import Result, train
 from tests.random_tokenizer import random_tokenizer
 from tests.tiny import random_images
+from tests.two_hosts import free_port
 
 ROOT = pathlib.Path(__file__).parents[1]
 TRAIN, EVAL = 400, 24  # pictures: an epoch is longer than all that is read ahead
@@ -97,12 +97,6 @@ def run_on_a_terminal(line, environment):
         out, _ = process.communicate()
         guard.cancel()
     return process.returncode, out, b"".join(shown).decode()
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from fvq_jax.metrics import read_metrics
 from fvq_jax.workdir_lock import hold
 from tests.faults.program import ROOT, Prepared
 from tests.tiny import random_images
+from tests.two_hosts import free_port
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")  # weights are compared on the host
 ALL = os.environ.get("FAULTS") == "all"
@@ -132,7 +133,8 @@ def test_killed_at_any_moment_a_run_goes_on_from_a_complete_checkpoint(prepared,
         else:
             killed = kill_at(program, time.monotonic() + rng.uniform(0, seconds))
         code, _ = program.end()
-        assert code == (-9 if killed else 0), program.said()
+        assert code == 0 or (killed and code == -9), program.said()
+        killed = code == -9  # and not come to its end just before
         assert resumed_from(program) in (None, before)
         if killed:
             saving += is_saving(workdir)
@@ -307,11 +309,8 @@ def is_worker(pid):
 
 @pytest.mark.parametrize("victim", [0, 1] if ALL else [1])
 def test_a_killed_process_ends_the_others(prepared, tmp_path, table, victim):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
     options = ["--distributed", "--distributed_timeout=60", "--config.steps=100000", f"--workdir={tmp_path}"]
-    environment = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    environment = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
     programs = [prepared.start(*options, **environment, JAX_PROCESS_ID=str(index)) for index in range(2)]
     assert programs[0].wait_for(lambda: "step 2/" in programs[0].said()), programs[0].said()
     began = time.monotonic()
