@@ -32,6 +32,7 @@ EVERY = 4  # steps between two checkpoints
 STEPS = 24 if ALL else 12
 RUN = (f"--config.steps={STEPS}", f"--config.checkpoint.every_steps={EVERY}")
 HOST, WORKER = 120, 60  # seconds in which the others must end
+FLIPPED, TRUNCATED = "one bit of a file flipped", "a file truncated"
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +153,7 @@ def test_killed_at_any_moment_a_run_goes_on_from_a_complete_checkpoint(prepared,
     table.append(("`kill -9` at a random moment", kills, f"{np.mean(lost):.1f}, at most {max(lost)}", what))
 
 
-@pytest.mark.parametrize("fault", ["one bit flipped", "truncated"] if ALL else ["one bit flipped"])
+@pytest.mark.parametrize("fault", [FLIPPED, TRUNCATED] if ALL else [FLIPPED])
 def test_a_damaged_last_checkpoint_is_named_and_the_one_before_is_used(prepared, uninterrupted, tmp_path, table, fault):
     whole, _ = uninterrupted
     newest = whole / "checkpoints" / f"step_{STEPS}"
@@ -162,7 +163,7 @@ def test_a_damaged_last_checkpoint_is_named_and_the_one_before_is_used(prepared,
         workdir = tmp_path / str(number)
         subprocess.run(["cp", "-r", whole, workdir], check=True)
         content = bytearray((newest / name).read_bytes())
-        if fault == "truncated":
+        if fault == TRUNCATED:
             del content[len(content) // 2 :]
         else:
             content[len(content) // 2] ^= 1
@@ -177,7 +178,7 @@ def test_a_damaged_last_checkpoint_is_named_and_the_one_before_is_used(prepared,
         assert resumed_from(program) == STEPS - EVERY
         assert_same_weights(workdir, whole)
     what = "named the file, moved the checkpoint aside, went on from the one before to the same weights"
-    table.append((f"last checkpoint: a file {fault}", number + 1, EVERY, what))
+    table.append((f"last checkpoint: {fault}", number + 1, EVERY, what))
 
 
 @pytest.fixture
@@ -208,7 +209,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_checkpoint_before(prepared, un
         program = prepared.start(*RUN, f"--workdir={workdir}")
         code, line = program.end()
         assert code == 1, program.said()
-        assert "Traceback" not in program.said()
+        assert program.said().splitlines()[-1] == line  # TensorStore's threads may have had their say before
         assert "No space left on device" in line
         last = max(complete_steps(workdir))
         assert f"the checkpoint of step {last} is complete" in line
