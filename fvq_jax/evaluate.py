@@ -93,6 +93,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         source, images = RandomCrops(source, args.crops, size, *resize, seed=args.seed), 0
     networks = load_networks({name: getattr(args, name) for name in FILES}, size)
     first = jax.process_index() == 0
+    for metric, reason in networks.not_computed.items() if first else ():  # now, and not after hours
+        sys.stderr.write(f"fvq_jax: not computed: {metric}: {reason}\n")
     reference, known = None, None
     if networks.inception is not None:
         what = {"protocol": args.protocol, "size": size, "images": images, "weights": args.inception}

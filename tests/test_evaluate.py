@@ -133,6 +133,7 @@ def test_pixel_metrics_and_code_statistics(protocol, saved, folder, tmp_path, ca
         "--save-npz",
     )
     assert f"evaluating ({protocol}): 100%" in err
+    assert err.index("fvq_jax: not computed: rfid: ") < err.index("evaluating")
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == report
     page = (tmp_path / "out" / "report" / "index.html").read_text()
     assert f"protocol <b>{protocol}</b>" in page
@@ -455,7 +456,8 @@ def test_pictures_that_stop_coming_end_the_program_with_one_line_and_exit_1(fold
     command = [sys.executable, "-m", "fvq_jax.evaluate", *options, "--save-npz"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 1, ended.stderr
-    (line,) = (line for line in ended.stderr.splitlines() if line and not line.startswith("evaluating"))
+    beginnings = ("evaluating", "fvq_jax: not computed")
+    (line,) = (line for line in ended.stderr.splitlines() if line and not line.startswith(beginnings))
     assert line.startswith("fvq_jax: no batch for 0.5 s: ")
     assert ended.stdout == ""
     assert list((tmp_path / "out").iterdir()) == []

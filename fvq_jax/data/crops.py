@@ -39,8 +39,5 @@ class RandomCrops:
 
     def fingerprint(self) -> str:
         """The pictures, and everything that decides on the crops."""
-        resized = f"{self.resize_min} to {self.resize_max}" if self.resize_min else "not"
-        return (
-            f"{self.count} crops of {self.size} pixels, resized {resized}, seed {self.seed}, of "
-            f"{self.source.fingerprint()}"
-        )
+        resized = f"resized to {self.resize_min}..{self.resize_max}" if self.resize_min else "not resized"
+        return f"{self.count} crops of {self.size} pixels, {resized}, seed {self.seed}, of {self.source.fingerprint()}"

@@ -90,6 +90,7 @@ def prepare(args: argparse.Namespace, interrupt: Interrupt) -> str:
         f"{args.out}: {sum(shard.records for shard in shards):,} pictures of {len(source.classes):,} classes in "
         f"{len(shards):,} shards, {sum(shard.bytes for shard in shards) / 1e9:,.2f} GB, "
         f"{sum(len(shard.left_out) for shard in shards):,} left out, {len(missing):,} shards written now"
+        f"{', the others as their checksums say' if args.verify else ''}"
     )
 
 

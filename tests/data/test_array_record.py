@@ -80,7 +80,7 @@ def test_a_damaged_record_is_left_to_the_pipeline_which_counts_it(folder, prepar
     content[content.index(picture) + len(picture) // 2] ^= 255
     shard.write_bytes(content)
     source = ArrayRecordSource(prepared)
-    batches = eval_batches(source, image_size=8, batch_size=COUNT, limit=0)
+    batches = eval_batches(source, image_size=8, batch_size=COUNT)
     assert next(batches)["mask"].sum() == COUNT - 2
     batches.close()
     (name,) = [name for name in batches.skipped if "record 60" in name]

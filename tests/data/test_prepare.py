@@ -180,7 +180,9 @@ def test_a_damaged_shard_is_written_again(folder, prepared, tmp_path, capsys, ki
         assert files(out) != files(prepared)
         capsys.readouterr()
     assert run(folder, out, "--verify") == 0
-    assert f"{SHARDS[2]}" in capsys.readouterr().err.splitlines()[0]
+    said = capsys.readouterr()
+    assert "as their checksums say" in said.out
+    assert f"{SHARDS[2]}" in said.err.splitlines()[0]
     assert files(out) == files(prepared)
 
 
