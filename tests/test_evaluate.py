@@ -1,6 +1,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -434,7 +435,7 @@ def test_pictures_that_stop_coming_end_the_pass_in_time(folder):
 
     options = {"codebook_size": 64, "size": SIZE, "batch_size": 8}
     try:
-        with pytest.raises(DataError, match=r"no batch for 0\.5 s"):
+        with pytest.raises(DataError, match=r"no batch for (0|2)\.5 s"):
             suite.collect(reconstruct, hanging, Networks(None, {}, {}), timeout=0.5, **options)
     finally:
         hanging.release()
@@ -458,7 +459,7 @@ def test_pictures_that_stop_coming_end_the_program_with_one_line_and_exit_1(fold
     assert ended.returncode == 1, ended.stderr
     beginnings = ("evaluating", "fvq_jax: not computed")
     (line,) = (line for line in ended.stderr.splitlines() if line and not line.startswith(beginnings))
-    assert line.startswith("fvq_jax: no batch for 0.5 s: ")
+    assert re.match(r"fvq_jax: no batch for (0|2)\.5 s: ", line)  # the longer for the first, on a busy machine
     assert ended.stdout == ""
     assert list((tmp_path / "out").iterdir()) == []
 
