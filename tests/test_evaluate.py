@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from fvq_jax.data.folder import FolderSource
 from fvq_jax.data.prepare import main as prepare
 from fvq_jax.data.sample import Sample
 from fvq_jax.data.transforms import center_no_resize, resize_center
-from fvq_jax.errors import DataError, InputError
+from fvq_jax.errors import InputError
 from fvq_jax.evals import suite
 from fvq_jax.evals.frechet import frechet_distance
 from fvq_jax.evals.networks import Networks
@@ -27,7 +26,6 @@ from fvq_jax.evals.protocol import as_scored
 from fvq_jax.models.inception import CLASSES
 from fvq_jax.pretrained import Tokenizer
 from fvq_jax.report.page import write_page
-from tests.hanging_source import HangingSource
 from tests.random_tokenizer import random_tokenizer
 from tests.test_saved_tokenizer import workdir
 from tests.two_hosts import ROOT, free_port, on_two_hosts, start_host
@@ -91,16 +89,6 @@ def run(capsys, *options):
     captured = capsys.readouterr()
     assert code == 0, captured.err
     return json.loads(captured.out), captured.err
-
-
-def by_tokenizer(tok):
-    """What `suite.collect` asks to reconstruct with."""
-
-    def reconstruct(crops):
-        codes = tok.encode(crops)
-        return tok.decode(codes), codes
-
-    return reconstruct
 
 
 def by_hand(saved, folder, protocol):
@@ -195,52 +183,6 @@ def test_rfid_and_its_cached_reference(with_inception, saved, folder, tmp_path, 
     assert repaired["rfid"] == again["rfid"]
 
 
-class ClassAfterClass:
-    """400 pictures of one grey each, twenty of one shade after twenty of another, as folders of classes list them."""
-
-    def __len__(self):
-        return 400
-
-    def __getitem__(self, index):
-        return {"image": np.full((SIZE, SIZE, 3), 10 * (index // 20), np.uint8), "label": np.int32(index // 20)}
-
-    def name(self, index):
-        return str(index)
-
-    def fingerprint(self):
-        return "400 pictures"
-
-
-def as_they_are(crops):
-    return crops.astype(np.float32) / 127.5 - 1, np.zeros((len(crops), 1, 1), np.int32)
-
-
-def test_inception_score_does_not_depend_on_the_order_of_the_classes():
-    def sure(images):
-        shades = images[:, 0, 0, 0].astype(int) // 10
-        logits = 50 * np.eye(CLASSES, dtype=np.float32)[shades]
-        return {"2048": np.zeros((len(images), 2048), np.float32), "logits_unbiased": logits}
-
-    found = suite.collect(
-        as_they_are, ClassAfterClass(), Networks(sure, {}, {}), codebook_size=1, size=SIZE, batch_size=64
-    )
-    score, spread = found.sums.inception_score.result()
-    assert 12 < score <= 20  # two, if a split held only its own two classes
-    assert spread < 2
-
-
-def test_lpips_is_the_mean_over_the_pictures_alone():
-    def distance(a, b):
-        assert a.dtype == b.dtype == np.uint8
-        return a[:, 0, 0, 0] / np.float32(255) + (a != b).any(axis=(1, 2, 3))
-
-    networks = Networks(None, {"lpips_vgg": distance}, {})
-    found = suite.collect(as_they_are, ClassAfterClass(), networks, codebook_size=1, size=SIZE, batch_size=300)
-    assert suite.summarise(found.sums, 1)["lpips_vgg"] == pytest.approx(95 / 255, rel=1e-6)
-    assert [example.scores["lpips_vgg"] for example in found.examples.best] == [0] * 6
-    assert found.examples.ranked_by == "lpips_vgg"
-
-
 def test_scores_are_kept_if_the_page_cannot_be_written(saved, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "write_page", write_page)
     (tmp_path / "report").write_text("not a folder")
@@ -265,37 +207,6 @@ def test_random_crops_are_called_so(saved, folder, tmp_path, capsys):
     assert report["images"] == 30
     expected = "30 random crops as in training, seed 4; crops and reconstructions scored after JPEG of quality 75"
     assert report["protocol_means"] == expected
-
-
-def test_memory_does_not_grow_with_the_pictures(saved):
-    class Source:
-        """One picture under many numbers, so that only what is kept per picture could add up."""
-
-        def __init__(self, count):
-            self.count = count
-            self.image = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
-
-        def __len__(self):
-            return self.count
-
-        def __getitem__(self, index):
-            return {"image": self.image, "label": np.int32(0), "corrupt": np.int64(-1)}
-
-        def name(self, index):
-            return str(index)
-
-        def fingerprint(self):
-            return str(self.count)
-
-    tok, peaks = Tokenizer.from_pretrained(saved), []
-
-    for count in (32, 128, 640):  # in small batches: how many are read ahead is a matter of time
-        tracemalloc.start()
-        networks = Networks(None, {}, {})
-        suite.collect(by_tokenizer(tok), Source(count), networks, codebook_size=64, size=SIZE, batch_size=8)
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    assert peaks[2] - peaks[1] < 512 * 768 / 2, peaks  # the crops alone are 512 x 768 bytes
 
 
 def test_some_images_of_the_bundled_photographs(saved, tmp_path, capsys):
@@ -427,20 +338,6 @@ def test_two_processes_write_once_what_one_writes(saved, folder, tmp_path, capsy
         np.testing.assert_array_equal(both["arr_0"], one["arr_0"])
 
 
-def test_pictures_that_stop_coming_end_the_pass_in_time(folder):
-    hanging = HangingSource(FolderSource(folder), order_of(folder)[9])  # after the first batch
-
-    def reconstruct(crops):
-        return crops / np.float32(127.5) - 1, np.zeros((len(crops), 8, 8), np.int32)
-
-    options = {"codebook_size": 64, "size": SIZE, "batch_size": 8}
-    try:
-        with pytest.raises(DataError, match=r"no batch for (0|2)\.5 s"):
-            suite.collect(reconstruct, hanging, Networks(None, {}, {}), timeout=0.5, **options)
-    finally:
-        hanging.release()
-
-
 def test_pictures_that_stop_coming_end_the_program_with_one_line_and_exit_1(folder, tmp_path):
     """Opening one hangs, for longer than the run of this workdir waits."""
     run, pictures = tmp_path / "run", tmp_path / "pictures"
@@ -462,31 +359,6 @@ def test_pictures_that_stop_coming_end_the_program_with_one_line_and_exit_1(fold
     assert re.match(r"fvq_jax: no batch for (0|2)\.5 s: ", line)  # the longer for the first, on a busy machine
     assert ended.stdout == ""
     assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_when_each_code_came_up_first(saved, folder):
-    tok, source = Tokenizer.from_pretrained(saved), FolderSource(folder)
-
-    options = {"codebook_size": 64, "size": SIZE, "batch_size": 8}
-    found = suite.collect(by_tokenizer(tok), source, Networks(None, {}, {}), **options)
-    codes = by_hand(saved, folder, "direct")[-1][order_of(folder)]
-    for code, first in enumerate(found.first_use):
-        having = np.flatnonzero((codes == code).any(axis=(1, 2)))
-        assert first == (having[0] if len(having) else suite.NEVER)
-
-
-def test_a_picture_without_a_number_does_not_score_as_black(folder):
-    def reconstruct(crops):
-        images = crops / np.float32(127.5) - 1
-        images[0, 3, 4, 1] = np.nan
-        return images, np.zeros((len(crops), 8, 8), np.int32)
-
-    options = {"codebook_size": 64, "size": SIZE, "batch_size": 16}
-    found = suite.collect(reconstruct, FolderSource(folder), Networks(None, {}, {}), **options)
-    assert found.sums.broken == 1
-    assert np.isnan(suite.summarise(found.sums, 2)["psnr"])
-    assert found.examples.worst[0].position == 0
-    assert found.examples.best[0].scores["psnr"] == pytest.approx(120)
 
 
 def test_weights_that_give_no_numbers_are_refused(saved, folder, tmp_path, capsys, monkeypatch):
