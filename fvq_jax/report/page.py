@@ -224,7 +224,7 @@ def _reconstructions(report: Report) -> str:
     return (
         "<h2>Reconstructions</h2>\n"
         f'<p class="note">Drag across a picture, or use the arrow keys: left of the line the original, right of it the '
-        f"reconstruction. Evenly spaced over the set.{storage}</p>\n"
+        f"reconstruction. Spread over the set.{storage}</p>\n"
         f"{_pairs(examples.spread, report)}\n"
         f'<h2>Worst and best</h2>\n<p class="note">The pictures with the {ends[0]} {ranked_by}, worst first.</p>\n'
         f"{_pairs(examples.worst, report)}\n"
