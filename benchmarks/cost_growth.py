@@ -20,7 +20,7 @@ import matplotlib
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import nearest_code, train_step
-from fvq_jax.config import default_config
+from fvq_jax.tasks import default_config
 
 DIM = 256
 CODES = "1024,4096,16384,65536,262144,1048576"
@@ -37,8 +37,8 @@ def small_config(codes, batch):
     config = default_config()
     config.batch_size = batch
     config.tokenizer.update(ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, z_channels=64, dtype="float32")
-    config.tokenizer.codebook_size, config.tokenizer.code_dim = codes, DIM
-    config.tokenizer.bridge = f"S/{next(p for p in (2, 4, 8, 16, 32) if codes <= 4096 * p * p)}"
+    config.tokenizer.quantizer.codebook_size, config.tokenizer.quantizer.code_dim = codes, DIM
+    config.tokenizer.quantizer.bridge = f"S/{next(p for p in (2, 4, 8, 16, 32) if codes <= 4096 * p * p)}"
     config.loss.perceptual_weight = config.adversarial.weight = 0.0
     config.data.image_size = 32
     return config

@@ -70,7 +70,7 @@ def load_jax(source: str, root: str, size: int, batch: int, images: int, workers
 
     from fvq_jax.data.pipeline import train_batches
     from fvq_jax.data.sources import make_source
-    from fvq_jax.tasks.tokenizer import to_float
+    from fvq_jax.ops.pixels import to_float
 
     flags.FLAGS.mark_as_parsed()  # Grain hands them to its worker processes
 

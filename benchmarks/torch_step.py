@@ -15,17 +15,17 @@ from ml_collections import ConfigDict
 from torch import nn
 
 from benchmarks.train_step import VGG16
-from fvq_jax.errors import InputError
-from fvq_jax.models.bridge import parse_bridge
-from tests.torch_reference import Tokenizer
+from fvq_jax.models.quantizers.bridge import parse_bridge
+from fvq_jax.runtime.errors import InputError
+from tests.helpers.torch_reference import Tokenizer
 
 # What this step does not know, by the only value that it takes.
 FIXED = {
-    "loss.entropy_weight": 0.0,
+    "tokenizer.quantizer.entropy_weight": 0.0,
     "adversarial.discriminator": "patchgan",
     "adversarial.loss": "hinge",
     "adversarial.adaptive": False,
-    "tokenizer.bridge_groups": "2d",
+    "tokenizer.quantizer.bridge_groups": "2d",
     "optim.train_only": "",
     "optim.accumulate": 1,
     "optim.ema_decay": 0.0,
@@ -103,7 +103,7 @@ class TorchStep:
 
     def __init__(self, config: ConfigDict, folder: str, device: str):
         self.loss, self.weight, self.clip = config.loss, config.adversarial.weight, config.optim.clip_norm
-        self.device, self.codes, self.usage = device, config.tokenizer.codebook_size, None
+        self.device, self.codes, self.usage = device, config.tokenizer.quantizer.codebook_size, None
         self.net = Tokenizer(published_network(config))
         self.net.load_state_dict(safetensors.torch.load_file(f"{folder}/tokenizer.safetensors"))
         self.net.to(device, memory_format=torch.channels_last).train()

@@ -29,8 +29,9 @@ from ml_collections import ConfigDict, config_flags
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.processes import DoesNotFitError, Worker, alternate, machine, markdown_table, median_ratio
-from fvq_jax.config import downsampling, validate
-from fvq_jax.errors import InputError
+from fvq_jax.config.checks import validate
+from fvq_jax.runtime.errors import InputError
+from fvq_jax.tasks.tokenizer.fields import downsampling
 
 FLAGS = flags.FlagValues()  # not absl's own: the program fvq_jax.main has flags of the same names
 own = {"flag_values": FLAGS}
@@ -64,9 +65,9 @@ def load_jax(config: ConfigDict, folder: str) -> Any:
     from jax.sharding import AxisType
 
     from fvq_jax.interop.tokenizer_checkpoint import write_checkpoint
-    from fvq_jax.sharding import global_batch
-    from fvq_jax.state import abstract_state
-    from fvq_jax.tasks.tokenizer import TokenizerTask
+    from fvq_jax.runtime.mesh import global_batch
+    from fvq_jax.tasks.tokenizer.task import TokenizerTask
+    from fvq_jax.training.state import abstract_state
 
     if jax.default_backend() == "cpu":
         config.tokenizer.dtype = "float32"
@@ -77,9 +78,9 @@ def load_jax(config: ConfigDict, folder: str) -> Any:
 
     def quantizer_loss(params, latent):
         found = task.net.apply({"params": {"quantizer": params}}, latent, method=lambda net, x: net.quantizer(x))
-        weighted = config.loss.codebook_weight * found.codebook_loss
+        weighted = config.tokenizer.quantizer.codebook_weight * found.codebook_loss
         # The sum stands for what the decoder makes of the vectors.
-        return weighted + config.loss.commitment_weight * found.commitment_loss + jnp.sum(found.vectors)
+        return weighted + config.tokenizer.quantizer.commitment_weight * found.commitment_loss + jnp.sum(found.vectors)
 
     abstract = abstract_state(task.init, mesh)
     key, layout = jax.random.key(config.seed), jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -130,7 +131,7 @@ def inputs(config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
     rng, size = np.random.default_rng(0), config.data.image_size
     grid = size // downsampling(config)
     images = rng.integers(0, 256, (config.batch_size, size, size, 3), np.uint8)
-    return images, rng.standard_normal((config.batch_size, grid, grid, config.tokenizer.code_dim), np.float32)
+    return images, rng.standard_normal((config.batch_size, grid, grid, config.tokenizer.quantizer.code_dim), np.float32)
 
 
 def write_lpips(path: Path) -> None:
@@ -180,7 +181,11 @@ def compare(config: ConfigDict, folder: str, methods: list[str], rounds: int, bu
 
     ValueError if the programs are not the same network on the same data.
     """
-    shared = {"codes": config.tokenizer.codebook_size, "dim": config.tokenizer.code_dim, "batch": config.batch_size}
+    shared = {
+        "codes": config.tokenizer.quantizer.codebook_size,
+        "dim": config.tokenizer.quantizer.code_dim,
+        "batch": config.batch_size,
+    }
     shared |= {"image_size": config.data.image_size, **machine()}
     rows, workers = {method: {"method": method, "status": "", **shared} for method in methods}, {}
     for method, row in rows.items():

@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from fvq_jax.errors import InputError
+from fvq_jax.runtime.errors import InputError
 
 
 def parse_arg(arg: str, **defaults: Any) -> dict[str, Any]:
@@ -62,9 +62,9 @@ def shrink_to_smoke(config: ConfigDict) -> None:
     config.tokenizer.ch_mult = (1, 1)
     config.tokenizer.num_res_blocks = 1
     config.tokenizer.z_channels = 32
-    config.tokenizer.code_dim = 16
-    config.tokenizer.codebook_size //= 16
-    config.tokenizer.bridge = re.sub(r"(B|L|XL)/", "S/", config.tokenizer.bridge)
+    config.tokenizer.quantizer.code_dim = 16
+    config.tokenizer.quantizer.codebook_size //= 16
+    config.tokenizer.quantizer.bridge = re.sub(r"(B|L|XL)/", "S/", config.tokenizer.quantizer.bridge)
     config.loss.perceptual_weight = 0.0
     config.adversarial.start = 4
     config.adversarial.ndf = 16

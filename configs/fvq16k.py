@@ -12,15 +12,15 @@ Arguments: `smoke` (seconds on a CPU), `batch=N` (rate 1e-4 x N / 128; what coun
 """
 
 from configs import common
-from fvq_jax.config import default_config
+from fvq_jax.tasks import default_config
 
 
-def get_config(arg="", **tokenizer):
-    """The paper's recipe, which is what `default_config` holds; `tokenizer` fields are replaced before `smoke`."""
+def get_config(arg="", **quantizer):
+    """The paper's recipe, which is what `default_config` holds; `quantizer` settings are replaced before `smoke`."""
     args = common.parse_arg(arg, smoke=False, batch=0)
     config = default_config()
     config.eval.every_steps = 10000
-    config.tokenizer.update(tokenizer)
+    config.tokenizer.quantizer.update(quantizer)
     if args["smoke"]:
         common.shrink_to_smoke(config)
     if args["batch"]:

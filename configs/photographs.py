@@ -18,7 +18,7 @@ def get_config(arg=""):
     args = common.parse_arg(arg, bridge="S/2", smoke=False, batch=0)
     config = quickstart.get_config(f"bridge={args['bridge']}")
     config.steps = 1000
-    config.tokenizer.codebook_size = 4096
+    config.tokenizer.quantizer.codebook_size = 4096
     config.data.source = "folder"
     config.data.resize_min, config.data.resize_max = 48, 64
     config.data.flip = True
@@ -34,4 +34,4 @@ def get_config(arg=""):
 def sweep():
     """Without a bridge, with a linear one, with the paper's."""
     for bridge in ("none", "linear", "S/2"):
-        yield {"tokenizer.bridge": bridge}
+        yield {"tokenizer.quantizer.bridge": bridge}

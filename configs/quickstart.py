@@ -10,7 +10,7 @@ Arguments: `bridge=NAME` (`bridge=none` is the plain VQ network, for comparison)
 """
 
 from configs import common
-from fvq_jax.config import default_config
+from fvq_jax.tasks import default_config
 
 
 def get_config(arg=""):
@@ -24,9 +24,9 @@ def get_config(arg=""):
     config.tokenizer.ch_mult = (1, 1, 2)
     config.tokenizer.num_res_blocks = 1
     config.tokenizer.z_channels = 64
-    config.tokenizer.codebook_size = 1024
-    config.tokenizer.code_dim = 32
-    config.tokenizer.bridge = args["bridge"]
+    config.tokenizer.quantizer.codebook_size = 1024
+    config.tokenizer.quantizer.code_dim = 32
+    config.tokenizer.quantizer.bridge = args["bridge"]
     config.tokenizer.dtype = "float32"
 
     config.loss.perceptual_weight = 0.0

@@ -1,17 +1,18 @@
 """Image tokenizers with large, fully used codebooks (arXiv 2509.10140) in JAX."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fvq_jax.pretrained import Tokenizer
+    from fvq_jax.inference.tokenizer import Tokenizer
 
 __all__ = ["Tokenizer"]
 
+_WHERE = {"Tokenizer": "fvq_jax.inference.tokenizer"}
+
 
 def __getattr__(name: str) -> Any:
-    """`Tokenizer`, imported when it is first used: JAX takes seconds, and not every use of the package needs it."""
-    if name != "Tokenizer":
+    """A public name, imported when it is first used: JAX takes seconds, and not every use of the package needs it."""
+    if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from fvq_jax.pretrained import Tokenizer
-
-    return Tokenizer
+    return getattr(importlib.import_module(_WHERE[name]), name)

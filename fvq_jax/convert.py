@@ -5,6 +5,7 @@ layout jax a folder. Prints what SRC was recognised as. Reading a large file sho
 safetensors or PyTorch, seconds per GB, and cannot. Exit codes: 0, and 2 for input that cannot be converted.
 """
 
+import argparse
 import math
 import sys
 from collections.abc import Iterable
@@ -13,14 +14,15 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
-from fvq_jax.command import Parser, fail, true_or_false
-from fvq_jax.errors import InputError
-from fvq_jax.models.bridge import parse_bridge
-from fvq_jax.pretrained import LAYOUTS, Tokenizer
-from fvq_jax.saved_tokenizer import SavedTokenizer, load
+from fvq_jax.inference.saved import SavedTokenizer, load
+from fvq_jax.inference.tokenizer import LAYOUTS, Tokenizer
+from fvq_jax.models.quantizers import Quantizer, VectorQuantizer, quantizer_settings
+from fvq_jax.models.quantizers.bridge import parse_bridge
+from fvq_jax.runtime import exits
+from fvq_jax.runtime.arguments import Parser, true_or_false
 
 LARGE = 100e6  # bytes of a file from which on there is a progress bar
-VARIANTS = {
+VARIANTS = {  # by the kind of bridge
     "none": "plain VQ tokenizer (LlamaGen)",
     "linear": "FVQ tokenizer with a linear bridge",
     "mlp5": "FVQ tokenizer with an MLP bridge",
@@ -37,13 +39,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layout", choices=("jax", *LAYOUTS), default="jax", help="what to write (default: jax)")
     parser.add_argument("--l2_norm", type=true_or_false, help="unit-length codes? for checkpoints that do not say")
     args = parser.parse_args(argv)
-    try:
-        saved = load(args.source, l2_norm=args.l2_norm, track=_progress(args.source))
-        sys.stdout.write(f"{args.source}: {describe(saved)}\n")
-        sys.stdout.flush()
-        Tokenizer(saved).save_pretrained(args.target, None if args.layout == "jax" else args.layout)
-    except InputError as error:
-        return fail(str(error))
+    return exits.run(lambda: _convert(args))
+
+
+def _convert(args: argparse.Namespace) -> int:
+    saved = load(args.source, l2_norm=args.l2_norm, track=_progress(args.source))
+    sys.stdout.write(f"{args.source}: {describe(saved)}\n")
+    sys.stdout.flush()
+    Tokenizer(saved).save_pretrained(args.target, None if args.layout == "jax" else args.layout)
     files = [args.target] if args.target.is_file() else list(args.target.iterdir())
     size = sum(file.stat().st_size for file in files)
     sys.stdout.write(f"{args.target}: written, layout {args.layout}, {size / 1e6:,.1f} MB\n")
@@ -52,13 +55,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def describe(saved: SavedTokenizer) -> str:
     """Variant, parameters, codes, bridge and shape of a tokenizer, in one line."""
-    net = saved.net
+    net, quantizer = saved.net, saved.net.quantizer
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(saved.params))
     return (
-        f"{VARIANTS[parse_bridge(net.bridge).kind]}, {count:,} parameters, {net.codebook_size} x {net.code_dim} "
-        f"{'unit-length ' if net.l2_normalize else ''}codes, bridge {net.bridge}, "
-        f"down-sampling {2 ** (len(net.ch_mult) - 1)}"
+        f"{_variant(quantizer)}, {count:,} parameters, {quantizer.size} x {quantizer.latent_dim} codes, "
+        f"{quantizer.description}, down-sampling {net.downsampling}"
     )
+
+
+def _variant(quantizer: Quantizer) -> str:
+    if isinstance(quantizer, VectorQuantizer):
+        return VARIANTS[parse_bridge(quantizer.bridge).kind]
+    return f"{quantizer_settings(quantizer)['name']} tokenizer"
 
 
 def _progress(source: Path):

@@ -24,26 +24,30 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fvq_jax.agreement import check_same, everywhere
-from fvq_jax.command import FAILED, Parser, fail, join_processes, true_or_false
-from fvq_jax.config import default_config, flatten
 from fvq_jax.data.array_record import MANIFEST
 from fvq_jax.data.crops import RandomCrops
+from fvq_jax.data.npz_rows import ImageWriter
 from fvq_jax.data.record import Source
 from fvq_jax.data.sources import make_source
-from fvq_jax.errors import DataError, InputError
-from fvq_jax.evals.image_file import ImageWriter
 from fvq_jax.evals.networks import FILES, load_networks, option
 from fvq_jax.evals.projection import principal_plane
 from fvq_jax.evals.protocol import PROTOCOLS
+from fvq_jax.evals.reconstruction import collect, conditions, not_computed, summarise
 from fvq_jax.evals.reference import Reference
-from fvq_jax.evals.suite import collect, conditions, not_computed, summarise
-from fvq_jax.hosts import rows_of_all_hosts
-from fvq_jax.metrics import read_metrics
-from fvq_jax.pretrained import Tokenizer
-from fvq_jax.report.page import Report, write_page
-from fvq_jax.run import data_name, source_of
-from fvq_jax.saved_tokenizer import CONFIG
+from fvq_jax.inference.saved import CONFIG
+from fvq_jax.inference.tokenizer import Tokenizer
+from fvq_jax.report.tokenizer import Report, Trained, write_report
+from fvq_jax.runtime import exits
+from fvq_jax.runtime.agreement import check_same, everywhere
+from fvq_jax.runtime.arguments import Parser, add_place, place, true_or_false
+from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.files import replace_whole
+from fvq_jax.runtime.hosts import rows_of_all_hosts
+from fvq_jax.runtime.names import dotted
+from fvq_jax.tasks import default_config
+from fvq_jax.tasks.tokenizer.fields import QUANTIZER, upgraded, use_quantizer
+from fvq_jax.tasks.tokenizer.pictures import data_name, source_of
+from fvq_jax.training.metric_files import read_metrics
 
 METRICS, NPZ = "metrics.json", "reconstructions.npz"
 SIZE = 256  # unless a workdir says what it was trained on
@@ -52,18 +56,15 @@ SIZE = 256  # unless a workdir says what it was trained on
 def main(argv: list[str] | None = None) -> int:
     """Evaluates; returns the exit code."""
     args = _parse(argv)
-    try:
-        if args.distributed:
-            join_processes()
-        report = evaluate(args)
-        if jax.process_index() == 0:
-            sys.stdout.write(json.dumps(report) + "\n")
-            sys.stdout.flush()
-    except InputError as error:
-        return fail(str(error))
-    except DataError as error:
-        fail(str(error), FAILED)
-        os._exit(FAILED)  # at once: the interpreter would wait for threads that hang
+    where = place(args)
+    return exits.run(lambda: _evaluate(args), where and where.join)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    report = evaluate(args)
+    if jax.process_index() == 0:
+        sys.stdout.write(json.dumps(report) + "\n")
+        sys.stdout.flush()
     return 0
 
 
@@ -116,7 +117,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
             reconstruct,
             source,
             networks,
-            codebook_size=tokenizer.net.codebook_size,
+            codebook_size=tokenizer.net.quantizer.size,
             size=size,
             batch_size=args.batch,
             protocol=args.protocol,
@@ -138,8 +139,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if args.crops:
         _, _, scored_as = facts["protocol_means"].partition("; ")
         facts["protocol_means"] = f"{args.crops:,} random crops as in training, seed {args.seed}; {scored_as}"
+    quantizer = tokenizer.trained_net.quantizer
     report = Report(
-        net=tokenizer.trained_net,
+        tokenizer=Trained(quantizer.size, quantizer.latent_dim, tokenizer.downsampling, quantizer.description),
         facts=facts,
         metrics=summarise(sums, tokenizer.downsampling, moments),
         not_computed=not_computed(networks, sums),
@@ -147,7 +149,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         plane=jax.device_get(jax.jit(principal_plane)(tokenizer.codebook)),
         rows=read_metrics(path) if trained else (),
         batch_tokens=trained.batch_size * (trained.data.image_size // tokenizer.downsampling) ** 2 if trained else None,
-        config=flatten(trained) if trained else {},
+        config=dotted(trained) if trained else {},
     )
     metrics = {
         **facts,
@@ -156,7 +158,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "not_computed": report.not_computed,
     }
     _write(args.out / METRICS, json.dumps(metrics, indent=2) + "\n")  # first: the page only shows it
-    write_page(args.out, report)
+    write_report(args.out, report)
     return metrics
 
 
@@ -198,7 +200,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         default=Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fvq_jax",
         help="where statistics of real pictures are kept (default: %(default)s)",
     )
-    parser.add_argument("--distributed", action="store_true", help="one of several processes, as in fvq_jax.main")
+    add_place(parser)
     return parser.parse_args(argv)
 
 
@@ -222,9 +224,11 @@ def _config_of_run(path: Path) -> ConfigDict | None:
         return None
     if not isinstance(saved, dict) or "data" not in saved:
         return None
-    config = default_config()
     try:
-        config.update_from_flattened_dict(flatten(saved))
+        config = default_config()
+        flat = upgraded(saved)
+        use_quantizer(config, flat[f"{QUANTIZER}.name"])
+        config.update_from_flattened_dict(flat)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path / CONFIG} is not the config of a run of this version: {error}") from error
     return config
@@ -244,7 +248,8 @@ def _make_folder(path: Path) -> None:
 
 def _write(path: Path, text: str) -> None:
     try:
-        path.write_text(text)
+        with replace_whole(path) as unfinished:
+            unfinished.write_text(text)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 

@@ -17,17 +17,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePath
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from fvq_jax.code_file import CodeReader, CodeWriter
-from fvq_jax.command import Parser, fail, true_or_false
 from fvq_jax.data.decode import UnreadableImageError, open_image
 from fvq_jax.data.folder import FolderSource
+from fvq_jax.data.npz_rows import CodeReader, CodeWriter
 from fvq_jax.data.transforms import resize_center
-from fvq_jax.errors import InputError
-from fvq_jax.pretrained import Tokenizer
+from fvq_jax.inference.tokenizer import Tokenizer
+from fvq_jax.ops.pixels import to_uint8
+from fvq_jax.runtime import exits
+from fvq_jax.runtime.arguments import Parser, true_or_false
+from fvq_jax.runtime.errors import InputError
 
 _THREADS = min(8, os.cpu_count() or 1)
 
@@ -35,15 +37,16 @@ _THREADS = min(8, os.cpu_count() or 1)
 def main(argv: list[str] | None = None) -> int:
     """Encodes or decodes; returns the exit code."""
     args = _parse(argv)
-    try:
-        if args.batch < 1:
-            raise InputError(f"--batch must be at least 1, not {args.batch}")
-        if args.command == "encode":
-            message = encode(args.source, args.target, args.tokenizer, args.size, args.batch, args.l2_norm)
-        else:
-            message = decode(args.source, args.target, args.tokenizer, args.batch, args.l2_norm)
-    except InputError as error:
-        return fail(str(error))
+    return exits.run(lambda: _tokenize(args))
+
+
+def _tokenize(args: argparse.Namespace) -> int:
+    if args.batch < 1:
+        raise InputError(f"--batch must be at least 1, not {args.batch}")
+    if args.command == "encode":
+        message = encode(args.source, args.target, args.tokenizer, args.size, args.batch, args.l2_norm)
+    else:
+        message = decode(args.source, args.target, args.tokenizer, args.batch, args.l2_norm)
     sys.stdout.write(f"{message}\n")
     return 0
 
@@ -83,7 +86,7 @@ def decode(source: Path, target: Path, tokenizer_path: Path, batch: int, l2_norm
     written: set[Path] = set()
     with tqdm(total=reader.shape[0], unit=" images", desc="decoding") as bar:
         for codes, names in reader.batches(batch):
-            for name, pixels in zip(names, _to_pixels(tokenizer.decode(codes)), strict=True):
+            for name, pixels in zip(names, np.asarray(to_uint8(tokenizer.decode(codes))), strict=True):
                 path = _picture_path(target, name, written)
                 try:
                     path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,10 +141,6 @@ def _results(names: list[str], futures: list[Future]) -> tuple[list[str], list]:
 
 def _below(folder: Path, name: str) -> str:
     return PurePath(os.path.relpath(name, os.path.abspath(folder))).as_posix()
-
-
-def _to_pixels(images: Float[np.ndarray, "b H W 3"]) -> UInt8[np.ndarray, "b H W 3"]:
-    return np.round((images + 1) * 127.5).astype(np.uint8)
 
 
 def _picture_path(folder: Path, name: str, taken: set[Path]) -> Path:

@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import pytest
 
 from configs.ablations import base, mesh
-from fvq_jax.config import flatten
-from fvq_jax.errors import InputError
-from fvq_jax.models.bridge import make_bridge
-from fvq_jax.sharding import make_mesh
-from fvq_jax.state import abstract_state
+from fvq_jax.models.quantizers.bridge import make_bridge
+from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.mesh import make_mesh
 from fvq_jax.sweep.points import make_points, read_sweep
-from fvq_jax.tasks.tokenizer import TokenizerTask
+from fvq_jax.tasks.tokenizer.task import TokenizerTask
+from fvq_jax.training.state import abstract_state
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / "configs" / "ablations"
@@ -66,8 +65,11 @@ def test_every_point_is_valid_and_its_codebook_can_be_made(name, arg):
     for point in points:
         assert point.refused == "", point.name
         config = point.config
-        shape = (config["tokenizer.codebook_size"], config["tokenizer.code_dim"])
-        assert bridge_shape(*shape, config["tokenizer.bridge"], config["tokenizer.bridge_groups"]) == shape
+        shape = (config["tokenizer.quantizer.codebook_size"], config["tokenizer.quantizer.code_dim"])
+        assert (
+            bridge_shape(*shape, config["tokenizer.quantizer.bridge"], config["tokenizer.quantizer.bridge_groups"])
+            == shape
+        )
 
 
 def test_the_list_of_sweeps_is_complete():
@@ -104,11 +106,18 @@ def test_the_training_state_of_the_base_can_be_made(arg):
 
 
 def test_the_values_of_the_paper():
-    assert values_of("bridge_kind", "", "tokenizer.bridge") == ["none", "linear", "mlp5", "L/4", "dit-L/4"]
+    assert values_of("bridge_kind", "", "tokenizer.quantizer.bridge") == ["none", "linear", "mlp5", "L/4", "dit-L/4"]
     assert values_of("bridge_kind", "", "optim.decay") == ["linear", "constant"]
-    assert values_of("bridge_depth", "", "tokenizer.bridge") == ["L/4-d1", "L/4", "L/4-d4"]
-    assert values_of("code_dim", "", "tokenizer.code_dim") == [4, 8, 16, 32, 64, 128, 256, 512, 1024]
-    assert values_of("codebook_size", "", "tokenizer.codebook_size") == [1024, 4096, 16384, 65536, 262144, 1048576]
+    assert values_of("bridge_depth", "", "tokenizer.quantizer.bridge") == ["L/4-d1", "L/4", "L/4-d4"]
+    assert values_of("code_dim", "", "tokenizer.quantizer.code_dim") == [4, 8, 16, 32, 64, 128, 256, 512, 1024]
+    assert values_of("codebook_size", "", "tokenizer.quantizer.codebook_size") == [
+        1024,
+        4096,
+        16384,
+        65536,
+        262144,
+        1048576,
+    ]
     assert values_of("schedule", "", "optim.decay") == ["linear", "cosine", "constant"]
 
 

@@ -13,10 +13,11 @@ from PIL import Image
 
 from benchmarks import cost_growth
 from benchmarks.processes import DoesNotFitError, Worker
-from fvq_jax.config import default_config, validate
+from fvq_jax.config.checks import validate
 from fvq_jax.data.decode import open_image
 from fvq_jax.data.transforms import random_resize_crop
-from fvq_jax.errors import InputError
+from fvq_jax.runtime.errors import InputError
+from fvq_jax.tasks import default_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -55,7 +56,11 @@ def test_search_rows_and_table():
 
 def test_both_steps_are_the_same_network():
     pytest.importorskip("torch")
-    tiny = {"tokenizer.ch_mult": "(1,)", "tokenizer.codebook_size": 64, "tokenizer.bridge": "linear"}
+    tiny = {
+        "tokenizer.ch_mult": "(1,)",
+        "tokenizer.quantizer.codebook_size": 64,
+        "tokenizer.quantizer.bridge": "linear",
+    }
     tiny |= {"data.image_size": 16, "adversarial.ndf": 8, "loss.perceptual_weight": 1.0}
     fields = [f"--config.{name}={value}" for name, value in tiny.items()]
     rows, _ = run("train_step", "--config=configs/fvq16k.py:smoke", *fields, "--batch=1", "--rounds=2")
@@ -79,7 +84,7 @@ def test_the_network_in_pytorch_follows_the_config(bridge, published):
     from benchmarks.torch_step import published_network
 
     config = default_config()
-    config.tokenizer.bridge = bridge
+    config.tokenizer.quantizer.bridge = bridge
     network = published_network(config)
     assert (network["bridge"], network["codebook_dim"], network["ch_mult"]) == (published, 256, (1, 1, 2, 2, 4))
     config.optim.ema_decay = 0.9
@@ -129,7 +134,7 @@ def test_growth_measures_and_draws(monkeypatch, tmp_path):
     def step(config, folder, methods, rounds, budget):
         config.data.source = "photos"  # none is read
         validate(config, devices=1)
-        codes, dim = config.tokenizer.codebook_size, config.tokenizer.code_dim
+        codes, dim = config.tokenizer.quantizer.codebook_size, config.tokenizer.quantizer.code_dim
         row = {"method": methods[0], "codes": codes, "dim": dim, "batch": config.batch_size, "seconds": 1.0}
         return [row | {"quantizer_share": 0.5, "peak_mib": 100}]
 

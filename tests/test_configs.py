@@ -10,13 +10,13 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from fvq_jax.config import flatten, validate
-from fvq_jax.errors import InputError
-from fvq_jax.models.bridge import make_bridge
-from fvq_jax.sharding import make_mesh
-from fvq_jax.state import abstract_state
+from fvq_jax.config.checks import validate
+from fvq_jax.models.quantizers.bridge import make_bridge
+from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.mesh import make_mesh
 from fvq_jax.sweep.points import make_points, read_sweep
-from fvq_jax.tasks.tokenizer import TokenizerTask
+from fvq_jax.tasks.tokenizer.task import TokenizerTask
+from fvq_jax.training.state import abstract_state
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("common", "__init__"))
@@ -92,7 +92,7 @@ def test_the_training_state_of_every_config_can_be_made(name, arg):
     state = state_of(name, arg)
     config = get_config(name, arg)
     codebook = state.networks["tokenizer"].params["quantizer"]["codebook"]
-    assert codebook.shape == (config.tokenizer.codebook_size, config.tokenizer.code_dim)
+    assert codebook.shape == (config.tokenizer.quantizer.codebook_size, config.tokenizer.quantizer.code_dim)
     assert ("discriminator" in state.networks) == (config.adversarial.weight > 0)
     if arg == "smoke":
         assert count(state.networks["tokenizer"].params) < 2e6
@@ -104,9 +104,9 @@ def test_the_training_state_of_every_config_can_be_made(name, arg):
 )
 def test_the_smoke_size_keeps_the_kind_of_bridge_and_makes_it_small(bridge, small):
     config = importlib.import_module("configs.fvq16k").get_config("smoke", bridge=bridge)
-    assert config.tokenizer.bridge == small
+    assert config.tokenizer.quantizer.bridge == small
     validate(config, 8)
-    codebook = jnp.zeros((config.tokenizer.codebook_size, config.tokenizer.code_dim))
+    codebook = jnp.zeros((config.tokenizer.quantizer.codebook_size, config.tokenizer.quantizer.code_dim))
     params = jax.eval_shape(make_bridge(small, "2d", jnp.float32).init, jax.random.key(0), codebook)
     assert 0 < count(params) < 1e6
 
@@ -136,11 +136,14 @@ def test_parameter_counts_of_the_main_recipe():
 
 def test_larger_codebooks_differ_from_the_main_recipe_in_few_fields():
     base = get_config("fvq16k")
-    assert differences(base, get_config("fvq262k")) == {"tokenizer.codebook_size": 262144, "tokenizer.bridge": "L/8"}
+    assert differences(base, get_config("fvq262k")) == {
+        "tokenizer.quantizer.codebook_size": 262144,
+        "tokenizer.quantizer.bridge": "L/8",
+    }
     assert differences(base, get_config("fvq65k")) == {
-        "tokenizer.codebook_size": 65536,
-        "tokenizer.code_dim": 512,
-        "tokenizer.bridge": "L/8",
+        "tokenizer.quantizer.codebook_size": 65536,
+        "tokenizer.quantizer.code_dim": 512,
+        "tokenizer.quantizer.bridge": "L/8",
         "epochs": 120.0,
     }
 
@@ -186,7 +189,9 @@ def test_a_batch_below_the_devices_is_refused_with_the_smallest_that_works():
 
 def test_photographs_sweeps_over_the_bridge_alone():
     runs = make_points(get_config("photographs"), read_sweep(str(FOLDER / "photographs.py")), pathlib.Path("sweep"))
-    assert [run.overrides for run in runs] == [{"tokenizer.bridge": name} for name in ("none", "linear", "S/2")]
+    assert [run.overrides for run in runs] == [
+        {"tokenizer.quantizer.bridge": name} for name in ("none", "linear", "S/2")
+    ]
     assert {run.config["steps"] for run in runs} == {1000}
     assert get_config("photographs", "bridge=none").tokenizer.bridge == "none"
 
@@ -195,7 +200,7 @@ def test_photographs_sweeps_over_the_bridge_alone():
 @pytest.mark.parametrize("size", ["", ",smoke"])
 def test_quickstart_takes_a_bridge(bridge, size):
     config = get_config("quickstart", f"bridge={bridge}{size}")
-    assert config.tokenizer.bridge == (bridge.replace("XL", "S").replace("B", "S") if size else bridge)
+    assert config.tokenizer.quantizer.bridge == (bridge.replace("XL", "S").replace("B", "S") if size else bridge)
     validate(config, 8)
 
 

@@ -9,10 +9,10 @@ import pytest
 import safetensors.numpy
 
 from fvq_jax import convert
-from fvq_jax.command import Parser, true_or_false
-from fvq_jax.pretrained import Tokenizer
-from tests.golden_case import load_case
-from tests.random_tokenizer import random_tokenizer
+from fvq_jax.inference.tokenizer import Tokenizer
+from fvq_jax.runtime.flags import Parser, true_or_false
+from tests.helpers.golden_case import load_case
+from tests.helpers.random_tokenizer import random_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -7,8 +7,8 @@ import signal
 
 import pytest
 
-from tests.faults.program import Prepared
-from tests.two_hosts import free_port
+from tests.helpers.program import Prepared
+from tests.helpers.two_hosts import free_port
 
 
 @pytest.fixture(scope="module")

@@ -10,25 +10,25 @@ import numpy as np
 import pytest
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from tests.test_saved_tokenizer import workdir
 
 from fvq_jax import evaluate
-from fvq_jax.config import default_config
 from fvq_jax.data.decode import open_image
 from fvq_jax.data.folder import FolderSource
 from fvq_jax.data.prepare import main as prepare
 from fvq_jax.data.sample import Sample
 from fvq_jax.data.transforms import center_no_resize, resize_center
-from fvq_jax.errors import InputError
-from fvq_jax.evals import suite
+from fvq_jax.evals import reconstruction as suite
 from fvq_jax.evals.frechet import frechet_distance
 from fvq_jax.evals.networks import Networks
 from fvq_jax.evals.protocol import as_scored
-from fvq_jax.models.inception import CLASSES
-from fvq_jax.pretrained import Tokenizer
-from fvq_jax.report.page import write_page
-from tests.random_tokenizer import random_tokenizer
-from tests.test_saved_tokenizer import workdir
-from tests.two_hosts import ROOT, free_port, on_two_hosts, start_host
+from fvq_jax.inference.tokenizer import Tokenizer
+from fvq_jax.models.frozen.inception import CLASSES
+from fvq_jax.report.tokenizer import write_page
+from fvq_jax.runtime.errors import InputError
+from fvq_jax.tasks import default_config
+from tests.helpers.random_tokenizer import random_tokenizer
+from tests.helpers.two_hosts import ROOT, free_port, on_two_hosts, start_host
 
 TOKENIZERS = functools.cache(Tokenizer.from_pretrained)
 SIZE = 16

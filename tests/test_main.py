@@ -13,8 +13,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 TINY = (
     "--config=configs/fvq16k.py:smoke",
     "--config.tokenizer.ch_mult=(1,)",
-    "--config.tokenizer.codebook_size=64",
-    "--config.tokenizer.bridge=XS/2",
+    "--config.tokenizer.quantizer.codebook_size=64",
+    "--config.tokenizer.quantizer.bridge=XS/2",
     "--config.tokenizer.dtype=float32",
     "--config.adversarial.weight=0.0",
     "--config.data.image_size=16",
@@ -33,7 +33,7 @@ ENVIRONMENT = os.environ | {
 # Imports what the program imports, then runs it once per line of input, each time in a process of its own.
 PREPARED = """
 import json, os, runpy, sys
-import fvq_jax.train, absl.app, ml_collections.config_flags
+import fvq_jax.training.loop, absl.app, ml_collections.config_flags
 
 assert "fvq_jax.main" not in sys.modules
 for line in sys.stdin:
@@ -125,7 +125,10 @@ def test_sigterm_saves_says_so_and_exits_75(tmp_path):
     [
         (["--config.optim.lerning_rate=1"], ["unknown config field lerning_rate", "learning_rate?"]),
         (["--config.optim.learning_rate=fast"], ["optim.learning_rate", "fast"]),
-        (["--config.tokenizer.codebook_size=1000"], ["tokenizer.codebook_size 1000", "not a square", "1d"]),
+        (
+            ["--config.tokenizer.quantizer.codebook_size=1000"],
+            ["tokenizer.quantizer.codebook_size 1000", "not a square", "1d"],
+        ),
         (["--config.mesh.codebook=3"], ["mesh.codebook 3", "does not divide", "allowed sizes: 1, 2, 4"]),
         (
             ["--config.data.image_size=17"],
@@ -196,7 +199,7 @@ def test_flags_reach_the_run(tmp_path):
     code = """
 import jax
 from fvq_jax import main
-from fvq_jax.train import Result
+from fvq_jax.training.loop import Result
 
 def train(config, workdir, profile_steps):
     print(jax.config.jax_compilation_cache_dir, main.DISTRIBUTED_TIMEOUT.value, config.seed, workdir, *profile_steps)

@@ -12,12 +12,12 @@ import jax
 import pytest
 
 from fvq_jax import plan
-from fvq_jax.errors import InputError
-from fvq_jax.sharding import make_mesh
-from fvq_jax.state import abstract_state
-from fvq_jax.tasks.tokenizer import TokenizerTask, abstract_frozen
-from tests.chips import needs_libtpu
-from tests.tiny import tiny_config
+from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.mesh import make_mesh
+from fvq_jax.tasks.tokenizer.task import TokenizerTask, abstract_frozen
+from fvq_jax.training.state import abstract_state
+from tests.helpers.chips import needs_libtpu
+from tests.helpers.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 KEYS = [
@@ -34,8 +34,8 @@ KEYS = [
 TINY = (
     "--config=configs/fvq16k.py:smoke",
     "--config.tokenizer.ch_mult=(1,)",
-    "--config.tokenizer.codebook_size=64",
-    "--config.tokenizer.bridge=XS/2",
+    "--config.tokenizer.quantizer.codebook_size=64",
+    "--config.tokenizer.quantizer.bridge=XS/2",
     "--config.adversarial.weight=0.0",
     "--config.data.image_size=16",
 )
@@ -116,7 +116,7 @@ def made():
 @pytest.mark.parametrize("platform", ["tpu", "cpu"])
 def test_flops_are_weighted_by_passes(monkeypatch, made, precision, passes, micro, platform):
     monkeypatch.setattr(plan, "compile_step", lambda config, devices: made)
-    config = tiny_config(**{"tokenizer.search_precision": precision, "optim.accumulate": micro})
+    config = tiny_config(**{"tokenizer.quantizer.search_precision": precision, "optim.accumulate": micro})
     kind = {"tpu": "TPU v5 lite", "cpu": "cpu"}[platform]
     result = plan.make_plan(config, [types.SimpleNamespace(platform=platform, device_kind=kind)] * 4)
     if platform == "cpu":
@@ -236,7 +236,7 @@ def test_without_libtpu_a_topology_is_refused(monkeypatch):
 @needs_libtpu
 def test_slices_that_are_not_here():
     script = """
-from fvq_jax.errors import InputError
+from fvq_jax.runtime.errors import InputError
 from fvq_jax.plan import topology_devices
 devices = topology_devices("v5e:4x4", 2)
 print(len(devices), sorted({device.slice_index for device in devices}), devices[0].device_kind)

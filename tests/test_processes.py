@@ -21,16 +21,17 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import fvq16k
-from fvq_jax.checkpoint import Checkpoints
-from fvq_jax.metrics import read_metrics
-from fvq_jax.pretrained import Tokenizer
-from fvq_jax.sharding import make_mesh, path_name
-from fvq_jax.state import abstract_state
-from fvq_jax.tasks.tokenizer import TokenizerTask
-from fvq_jax.train import Result, train
-from tests.random_tokenizer import random_tokenizer
-from tests.tiny import random_images
-from tests.two_hosts import free_port
+from fvq_jax.inference.tokenizer import Tokenizer
+from fvq_jax.runtime.mesh import make_mesh
+from fvq_jax.runtime.names import path_name
+from fvq_jax.tasks.tokenizer.task import TokenizerTask
+from fvq_jax.training.checkpoint import Checkpoints
+from fvq_jax.training.loop import Result, train
+from fvq_jax.training.metric_files import read_metrics
+from fvq_jax.training.state import abstract_state
+from tests.helpers.random_tokenizer import random_tokenizer
+from tests.helpers.tiny import random_images
+from tests.helpers.two_hosts import free_port
 
 ROOT = pathlib.Path(__file__).parents[1]
 TRAIN, EVAL = 400, 24  # pictures: an epoch is longer than all that is read ahead
@@ -40,9 +41,9 @@ CHANGES = {
     "batch_size": 16,
     "tokenizer.ch_mult": (1,),
     "tokenizer.z_channels": 16,
-    "tokenizer.codebook_size": 64,
-    "tokenizer.code_dim": 8,
-    "tokenizer.bridge": "XS/2-d1",
+    "tokenizer.quantizer.codebook_size": 64,
+    "tokenizer.quantizer.code_dim": 8,
+    "tokenizer.quantizer.bridge": "XS/2-d1",
     "tokenizer.dtype": "float32",
     "adversarial.weight": 0.0,
     "data.source": "folder",

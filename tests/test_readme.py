@@ -3,8 +3,8 @@ import re
 
 import numpy as np
 
-from fvq_jax.train import train
-from tests.tiny import tiny_config
+from fvq_jax.training.loop import train
+from tests.helpers.tiny import tiny_config
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 

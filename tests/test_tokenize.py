@@ -11,8 +11,8 @@ from PIL import Image
 from fvq_jax import tokenize
 from fvq_jax.data.decode import open_image
 from fvq_jax.data.transforms import resize_center
-from fvq_jax.pretrained import Tokenizer
-from tests.random_tokenizer import random_tokenizer
+from fvq_jax.inference.tokenizer import Tokenizer
+from tests.helpers.random_tokenizer import random_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[1]
 

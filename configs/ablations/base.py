@@ -23,8 +23,8 @@ def get_config(arg=""):
     config.steps, config.optim.warmup_steps = 150, 15
     config.optim.learning_rate = 1e-3
     config.tokenizer.z_channels = 32
-    config.tokenizer.codebook_size = 256
-    config.tokenizer.code_dim = 16
+    config.tokenizer.quantizer.codebook_size = 256
+    config.tokenizer.quantizer.code_dim = 16
     config.eval.images = 256
     config.eval.every_steps = config.checkpoint.every_steps = 50
     config.log.every_steps = 10

@@ -10,6 +10,6 @@ from configs.ablations.base import get_config as get_config
 
 def sweep(arg=""):
     """The base's bridge, which has two blocks, with fewer and with more."""
-    bridge = base.get_config(arg).tokenizer.bridge
+    bridge = base.get_config(arg).tokenizer.quantizer.bridge
     for name in (f"{bridge}-d1", bridge, f"{bridge}-d4"):
-        yield {"tokenizer.bridge": name}
+        yield {"tokenizer.quantizer.bridge": name}

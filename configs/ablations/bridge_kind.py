@@ -15,4 +15,4 @@ def sweep(arg=""):
     size = "S/2" if base.is_smoke(arg) else "L/4"
     for bridge in ("none", "linear", "mlp5", size, f"dit-{size}"):
         for decay in ("linear", "constant"):
-            yield {"tokenizer.bridge": bridge, "optim.decay": decay}
+            yield {"tokenizer.quantizer.bridge": bridge, "optim.decay": decay}

@@ -12,4 +12,4 @@ def sweep(arg=""):
     """The base's groups in bridges of every size."""
     patch = 2 if base.is_smoke(arg) else 4
     for size in ("XS", "S", "B", "L", "XL"):
-        yield {"tokenizer.bridge": f"{size}/{patch}"}
+        yield {"tokenizer.quantizer.bridge": f"{size}/{patch}"}

@@ -12,4 +12,4 @@ from configs.ablations.base import get_config as get_config
 def sweep(arg=""):
     """Powers of two."""
     for exponent in range(2, 7 if base.is_smoke(arg) else 11):
-        yield {"tokenizer.code_dim": 2**exponent}
+        yield {"tokenizer.quantizer.code_dim": 2**exponent}

@@ -17,4 +17,4 @@ SMOKE = {64: "S/1", 256: "S/2", 1024: "S/4", 4096: "S/8"}
 def sweep(arg=""):
     """Every size with its bridge."""
     for codes, bridge in (SMOKE if base.is_smoke(arg) else PAPER).items():
-        yield {"tokenizer.codebook_size": codes, "tokenizer.bridge": bridge}
+        yield {"tokenizer.quantizer.codebook_size": codes, "tokenizer.quantizer.bridge": bridge}

@@ -18,4 +18,4 @@ def sweep(arg=""):
     for codes in (256, 1024) if smoke else (4096, 16384, 65536, 262144):
         for patch in (1, 2, 4) if smoke else (2, 4, 8, 16):
             if codes // patch**2 <= MOST_TOKENS:
-                yield {"tokenizer.codebook_size": codes, "tokenizer.bridge": f"{size}/{patch}"}
+                yield {"tokenizer.quantizer.codebook_size": codes, "tokenizer.quantizer.bridge": f"{size}/{patch}"}

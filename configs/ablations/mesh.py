@@ -18,7 +18,7 @@ def get_config(arg=""):
     """The paper's largest codebook for 200 steps, or a small one."""
     if _args(arg)["smoke"]:
         config = base.get_config("smoke")
-        config.tokenizer.codebook_size, config.tokenizer.bridge = 1024, "S/2"
+        config.tokenizer.quantizer.codebook_size, config.tokenizer.quantizer.bridge = 1024, "S/2"
         return config
     config = fvq262k.get_config()
     config.steps, config.epochs = 200, 0.0

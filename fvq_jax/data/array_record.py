@@ -17,7 +17,8 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from fvq_jax.data.decode import UnreadableImageError
 from fvq_jax.data.record import Record
-from fvq_jax.errors import InputError
+from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.files import replace_whole
 
 FORMAT = "fvq_jax pictures in ArrayRecord, version 1"
 MANIFEST = "manifest.json"
@@ -79,13 +80,11 @@ class Manifest:
             "records": sum(shard.records for shard in self.shards),
             "shards": [dataclasses.asdict(shard) for shard in self.shards],
         }
-        unfinished = folder / f"{MANIFEST}.unfinished"
         try:
-            with open(unfinished, "w") as file:
+            with replace_whole(folder / MANIFEST) as unfinished, open(unfinished, "w") as file:
                 json.dump(content, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
-            unfinished.replace(folder / MANIFEST)
         except OSError as error:
             raise InputError(f"cannot write {folder / MANIFEST}: {error.strerror}") from error
 

@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 
 from fvq_jax.data.record import Record
-from fvq_jax.errors import InputError
+from fvq_jax.runtime.errors import InputError
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 

@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 
 from fvq_jax.data.decode import read_image
 from fvq_jax.data.record import Record
-from fvq_jax.errors import InputError
+from fvq_jax.runtime.errors import InputError
 
 # (package, file, (left, top, right, bottom)). Colour photographs only. Of the stereo pair motorcycle_left /
 # _right one is used, since the other shows what the first holds out; of the retina the square inside the

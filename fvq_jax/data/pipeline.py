@@ -21,7 +21,7 @@ from fvq_jax.data.decode import UnreadableImageError, open_stored
 from fvq_jax.data.record import Source
 from fvq_jax.data.transforms import random_flip, random_resize_crop, resize_center
 from fvq_jax.data.worker import follow_parent
-from fvq_jax.errors import InputError
+from fvq_jax.runtime.errors import InputError
 
 _MAX_THREADS = 4
 _UNREADABLE_LIMIT = 0.01

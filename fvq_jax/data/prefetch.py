@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from fvq_jax.errors import DataError, InputError
+from fvq_jax.runtime.errors import DataError, InputError
 
 _START = 5  # times the patience of later batches has the first: its workers start, each importing what it needs
 _CLOSING = 3.0  # seconds, after which what does not close is left behind

@@ -24,13 +24,15 @@ from typing import Any
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tqdm import tqdm
 
-from fvq_jax.command import FAILED, INTERRUPTED, Parser, fail
 from fvq_jax.data.array_record import FORMAT, MANIFEST, WRITER_OPTIONS, Manifest, Shard, pack
 from fvq_jax.data.decode import UnreadableImageError, decode_image
 from fvq_jax.data.folder import FolderSource
 from fvq_jax.data.worker import follow_parent
-from fvq_jax.errors import InputError
-from fvq_jax.interrupt import Interrupt
+from fvq_jax.runtime import exits
+from fvq_jax.runtime.arguments import Parser
+from fvq_jax.runtime.errors import InputError, RunError
+from fvq_jax.runtime.files import replace_whole
+from fvq_jax.runtime.interrupt import Interrupt
 
 JOURNAL = "unfinished.jsonl"
 _UNFINISHED = ".unfinished"
@@ -40,15 +42,19 @@ _POLL_SECONDS = 0.2
 def main(argv: list[str] | None = None) -> int:
     """Prepares a folder; returns the exit code."""
     args = _parse(argv)
+    return exits.run(lambda: _prepare(args))
+
+
+def _prepare(args: argparse.Namespace) -> int:
     try:
         with Interrupt() as interrupt:
             message = prepare(args, interrupt)
-    except InputError as error:
-        return fail(str(error))
     except BrokenProcessPool:
-        return fail("a worker process died, perhaps for want of memory; start me again, with fewer --workers", FAILED)
+        raise RunError(
+            "a worker process died, perhaps for want of memory; start me again, with fewer --workers"
+        ) from None
     if not message:
-        return fail(f"interrupted by {interrupt.signal.name}: start me again", INTERRUPTED)
+        return exits.fail(f"interrupted by {interrupt.signal.name}: start me again", exits.INTERRUPTED)
     sys.stdout.write(f"{message}\n")
     return 0
 
@@ -260,33 +266,30 @@ def _start_worker(*shared: Any) -> None:
 def _write_shard(name: str, indices: range) -> Shard:
     """Writes one file under another name, reads it back, and gives it its own. Runs in a worker process."""
     path = _worker.out / name
-    unfinished = path.with_name(f"{name}.{os.getpid()}{_UNFINISHED}")
     left_out = []
     try:
-        writer = ArrayRecordWriter(str(unfinished), WRITER_OPTIONS)
-        for index in indices:
-            if _worker.stop.is_set():
-                raise _StoppedError
-            picture = _worker.source.relative_name(index)
-            image = _read_picture(index)
-            if image is None:
-                left_out.append(picture)
-            else:
-                writer.write(pack(image, _worker.source.label(index), picture))
-            with _worker.done.get_lock():
-                _worker.done.value += 1
-        writer.close()
-        records = len(indices) - len(left_out)
-        _check_count(unfinished, records)
-        with open(unfinished, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
-        size = unfinished.stat().st_size
-        unfinished.replace(path)
+        with replace_whole(path) as unfinished:
+            writer = ArrayRecordWriter(str(unfinished), WRITER_OPTIONS)
+            for index in indices:
+                if _worker.stop.is_set():
+                    raise _StoppedError
+                picture = _worker.source.relative_name(index)
+                image = _read_picture(index)
+                if image is None:
+                    left_out.append(picture)
+                else:
+                    writer.write(pack(image, _worker.source.label(index), picture))
+                with _worker.done.get_lock():
+                    _worker.done.value += 1
+            writer.close()
+            records = len(indices) - len(left_out)
+            _check_count(unfinished, records)
+            with open(unfinished, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                os.fsync(file.fileno())
+            size = unfinished.stat().st_size
     except (OSError, RuntimeError) as error:  # the latter from ArrayRecord
         raise InputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
     return Shard(name, records, size, digest, tuple(left_out))
 
 

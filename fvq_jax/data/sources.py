@@ -6,7 +6,7 @@ from fvq_jax.data.array_record import ArrayRecordSource
 from fvq_jax.data.folder import FolderSource
 from fvq_jax.data.photos import PhotoSource
 from fvq_jax.data.record import Source
-from fvq_jax.errors import InputError
+from fvq_jax.runtime.errors import InputError
 
 SOURCES = ("tfds", "folder", "array_record", "photos")
 

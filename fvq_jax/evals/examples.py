@@ -13,11 +13,11 @@ import jax
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from fvq_jax.hosts import rows_of_all_hosts, sum_over_hosts
+from fvq_jax.evals.metric_table import METRICS
+from fvq_jax.runtime.hosts import rows_of_all_hosts, sum_over_hosts
 
 EXTREMES = 6  # pictures kept at either end
-# Ranks pictures: the first of these that was computed, and whether a larger value is better.
-RANKED_BY = {"lpips_vgg": False, "lpips_alex": False, "psnr": True}
+RANKED_BY = ("lpips_vgg", "lpips_alex", "psnr")  # the first of these that was computed ranks pictures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ExampleCollector:
     ) -> None:
         """Looks at pictures: their positions in the whole set, their scores [n] by metric, and both versions."""
         self._metrics = sorted(scores)
-        sign = 1 if RANKED_BY[self._ranked_by] else -1
+        sign = 1 if METRICS[self._ranked_by].larger_is_better else -1
         for row, position in enumerate(positions.tolist()):
             score = sign * float(scores[self._ranked_by][row])
             quality = -math.inf if math.isnan(score) else score

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Float64
 
-from fvq_jax.errors import InputError
+from fvq_jax.runtime.errors import InputError
 
 Vector, Matrix = Float64[np.ndarray, "d"], Float64[np.ndarray, "d d"]
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from fvq_jax.evals.inception import WHERE, load_inception
-from fvq_jax.evals.row_parallel import RowParallel
+from fvq_jax.evals.inception import load_inception
+from fvq_jax.interop.inception import WHERE
+from fvq_jax.interop.lpips import lpips_params
 from fvq_jax.interop.torch_file import read_tensors
-from fvq_jax.models.lpips import ALEXNET, VGG16, Backbone, lpips_distance, lpips_params
-from fvq_jax.tasks.tokenizer import to_float
+from fvq_jax.models.frozen.lpips import ALEXNET, VGG16, Backbone, lpips_distance
+from fvq_jax.ops.pixels import to_float
+from fvq_jax.runtime.row_parallel import RowParallel
 
 File = str | os.PathLike[str] | None
 # metric: (backbone, name of the file with its weights, name of the file with the LPIPS heads)

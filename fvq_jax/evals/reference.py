@@ -14,9 +14,10 @@ from absl import logging
 from fvq_jax.data.crops import RandomCrops
 from fvq_jax.data.folder import FolderSource
 from fvq_jax.data.record import Source
+from fvq_jax.runtime.files import replace_whole
 
 Moments = tuple[np.ndarray, np.ndarray]
-_VERSION = 1  # of what this package makes of a picture on its way to a feature: count it up when that changes
+_VERSION = 1  # of the preprocessing of pictures; increase it when that changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +58,10 @@ class Reference:
 
     def save(self, moments: Moments) -> None:
         """Writes the file, which appears once it is whole; that it cannot be written is only worth a warning."""
-        unfinished = self.path.with_name(f"{self.path.name}.{os.getpid()}.unfinished")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(unfinished, "wb") as file:
+            with replace_whole(self.path) as unfinished, open(unfinished, "wb") as file:
                 np.savez(file, mean=moments[0], covariance=moments[1])
-            os.replace(unfinished, self.path)
         except OSError as error:
             logging.warning("cannot write %s: %s; next time it is collected again", self.path, error.strerror or error)
 

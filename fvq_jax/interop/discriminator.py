@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fvq_jax.errors import InputError
 from fvq_jax.interop.torch_file import require
+from fvq_jax.runtime.errors import InputError
 
 
 def patchgan_from_torch(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fvq_jax.errors import InputError
-from fvq_jax.models.bridge import BridgeSpec, bridge_name, rows_of_groups
 from fvq_jax.models.layers import GROUPS
+from fvq_jax.models.quantizers.bridge import BridgeSpec, bridge_name, rows_of_groups
+from fvq_jax.models.quantizers.vector import VectorQuantizer
 from fvq_jax.models.tokenizer import TokenizerNet
+from fvq_jax.runtime.errors import InputError
 
 _BRIDGE = "quantize.qbridge."
 
@@ -47,14 +48,11 @@ def infer_network(
     except ValueError as error:
         raise InputError(f"{source} has a bridge that does not exist here: {error}") from None
     return TokenizerNet(
+        VectorQuantizer(codebook_size=codebook_size, code_dim=code_dim, bridge=bridge, l2_normalize=l2_normalize),
         ch=ch,
         ch_mult=tuple(width // ch for width in widths),
         num_res_blocks=evidence.count(r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
         z_channels=evidence.size("encoder.conv_out.weight 0", "encoder.conv_out.bias 0", "post_quant_conv.bias 0"),
-        codebook_size=codebook_size,
-        code_dim=code_dim,
-        bridge=bridge,
-        l2_normalize=l2_normalize,
     )
 
 

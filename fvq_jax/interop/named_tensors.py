@@ -1,6 +1,5 @@
-"""Parameters as flat dictionaries by name, and the check that a set of tensors is exactly the one a network needs."""
+"""Tensors by name: which ones a network needs, the check that a set is exactly that, and files of them."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,47 +9,25 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from fvq_jax.errors import InputError
 from fvq_jax.models.tokenizer import TokenizerNet
-from fvq_jax.sharding import path_name
+from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.files import replace_whole
 
 SHOWN = 10  # names in a message about a bad checkpoint
 
 
-def flatten(params: Any) -> dict[str, Any]:
-    """{"encoder/conv_in/conv/kernel": ...}: every leaf by its path."""
-    return {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
-
-
-def nest(named: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
-    tree: dict[str, Any] = {}
-    for name, value in named.items():
-        *parents, last = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return tree
-
-
 def abstract_params(net: TokenizerNet) -> dict[str, Any]:
     """Shapes and dtypes of the parameters of `net`, without making one."""
-    side = 2 ** (len(net.ch_mult) - 1)
-    image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, net.downsampling, net.downsampling, 3), jnp.float32)
     return jax.eval_shape(net.init, jax.random.key(0), image)["params"]
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
     """Writes a .safetensors file, all float32; it replaces what is at `path` once it is whole. OSError as any file."""
     arrays = {name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()}
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    try:
+    with replace_whole(path) as unfinished:
         # Not save_file, which makes files that no other user can read.
         unfinished.write_bytes(safetensors.numpy.save(arrays, metadata))
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def check_tensors(tensors: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[int, ...]], source: str) -> None:

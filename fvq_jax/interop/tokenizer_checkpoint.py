@@ -15,12 +15,13 @@ import numpy as np
 import safetensors
 from absl import logging
 
-from fvq_jax.errors import InputError
 from fvq_jax.interop.infer import infer_network
 from fvq_jax.interop.named_tensors import write_safetensors
 from fvq_jax.interop.torch_file import load_torch_file, named_tensors, read_tensors
 from fvq_jax.interop.torch_layout import USAGE_BUFFER, USAGE_BUFFER_SIZE, tokenizer_params, torch_tensors
 from fvq_jax.models.tokenizer import TokenizerNet
+from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.files import replace_whole
 
 ENDINGS = (".safetensors", ".pt", ".pth")
 L2_NORM = ("codebook_l2_norm", "l2_norm")  # what the published training programs call it in their arguments
@@ -52,7 +53,7 @@ def read_checkpoint(
     tensors = _unwrap(tensors)
     said = _said_l2_norm(arguments)
     net = infer_network(tensors, str(path), l2_normalize=bool(said if l2_norm is None else l2_norm))
-    if said is None and l2_norm is None and net.bridge == "none":
+    if said is None and l2_norm is None and net.quantizer.bridge == "none":
         logging.warning(
             "%s does not say whether its codes have unit length, and it is taken that they have not: "
             "pass l2_norm=True for those that do, LlamaGen's for instance",
@@ -79,9 +80,9 @@ def write_checkpoint(path: str | os.PathLike[str], net: TokenizerNet, params: di
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors":
-            write_safetensors(path, tensors, {"format": "pt", L2_NORM[0]: str(net.l2_normalize).lower()})
+            write_safetensors(path, tensors, {"format": "pt", L2_NORM[0]: str(net.quantizer.l2_normalize).lower()})
         else:
-            _write_torch(path, tensors, net.l2_normalize)
+            _write_torch(path, tensors, net.quantizer.l2_normalize)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -125,11 +126,8 @@ def _write_torch(path: Path, tensors: dict[str, np.ndarray], l2_norm: bool) -> N
         ) from error
     # A plain dictionary: PyTorch's own safe loading (weights_only) refuses an argparse.Namespace.
     weights = {key: torch.from_numpy(np.array(value, np.float32)) for key, value in tensors.items()}
-    unfinished = path.with_name(f"{path.name}.unfinished")
     try:
-        torch.save({"model": weights, "args": {L2_NORM[0]: l2_norm}}, unfinished)
-        os.replace(unfinished, path)
+        with replace_whole(path) as unfinished:
+            torch.save({"model": weights, "args": {L2_NORM[0]: l2_norm}}, unfinished)
     except RuntimeError as error:  # what PyTorch makes of a path that cannot be written
         raise OSError(" ".join(str(error).split())) from error
-    finally:
-        unfinished.unlink(missing_ok=True)

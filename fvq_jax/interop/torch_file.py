@@ -2,7 +2,7 @@
 
 PyTorch files are pickles, and a pickle can run any program. Here the pickle may only name tensors, plain
 containers, numbers, strings and `argparse.Namespace`; the first other name ends the reading before anything is
-called. What the tensors mean is left to the callers: `fvq_jax.interop.*` and `fvq_jax.models.lpips`.
+called. What the tensors mean is left to the callers: `fvq_jax.interop.*` and `fvq_jax.models.frozen.lpips`.
 """
 
 import collections
@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from fvq_jax.errors import InputError
+from fvq_jax.runtime.errors import InputError
 
 # PyTorch stores the bytes of its machine; big-endian files are refused, so "<" is what the bytes are.
 _STORAGES = {

@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from fvq_jax.errors import InputError
 from fvq_jax.interop.infer import infer_network
-from fvq_jax.interop.named_tensors import abstract_params, check_tensors, flatten, nest
-from fvq_jax.models.bridge import parse_bridge
+from fvq_jax.interop.named_tensors import abstract_params, check_tensors
+from fvq_jax.models.quantizers.bridge import parse_bridge
+from fvq_jax.models.quantizers.vector import VectorQuantizer
 from fvq_jax.models.tokenizer import TokenizerNet
+from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.names import flatten, nest
 
 USAGE_BUFFER = "quantize.codebook_used"  # counts of recent codes, kept by the published code among the weights
 USAGE_BUFFER_SIZE = 65536
@@ -66,14 +68,21 @@ def torch_name(path: str, levels: int) -> str:
 
 def check_layout(net: TokenizerNet) -> None:
     """Raises InputError if the published layout cannot hold `net` with its bridge."""
-    spec = parse_bridge(net.bridge)
+    quantizer = _vector_quantizer(net)
+    spec = parse_bridge(quantizer.bridge)
     if spec.kind == "mlp5":
         raise InputError('the layout "fvq" has no names for the bridge mlp5: use layout="llamagen", which folds it')
-    if spec.patch and net.bridge_groups != "2d":
+    if spec.patch and quantizer.bridge_groups != "2d":
         raise InputError(
             f'the layout "fvq" holds bridges over 2d patches only, and this tokenizer has bridge_groups '
-            f'"{net.bridge_groups}": use layout="llamagen", which folds the bridge'
+            f'"{quantizer.bridge_groups}": use layout="llamagen", which folds the bridge'
         )
+
+
+def _vector_quantizer(net: TokenizerNet) -> VectorQuantizer:
+    if not isinstance(net.quantizer, VectorQuantizer):
+        raise InputError("the published layouts hold vector quantizers only")
+    return net.quantizer
 
 
 def torch_tensors(net: TokenizerNet, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -82,7 +91,7 @@ def torch_tensors(net: TokenizerNet, params: Mapping[str, Any]) -> dict[str, np.
     levels = len(net.ch_mult)
     tensors = {}
     for name, value in flatten(params).items():
-        tensors[torch_name(name, levels)] = _to_torch(name, np.asarray(value), net.code_dim)
+        tensors[torch_name(name, levels)] = _to_torch(name, np.asarray(value), net.quantizer.latent_dim)
     return tensors
 
 
@@ -128,4 +137,4 @@ def _from_torch(name: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndar
 
 
 def _torch_shape(name: str, shape: tuple[int, ...], net: TokenizerNet) -> tuple[int, ...]:
-    return _to_torch(name, np.broadcast_to(np.float32(0), shape), net.code_dim).shape
+    return _to_torch(name, np.broadcast_to(np.float32(0), shape), net.quantizer.latent_dim).shape

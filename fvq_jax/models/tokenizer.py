@@ -1,18 +1,17 @@
-"""The tokenizer network: encoder, quantizer, decoder. Images are [b, H, W, 3] in [-1, 1], codes int32 [b, h, w]."""
+"""The tokenizer network: encoder, quantizer, decoder. Images are [b, H, W, 3] in [-1, 1]."""
 
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from fvq_jax.models.decoder import Decoder
 from fvq_jax.models.encoder import Encoder
 from fvq_jax.models.layers import Conv
-from fvq_jax.models.quantizer import Quantizer
+from fvq_jax.models.quantizers.base import Quantizer
 
 
 @struct.dataclass
@@ -24,84 +23,72 @@ class TokenizerOutput:
 
 
 class TokenizerNet(nn.Module):
-    """Encoder, quantizer and decoder as one pure network (init / apply, parameters only).
+    """Encoder, quantizer and decoder as one pure network.
 
     Attributes:
+      quantizer: any variant of `models.quantizers`.
       ch, ch_mult, num_res_blocks, z_channels: the convolutional networks; down-sampling is 2^(len(ch_mult) - 1).
-      codebook_size, code_dim, bridge, bridge_groups, l2_normalize, search_precision, search_implementation,
-        entropy_temperature: see `Quantizer`.
-      dtype: compute dtype of encoder, decoder and bridge blocks; latents, codes and losses are float32.
+      dtype: compute dtype of encoder and decoder; latents, codes and losses are float32.
       remat: recompute blocks in the backward pass to save memory.
-      mesh: the mesh of a sharded codebook, or None.
     """
 
+    quantizer: Quantizer
     ch: int
     ch_mult: tuple[int, ...]
     num_res_blocks: int
     z_channels: int
-    codebook_size: int
-    code_dim: int
-    bridge: str = "none"
-    bridge_groups: str = "2d"
-    l2_normalize: bool = False
-    search_precision: str = "highest"
-    search_implementation: str = "auto"
-    entropy_temperature: float | None = None
     dtype: DTypeLike = jnp.float32
     remat: bool = False
-    mesh: Mesh | None = None
 
     def setup(self) -> None:
         """Makes the parts."""
         self.encoder = Encoder(self.ch, self.ch_mult, self.num_res_blocks, self.z_channels, self.dtype, self.remat)
         # The layers next to the quantizer are float32: bfloat16 latents would fall onto a coarse grid.
-        self.quant_conv = Conv(self.code_dim, kernel_size=1)
-        self.quantizer = Quantizer(
-            codebook_size=self.codebook_size,
-            code_dim=self.code_dim,
-            bridge=self.bridge,
-            bridge_groups=self.bridge_groups,
-            l2_normalize=self.l2_normalize,
-            search_precision=self.search_precision,
-            search_implementation=self.search_implementation,
-            entropy_temperature=self.entropy_temperature,
-            dtype=self.dtype,
-            mesh=self.mesh,
-        )
+        self.quant_conv = Conv(self.quantizer.latent_dim, kernel_size=1)
         self.post_quant_conv = Conv(self.z_channels, kernel_size=1)
         self.decoder = Decoder(self.ch, self.ch_mult, self.num_res_blocks, self.dtype, self.remat)
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent along one side."""
+        return 2 ** (len(self.ch_mult) - 1)
 
     def encode_latent(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w d"]:
         """Images to latents, before quantization, float32."""
         return self.quant_conv(self.encoder(images))
 
-    def encode(self, images: Float[Array, "b H W 3"]) -> Int[Array, "b h w"]:
+    def encode(self, images: Float[Array, "b H W 3"]) -> Int[Array, "b ..."]:
         """Images to codes."""
-        return self.quantizer.nearest(self.encode_latent(images))
+        return self.quantizer.encode(self.encode_latent(images))
 
-    def decode(self, codes: Int[Array, "b h w"]) -> Float[Array, "b H W 3"]:
+    def decode(self, codes: Int[Array, "b ..."]) -> Float[Array, "b H W 3"]:
         """Codes to images, not clipped."""
-        return self.decode_vectors(self.quantizer.look_up(codes))
+        return self.decode_vectors(self.quantizer.decode(codes))
 
     def decode_vectors(self, vectors: Float[Array, "b h w d"]) -> Float[Array, "b H W 3"]:
         """Quantized vectors to images, not clipped."""
         return self.decoder(self.post_quant_conv(vectors))
 
-    def bridged_codebook(self) -> Float[Array, "k d"]:
-        """The table that is searched."""
-        return self.quantizer.bridged_codebook()
+    def table(self) -> Float[Array, "k d"] | None:
+        """The vectors that the quantizer searches, if it has such a table."""
+        return self.quantizer.table()
 
-    def __call__(self, images: Float[Array, "b H W 3"]) -> TokenizerOutput:
-        """Encodes, quantizes and decodes."""
-        quantized = self.quantizer(self.encode_latent(images))
+    def __call__(
+        self, images: Float[Array, "b H W 3"], *, train: bool = False, key: Shaped[Array, ""] | None = None
+    ) -> TokenizerOutput:
+        """Encodes, quantizes and decodes; `train` and `key` are the quantizer's."""
+        quantized = self.quantizer(self.encode_latent(images), train=train, key=key)
         return TokenizerOutput(self.decode_vectors(quantized.vectors), quantized)
 
 
-def fold_bridge(net: TokenizerNet, params: dict) -> tuple[TokenizerNet, dict]:
-    """The same tokenizer without its bridge: a plain VQ network whose codebook is the bridged one.
+def fold(net: TokenizerNet, variables: dict[str, Any]) -> tuple[TokenizerNet, dict[str, Any]]:
+    """The same tokenizer as it is used after training: with the table that its quantizer searches in place of a bridge.
 
-    Codes and reconstructions are unchanged; this is what inference, evaluation and export use.
+    Codes and reconstructions are unchanged; this is what inference, evaluation and export use. `variables` are the
+    parameters and whatever state there is. A quantizer that cannot be simplified keeps parameters and state.
     """
-    table = net.apply({"params": params}, method="bridged_codebook")
-    plain = net.clone(bridge="none", entropy_temperature=None)
-    return plain, {**params, "quantizer": {"codebook": table}}
+    plain = net.clone(quantizer=net.quantizer.folded())
+    if not net.quantizer.foldable:
+        return plain, variables
+    table = net.apply(variables, method="table")
+    return plain, {"params": {**variables["params"], "quantizer": {"codebook": table}}}

@@ -1,7 +1,7 @@
 """The figures of a report, as inline SVG whose colours the page chooses, so that they follow light and dark.
 
 Drawn with matplotlib's object-oriented interface (no pyplot, so no global figures and no display). Titles and captions
-belong to the page. Rows are those of `fvq_jax.metrics.read_metrics`; what they lack is left out.
+belong to the page. Rows are those of `fvq_jax.training.metric_files.read_metrics`; what they lack is left out.
 """
 
 import functools
@@ -20,6 +20,8 @@ from matplotlib.colors import LogNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+
+from fvq_jax.ops.code_usage import usage_if_uniform
 
 Rows = Sequence[Mapping[str, Any]]
 Counts = Int[np.ndarray, "k"]
@@ -123,7 +125,7 @@ def usage_over_images_figure(first_use: Int64[np.ndarray, "k"], images: int, tok
     usage = np.searchsorted(np.sort(first_use), seen) / size
     figure, axes = new_axes()
     axes.plot(seen, usage, color=_FIRST, linewidth=1.8, label="measured", **_markers(len(seen)))
-    even = [uniform_usage(int(n) * tokens_per_image, size) for n in seen]
+    even = [usage_if_uniform(int(n) * tokens_per_image, size) for n in seen]
     axes.plot(seen, even, color=_SECOND, linestyle="--", linewidth=1.3, label="expected of even use")
     axes.set_xscale("log")
     axes.set_ylim(-0.02, 1.04)
@@ -211,7 +213,7 @@ def usage_figure(
         if steps.size == 0:
             continue
         if tokens:
-            label += f": {tokens:,} tokens (even use {uniform_usage(tokens, codebook_size):.1%})"
+            label += f": {tokens:,} tokens (even use {usage_if_uniform(tokens, codebook_size):.1%})"
         axes.plot(steps, values, label=label, **_markers(steps.size) | style)
     if not axes.lines:
         return None
@@ -253,13 +255,6 @@ def loss_figure(rows: Rows) -> Figure | None:
     for axes in panels[len(series) :]:
         axes.remove()
     return figure
-
-
-def uniform_usage(tokens: int, codebook_size: int) -> float:
-    """The usage expected of `tokens` independent, uniformly drawn codes: 1 - (1 - 1/k)^n."""
-    if codebook_size == 1:
-        return 1.0
-    return -math.expm1(tokens * math.log1p(-1.0 / codebook_size))
 
 
 def new_axes(height: float = _HEIGHT) -> tuple[Figure, Axes]:

@@ -20,9 +20,11 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from fvq_jax.command import BAD_INPUT, FAILED, INTERRUPTED, Parser, fail
-from fvq_jax.errors import InputError
-from fvq_jax.main import CONFIG, ONE_RUN, WORKDIR, parse_flags
+from fvq_jax.runtime import exits
+from fvq_jax.runtime.arguments import Parser
+from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.exits import BAD_INPUT, FAILED, INTERRUPTED
+from fvq_jax.runtime.flags import CONFIG, WORKDIR, parse_flags
 from fvq_jax.sweep.page import write_report
 from fvq_jax.sweep.points import Point, command, make_points, read_sweep
 from fvq_jax.sweep.runner import Outcome, run_points
@@ -36,14 +38,9 @@ DRY_RUN = flags.DEFINE_bool("dry-run", False, "Print the points and their comman
 def main(argv: list[str]) -> int:
     """Runs the chosen points; returns the exit code."""
     if len(argv) > 1:
-        return fail(f"unexpected argument {argv[1]!r}: options start with --", BAD_INPUT)
+        raise InputError(f"unexpected argument {argv[1]!r}: options start with --")
     if CONFIG.value is None or WORKDIR.value is None:
-        return fail("--config=FILE and --workdir=DIR are both needed, see --help", BAD_INPUT)
-    for flag in ONE_RUN:
-        if flag.present:
-            return fail(
-                f"--{flag.name} is for a single run (fvq_jax.main); hosts share a sweep by --shard=I/N", BAD_INPUT
-            )
+        raise InputError("--config=FILE and --workdir=DIR are both needed, see --help")
     logging.set_verbosity(logging.INFO)
     config_flag = flags.FLAGS["config"]
     config_file, given = config_flag.config_filename, config_flag.override_values
@@ -51,17 +48,14 @@ def main(argv: list[str]) -> int:
     def command_of(point: Point) -> list[str]:
         return command(point, config_file, given)
 
-    try:
-        points = make_points(CONFIG.value, read_sweep(config_file), Path(WORKDIR.value), given)
-        chosen = choose(points, INDEX.value, SHARD.value)
-        if DRY_RUN.value:
-            sys.stdout.write("".join(f"{_described(point)}\n  {shlex.join(command_of(point))}\n" for point in chosen))
-            result, code = {"points": len(chosen)}, 0
-        else:
-            outcomes = run_points(chosen, command_of, PARALLEL.value)
-            result, code = summary(outcomes) | {"workdir": WORKDIR.value}, exit_code(outcomes)
-    except InputError as error:
-        return fail(str(error), BAD_INPUT)
+    points = make_points(CONFIG.value, read_sweep(config_file), Path(WORKDIR.value), given)
+    chosen = choose(points, INDEX.value, SHARD.value)
+    if DRY_RUN.value:
+        sys.stdout.write("".join(f"{_described(point)}\n  {shlex.join(command_of(point))}\n" for point in chosen))
+        result, code = {"points": len(chosen)}, 0
+    else:
+        outcomes = run_points(chosen, command_of, PARALLEL.value)
+        result, code = summary(outcomes) | {"workdir": WORKDIR.value}, exit_code(outcomes)
     sys.stdout.write(json.dumps(result) + "\n")
     sys.stdout.flush()
     return code
@@ -126,15 +120,12 @@ def _described(point: Point) -> str:
 def _report(argv: list[str]) -> int:
     parser = Parser(prog="fvq_jax.sweep report", description="Gathers the points of a sweep, finished or not.")
     parser.add_argument("workdir", metavar="DIR", type=Path, help="--workdir of the sweep")
-    try:
-        result = write_report(parser.parse_args(argv).workdir)
-    except InputError as error:
-        return fail(str(error))
+    result = write_report(parser.parse_args(argv).workdir)
     sys.stdout.write(json.dumps(result) + "\n")
     return 0
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["report"]:
-        sys.exit(_report(sys.argv[2:]))
-    app.run(main, flags_parser=parse_flags)
+        sys.exit(exits.run(lambda: _report(sys.argv[2:])))
+    app.run(lambda argv: exits.run(lambda: main(argv)), flags_parser=parse_flags)

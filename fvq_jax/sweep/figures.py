@@ -10,8 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator, PercentFormatter
 
+from fvq_jax.evals.metric_table import METRICS
 from fvq_jax.report.figures import new_axes, scalar_series, step_axis, styled
-from fvq_jax.sweep.table import COLUMNS, UNITS, Row, series, short_names, swept_fields, swept_values
+from fvq_jax.sweep.table import Row, series, short_names, swept_fields, swept_values
 
 # Told apart on a light and on a dark page.
 _COLOURS = ("#2f7ed8", "#e0701a", "#2a9d55", "#d0433a", "#8a5cd6", "#b58a1b", "#12a0ad", "#d6499f")
@@ -57,7 +58,7 @@ def swept_figure(rows: Sequence[Row], column: str) -> Figure | None:
         colour = _COLOURS[place % len(_COLOURS)]
         scored = [row for row in members if column in row.values]
         scored.sort(key=lambda row: order.index(value_of[id(row)]))
-        y = [row.values[column] / UNITS.get(column, 1) for row in scored]
+        y = [row.values[column] / METRICS[column].divisor for row in scored]
         if numeric:
             x = [value_of[id(row)] for row in scored]
             axes.plot(x, y, color=colour, linewidth=1.5)
@@ -90,7 +91,7 @@ def cost_figure(rows: Sequence[Row], cost: str, column: str) -> Figure | None:
     if not found:
         return None
     for place, row in found:
-        x, y = row.values[cost] / UNITS.get(cost, 1), row.values[column]
+        x, y = row.values[cost] / METRICS[cost].divisor, row.values[column]
         _marker(axes, x, y, _colour(place, rows), row)
         axes.annotate(str(row.record.index), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
     costs = [row.values[cost] for _, row in found]
@@ -100,7 +101,7 @@ def cost_figure(rows: Sequence[Row], cost: str, column: str) -> Figure | None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(0.12)
-    axes.set_xlabel(COLUMNS[cost][0])
+    axes.set_xlabel(METRICS[cost].heading_with_unit)
     _score_axis(axes, column)
     return figure
 
@@ -126,7 +127,7 @@ def _marker(axes: Axes, x: float | int, y: float | int, colour: object, row: Row
 
 
 def _score_axis(axes: Axes, column: str) -> None:
-    axes.set_ylabel(COLUMNS[column][0])
+    axes.set_ylabel(METRICS[column].heading_with_unit)
     if column == "usage":
         axes.set_ylim(-0.02, 1.04)
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))

@@ -4,22 +4,22 @@ It can be written at any time: what is not finished is shown as such. Looks are 
 """
 
 import collections
-import string
 from collections.abc import Iterable, Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from fvq_jax.errors import InputError
+from fvq_jax.evals.metric_table import METRICS
 from fvq_jax.report.figures import to_svg
 from fvq_jax.report.page import FOLDER as RUN_FOLDER
-from fvq_jax.report.page import NONE
+from fvq_jax.report.page import NONE, shell
 from fvq_jax.report.page import PAGE as RUN_PAGE
+from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.files import replace_whole
 from fvq_jax.sweep import figures, table
-from fvq_jax.sweep.table import COLUMNS, Row
+from fvq_jax.sweep.table import Row
 
 CSV, MARKDOWN, PAGE = "sweep.csv", "sweep.md", "index.html"
 COSTS = ("seconds", "images_per_second", "parameters", "peak_memory_bytes")
@@ -40,10 +40,9 @@ def write_report(folder: Path) -> dict[str, Any]:
         PAGE: page(folder.resolve().name, rows, linked),
     }
     for name, text in texts.items():
-        unfinished = folder / f".{name}.tmp"
         try:
-            unfinished.write_text(text, encoding="utf-8")
-            unfinished.replace(folder / name)
+            with replace_whole(folder / name) as unfinished:
+                unfinished.write_text(text, encoding="utf-8")
         except OSError as error:
             raise InputError(f"cannot write {folder / name}: {error.strerror or error}") from error
     counts = collections.Counter(row.record.status for row in rows)
@@ -53,8 +52,7 @@ def write_report(folder: Path) -> dict[str, Any]:
 def page(title: str, rows: Sequence[Row], linked: Iterable[str] = ()) -> str:
     """The page as text; `linked` are the points whose run has a report of its own, which their names then lead to."""
     body = "\n".join((_header(title, rows), _points(rows, set(linked)), _figures(rows), _details(rows)))
-    template = string.Template(resources.files("fvq_jax.report").joinpath("page.html").read_text(encoding="utf-8"))
-    return template.substitute(title=escape(f"Sweep: {title}"), body=body)
+    return shell(f"Sweep: {title}", body)
 
 
 def _header(title: str, rows: Sequence[Row]) -> str:
@@ -78,7 +76,7 @@ def _points(rows: Sequence[Row], linked: set[str]) -> str:
             ("", "#"),
             *((" class=text", short[field]) for field in fields),
             (" class=text", "Status"),
-            *(("", COLUMNS[name][0]) for name in names),
+            *(("", METRICS[name].heading_with_unit) for name in names),
         )
     )
     lines = []
@@ -105,12 +103,12 @@ def _figures(rows: Sequence[Row]) -> str:
         (
             "Over the swept value",
             "Scores of the last evaluation. Hollow markers: points that are not finished.",
-            [(f"{COLUMNS[score][0]} over {field}", figures.swept_figure(rows, score)) for score in SCORES],
+            [(f"{_heading(score)} over {field}", figures.swept_figure(rows, score)) for score in SCORES],
         ),
         (
             "Over training",
             "Every evaluation so far. Runs of different length are annealed over their own.",
-            [(f"{COLUMNS[score][0]} over steps", figures.steps_figure(rows, score)) for score in SCORES],
+            [(f"{_heading(score)} over steps", figures.steps_figure(rows, score)) for score in SCORES],
         ),
         (
             "Cost against quality",
@@ -118,7 +116,10 @@ def _figures(rows: Sequence[Row]) -> str:
             "Parameters: encoder, decoder, codebook and bridge, as trained. Memory: the fullest device, on a CPU the "
             "process.",
             [
-                (f"{COLUMNS[score][0]} against {_inside(COLUMNS[cost][0])}", figures.cost_figure(rows, cost, score))
+                (
+                    f"{_heading(score)} against {_inside(_heading(cost))}",
+                    figures.cost_figure(rows, cost, score),
+                )
                 for cost in COSTS
                 for score in SCORES
             ],
@@ -130,6 +131,10 @@ def _figures(rows: Sequence[Row]) -> str:
         if drawn:
             parts.append(f'<h2>{title}</h2>\n<p class="note">{note}</p>\n{_plots(drawn)}')
     return "\n".join(parts)
+
+
+def _heading(column: str) -> str:
+    return METRICS[column].heading_with_unit
 
 
 def _inside(name: str) -> str:

@@ -19,8 +19,11 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from fvq_jax.config import flatten, validate
-from fvq_jax.errors import InputError
+from fvq_jax.config.checks import validate
+from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.files import replace_whole
+from fvq_jax.runtime.names import dotted
+from fvq_jax.tasks import task_of
 
 RECORD, LOG, OUTPUT, LOCK = "point.json", "log.txt", "output.txt", ".lock"  # in the workdir of a point
 PROGRAM = (sys.executable, "-m", "fvq_jax.main")
@@ -109,16 +112,16 @@ def make_points(
             raise InputError(f"point {index} of the sweep, {name}: {error}") from None
         devices, refused = devices_needed(changed), ""
         try:
-            validate(changed, devices)
+            validate(changed, task_of(changed), devices)
         except InputError as error:
             refused = str(error)
-        kept = json.loads(json.dumps({"overrides": dict(overrides), "config": flatten(changed)}))
+        kept = json.loads(json.dumps({"overrides": dict(overrides), "config": dotted(changed)}))
         points[name] = Point(index, kept["overrides"], kept["config"], workdir / name, devices, refused)
     return list(points.values())
 
 
 def point_name(overrides: Mapping[str, Any]) -> str:
-    """The overrides as the name of a folder: tokenizer.bridge=L-4,optim.decay=cosine.
+    """The overrides as the name of a folder: tokenizer.quantizer.bridge=L-4,optim.decay=cosine.
 
     What a file system or a shell might not take becomes a hyphen; the end of a long name a hash of all of it.
     """
@@ -149,10 +152,8 @@ def command(point: Point, config_file: str, given: Mapping[str, Any]) -> list[st
 def write_record(point: Point, status: Status, **outcome: Any) -> None:
     """Replaces the point's record, atomically."""
     record = Record(point.index, point.name, point.overrides, point.config, point.devices, status, **outcome)
-    path = point.workdir / RECORD
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(dataclasses.asdict(record), indent=2) + "\n")
-    unfinished.replace(path)
+    with replace_whole(point.workdir / RECORD) as unfinished:
+        unfinished.write_text(json.dumps(dataclasses.asdict(record), indent=2) + "\n")
 
 
 def read_record(workdir: Path) -> Record | None:

@@ -18,9 +18,9 @@ from typing import Any
 from absl import logging
 from tqdm import tqdm
 
-from fvq_jax.command import BAD_INPUT, INTERRUPTED
-from fvq_jax.errors import InputError
-from fvq_jax.interrupt import Interrupt
+from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.exits import BAD_INPUT, INTERRUPTED
+from fvq_jax.runtime.interrupt import Interrupt
 from fvq_jax.sweep.points import LOG, OUTPUT, Point, Status, is_finished, read_record, try_lock, write_record
 
 POLL_SECONDS = 0.1

@@ -12,27 +12,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fvq_jax.errors import InputError
-from fvq_jax.metrics import METRICS_FILE, read_metrics
+from fvq_jax.evals.metric_table import METRICS
+from fvq_jax.runtime.errors import InputError
 from fvq_jax.sweep.points import LOG, RECORD, Record, read_record
+from fvq_jax.training.metric_files import METRICS_FILE, read_metrics
 
 SILENT_SECONDS = 600.0  # without a line of log or metrics, after which a run is said to be silent
-# Columns after the swept fields: name in the files, and the table's heading and format.
-COLUMNS = {
-    "step": ("Step", ",.0f"),
-    "usage": ("Codes used", ".1%"),
-    "perplexity": ("Perplexity", ",.0f"),
-    "psnr": ("PSNR (dB)", ".2f"),
-    "ssim": ("SSIM", ".3f"),
-    "lpips_vgg": ("LPIPS", ".3f"),
-    "rfid": ("rFID", ".2f"),
-    "parameters": ("Parameters", ",.0f"),
-    "seconds": ("Time (s)", ",.0f"),
-    "images_per_second": ("Images/s", ",.1f"),
-    "peak_memory_bytes": ("Peak memory (GiB)", ".2f"),
-}
+# The columns after the swept fields.
+COLUMNS = (
+    "step",
+    "usage",
+    "perplexity",
+    "psnr",
+    "ssim",
+    "lpips_vgg",
+    "rfid",
+    "parameters",
+    "seconds",
+    "images_per_second",
+    "peak_memory_bytes",
+)
 ALWAYS = ("step", "usage", "psnr")  # the others appear where any point has a value
-UNITS = {"peak_memory_bytes": 1024**3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +110,7 @@ def columns(rows: Sequence[Row]) -> list[str]:
 
 def shown(row: Row, column: str) -> str:
     """A value for people; empty without one."""
-    value = row.values.get(column)
-    return "" if value is None else f"{value / UNITS.get(column, 1):{COLUMNS[column][1]}}"
+    return METRICS[column].text(row.values.get(column))
 
 
 def problem(row: Row) -> str:
@@ -137,7 +136,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
     """A table for people, with what went wrong below it."""
     fields, names = swept_fields(rows), columns(rows)
     short = short_names(fields)
-    lines = [[*(short[field] for field in fields), "Status", *(COLUMNS[name][0] for name in names)]]
+    lines = [[*(short[field] for field in fields), "Status", *(METRICS[name].heading_with_unit for name in names)]]
     lines.append(["---"] * len(lines[0]))
     for row in rows:
         swept = [str(value).replace("|", "\\|") for value in swept_values(row, fields)]

@@ -10,9 +10,9 @@ from fvq_jax.data import array_record
 from fvq_jax.data.array_record import ArrayRecordSource, Manifest, allow_open_files, pack, unpack
 from fvq_jax.data.folder import FolderSource
 from fvq_jax.data.pipeline import eval_batches, train_batches
-from fvq_jax.errors import InputError
+from fvq_jax.runtime.errors import InputError
 from tests.data.test_prepare import run
-from tests.pictures import damage, write_pictures
+from tests.helpers.pictures import damage, write_pictures
 
 COUNT = 230
 

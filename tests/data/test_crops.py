@@ -7,7 +7,7 @@ from PIL import Image
 from fvq_jax.data.crops import RandomCrops
 from fvq_jax.data.folder import FolderSource
 from fvq_jax.data.pipeline import eval_batches
-from tests.pictures import damage
+from tests.helpers.pictures import damage
 
 
 @pytest.fixture

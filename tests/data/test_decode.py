@@ -10,8 +10,8 @@ from skimage import data
 
 from fvq_jax.data import transforms
 from fvq_jax.data.decode import MAX_PIXELS, UnreadableImageError, decode_image, open_image, read_image
-from tests import odd_pictures
-from tests.odd_pictures import encode
+from tests.helpers import odd_pictures
+from tests.helpers.odd_pictures import encode
 
 READABLE, UNREADABLE = odd_pictures.readable(), odd_pictures.unreadable()
 

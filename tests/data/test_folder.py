@@ -7,8 +7,8 @@ import pytest
 
 from fvq_jax.data import folder
 from fvq_jax.data.folder import FolderSource
-from fvq_jax.errors import InputError
-from tests.pictures import write_pictures
+from fvq_jax.runtime.errors import InputError
+from tests.helpers.pictures import write_pictures
 
 
 def test_folder_order_and_classes(tmp_path):

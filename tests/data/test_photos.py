@@ -4,7 +4,7 @@ from PIL import Image
 
 from fvq_jax.data import photos
 from fvq_jax.data.photos import PhotoSource
-from fvq_jax.errors import InputError
+from fvq_jax.runtime.errors import InputError
 
 
 def numbered_pixels(path):

@@ -18,8 +18,8 @@ from fvq_jax.data.folder import FolderSource
 from fvq_jax.data.photos import PhotoSource
 from fvq_jax.data.sample import Sample
 from fvq_jax.data.transforms import center_no_resize
-from fvq_jax.errors import InputError
-from tests import odd_pictures
+from fvq_jax.runtime.errors import InputError
+from tests.helpers import odd_pictures
 
 flags.FLAGS.mark_as_parsed()  # worker processes are handed the parsed flags
 

@@ -9,7 +9,7 @@ import pytest
 
 from fvq_jax.data import prefetch
 from fvq_jax.data.prefetch import Prefetch
-from fvq_jax.errors import DataError, InputError
+from fvq_jax.runtime.errors import DataError, InputError
 
 
 class Numbers:

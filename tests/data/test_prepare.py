@@ -19,8 +19,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from fvq_jax.data import prepare
 from fvq_jax.data.array_record import ArrayRecordSource
 from fvq_jax.data.folder import FolderSource
-from fvq_jax.errors import InputError
-from tests.pictures import damage, write_pictures
+from fvq_jax.runtime.errors import InputError
+from tests.helpers.pictures import damage, write_pictures
 
 NAMES = [f"class{number % 3}/{number:03}.png" for number in range(300)]
 SHARDS = [f"pictures-{number:05}-of-00006.array_record" for number in range(6)]

@@ -1,15 +1,15 @@
 import pytest
 
-from fvq_jax.config import validate
+from fvq_jax.config.checks import validate
 from fvq_jax.data.array_record import ArrayRecordSource
 from fvq_jax.data.record import Source
 from fvq_jax.data.sources import SOURCES, make_source
-from fvq_jax.errors import InputError
-from fvq_jax.run import source_of
+from fvq_jax.runtime.errors import InputError
+from fvq_jax.tasks.tokenizer.pictures import source_of
 from tests.data.test_prepare import run
 from tests.data.test_tfds import write_data_set
-from tests.pictures import write_pictures
-from tests.tiny import tiny_config
+from tests.helpers.pictures import write_pictures
+from tests.helpers.tiny import tiny_config
 
 SIZES = {"folder": (1, 2), "array_record": (1, 2), "photos": (7200, 7), "tfds": (3, 2)}
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from fvq_jax.data.pipeline import eval_batches
 from fvq_jax.data.tfds import TfdsSource
-from fvq_jax.errors import InputError
+from fvq_jax.runtime.errors import InputError
 
 
 def picture(value):

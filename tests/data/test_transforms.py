@@ -9,8 +9,8 @@ from PIL import Image
 from scipy import stats
 from skimage import data
 
-from fvq_jax.config import default_config
 from fvq_jax.data import transforms
+from fvq_jax.tasks import default_config
 
 
 def rng():

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from fvq_jax.evals.examples import EXTREMES, ExampleCollector
-from tests.two_hosts import on_two_hosts
+from tests.helpers.two_hosts import on_two_hosts
 
 TOTAL = 50
 

@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 from scipy import linalg
 
-from fvq_jax.errors import InputError
 from fvq_jax.evals.frechet import FeatureStatistics, frechet_distance
-from tests.golden_case import GOLDEN
+from fvq_jax.runtime.errors import InputError
+from tests.helpers.golden_case import GOLDEN
 
 
 def moments(features):

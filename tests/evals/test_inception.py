@@ -4,10 +4,11 @@ import pytest
 import safetensors.numpy
 import torch
 
-from fvq_jax.errors import InputError
-from fvq_jax.evals.inception import inception_params, load_inception
-from fvq_jax.models.inception import resize_bilinear
-from tests.golden_case import load_case, relative_error
+from fvq_jax.evals.inception import load_inception
+from fvq_jax.interop.inception import inception_params
+from fvq_jax.models.frozen.inception import resize_bilinear
+from fvq_jax.runtime.errors import InputError
+from tests.helpers.golden_case import load_case, relative_error
 
 
 @pytest.fixture(scope="module")

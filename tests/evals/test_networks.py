@@ -3,9 +3,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from fvq_jax.errors import InputError
 from fvq_jax.evals.networks import FILES, load_networks
-from fvq_jax.models.lpips import ALEXNET, VGG16, Backbone, lpips_distance, lpips_params, lpips_shapes
+from fvq_jax.interop.lpips import lpips_params
+from fvq_jax.models.frozen.lpips import ALEXNET, VGG16, Backbone, lpips_distance, lpips_shapes
+from fvq_jax.runtime.errors import InputError
 
 
 def published(backbone: Backbone, prefixes=None):

@@ -19,12 +19,12 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from fvq_jax.checksums import FILE as CHECKSUMS
-from fvq_jax.metrics import read_metrics
-from fvq_jax.workdir_lock import hold
-from tests.faults.program import ROOT, Prepared
-from tests.tiny import random_images
-from tests.two_hosts import free_port
+from fvq_jax.runtime.checksums import FILE as CHECKSUMS
+from fvq_jax.runtime.workdir_lock import hold
+from fvq_jax.training.metric_files import read_metrics
+from tests.helpers.program import ROOT, Prepared
+from tests.helpers.tiny import random_images
+from tests.helpers.two_hosts import free_port
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")  # weights are compared on the host
 ALL = os.environ.get("FAULTS") == "all"

@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from fvq_jax.errors import InputError
 from fvq_jax.interop.infer import infer_network
 from fvq_jax.interop.named_tensors import abstract_params
 from fvq_jax.interop.torch_layout import tokenizer_params, torch_tensors
 from fvq_jax.models.tokenizer import TokenizerNet
-from tests.golden_case import load_case
+from fvq_jax.runtime.errors import InputError
+from tests.helpers.golden_case import load_case
 
 NET = TokenizerNet(
     ch=32,

@@ -7,12 +7,12 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from fvq_jax.errors import InputError
-from fvq_jax.interop.named_tensors import flatten
 from fvq_jax.interop.tokenizer_checkpoint import read_checkpoint, write_checkpoint
 from fvq_jax.interop.torch_layout import torch_tensors
-from tests.golden_case import load_case
-from tests.random_tokenizer import random_tokenizer, tiny_net
+from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.names import flatten
+from tests.helpers.golden_case import load_case
+from tests.helpers.random_tokenizer import random_tokenizer, tiny_net
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fvq_jax.errors import InputError
 from fvq_jax.interop.torch_file import load_torch_file, read_tensors, require
+from fvq_jax.runtime.errors import InputError
 
 ZIP = pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "legacy"])
 DTYPES = [

@@ -3,10 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fvq_jax.errors import InputError
 from fvq_jax.interop.torch_layout import tokenizer_params, torch_name
 from fvq_jax.models.tokenizer import TokenizerNet
-from tests.golden_case import load_case, relative_error
+from fvq_jax.runtime.errors import InputError
+from tests.helpers.golden_case import load_case, relative_error
 
 # More levels, more blocks and other bridges than the golden cases have.
 CONFIGS = {
@@ -52,7 +52,7 @@ def test_a_published_checkpoint_fills_exactly_our_tree(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_outputs_equal_those_of_an_independent_module(name):
     torch = pytest.importorskip("torch")
-    from tests.torch_reference import Tokenizer
+    from tests.helpers.torch_reference import Tokenizer
 
     config = SIZES | CONFIGS[name]
     torch.manual_seed(0)

@@ -4,8 +4,8 @@ import importlib
 import math
 import re
 
-from tests.launch.flags import check_flags
-from tests.launch.stand_ins import LAUNCH, ROOT
+from tests.helpers.launch_flags import check_flags
+from tests.helpers.stand_ins import LAUNCH, ROOT
 
 GUIDE = (ROOT / "docs" / "launch.md").read_text()
 IMAGES = 1281167  # of ImageNet's training set

@@ -5,8 +5,8 @@ import json
 import pytest
 import yaml
 
-from tests.launch.flags import check_flags
-from tests.launch.stand_ins import LAUNCH, ROOT
+from tests.helpers.launch_flags import check_flags
+from tests.helpers.stand_ins import LAUNCH, ROOT
 
 
 @pytest.fixture(scope="module")

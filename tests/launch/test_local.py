@@ -2,7 +2,7 @@ import signal
 
 import pytest
 
-from tests.launch.stand_ins import PROGRAM, SECONDS, put, run, running, wait_for
+from tests.helpers.stand_ins import PROGRAM, SECONDS, put, run, running, wait_for
 
 
 @pytest.fixture

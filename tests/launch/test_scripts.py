@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.launch.stand_ins import LAUNCH, run
+from tests.helpers.stand_ins import LAUNCH, run
 
 SCRIPTS = ["local.sh", "slurm.sbatch", "tpu_pod.sh", "tpu_worker.sh"]
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from tests.launch.stand_ins import LAUNCH, ROOT, SECONDS, SRUN, put, run, running, wait_for
+from tests.helpers.stand_ins import LAUNCH, ROOT, SECONDS, SRUN, put, run, running, wait_for
 
 FLAGS = ["--config=configs/fvq262k.py", "--workdir=/shared/run"]
 

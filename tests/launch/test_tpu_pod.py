@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.launch.stand_ins import GCLOUD, SECONDS, UV, WORKER_PROGRAM, put, run, running, wait_for
+from tests.helpers.stand_ins import GCLOUD, SECONDS, UV, WORKER_PROGRAM, put, run, running, wait_for
 
 SLICE = ["--name=pod", "--zone=z"]
 RUN = ["run", *SLICE, "--type=v5litepod-16", "--", "--config=c", "--workdir=gs://bucket/a run", "--note=it's"]

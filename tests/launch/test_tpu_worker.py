@@ -2,7 +2,7 @@
 
 import os
 
-from tests.launch.stand_ins import put, run
+from tests.helpers.stand_ins import put, run
 
 
 def test_a_dry_run_prints_what_it_would_do(tmp_path):

@@ -8,8 +8,8 @@ import pytest
 
 from fvq_jax.interop.torch_layout import tokenizer_params, torch_name
 from fvq_jax.models.tokenizer import TokenizerNet, fold_bridge
-from fvq_jax.sharding import path_name
-from tests.golden_case import load_case, relative_error
+from fvq_jax.runtime.names import path_name
+from tests.helpers.golden_case import load_case, relative_error
 
 GOLDEN_CASES = ("fvq_vit", "fvq_dit", "fvq_linear", "llamagen_l2")
 K = 100  # codes of the tiny network; no other axis of it has this size

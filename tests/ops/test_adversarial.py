@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fvq_jax.ops.adversarial import ADVERSARIAL_LOSSES, discriminator_loss, generator_loss
-from tests.golden_case import load_case, relative_error
+from tests.helpers.golden_case import load_case, relative_error
 
 
 def test_losses_equal_the_published_ones():

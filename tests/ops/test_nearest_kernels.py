@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from fvq_jax.ops import nearest, nearest_gpu, nearest_tpu, nearest_xla
-from tests.chips import gpu_devices, needs_cuda, needs_libtpu, tpu_devices
+from tests.helpers.chips import gpu_devices, needs_cuda, needs_libtpu, tpu_devices
 
 KERNELS = pytest.mark.parametrize("kernel", [nearest_tpu, nearest_gpu])
 PRECISIONS = ["highest", "bf16_3x", "bf16"]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fvq_jax.report.page import page
-from tests.report_case import made_up_report
+from fvq_jax.report.tokenizer import page
+from tests.helpers.report_case import made_up_report
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium: apt-get install chromium")

@@ -7,8 +7,8 @@ from matplotlib.collections import PathCollection
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 
-from fvq_jax.metrics import MetricWriter, read_metrics
 from fvq_jax.report import figures
+from fvq_jax.training.metric_files import MetricWriter, read_metrics
 
 
 def rows(steps=range(10, 60, 10)):

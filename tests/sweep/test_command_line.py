@@ -9,15 +9,15 @@ import sys
 import jax
 import pytest
 
-from fvq_jax.errors import InputError
+from fvq_jax.runtime.errors import InputError
 from fvq_jax.sweep.__main__ import choose, exit_code, summary
 from fvq_jax.sweep.points import LOG, make_points, read_record
 from fvq_jax.sweep.runner import Outcome
-from tests.tiny import tiny_config
+from tests.helpers.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """
-from tests.tiny import tiny_config
+from tests.helpers.tiny import tiny_config
 
 
 def get_config(arg=""):
@@ -25,9 +25,9 @@ def get_config(arg=""):
 
 
 def sweep(arg=""):
-    yield {"tokenizer.bridge": "none", "mesh.codebook": 2}
-    yield {"tokenizer.bridge": "none"}
-    yield {"tokenizer.codebook_size": 1000}
+    yield {"tokenizer.quantizer.bridge": "none", "mesh.codebook": 2}
+    yield {"tokenizer.quantizer.bridge": "none"}
+    yield {"tokenizer.quantizer.codebook_size": 1000}
 """
 # One device, so that the first point is refused by its run.
 ENVIRONMENT = os.environ | {
@@ -70,14 +70,14 @@ def test_real_points_are_run_and_those_that_cannot_are_named(tmp_path, config):
         "waiting": [],
     }
     errors = {refused["point"]: refused["error"] for refused in last["refused"]}
-    assert "does not fit 1 devices" in errors["tokenizer.bridge=none,mesh.codebook=2"]
-    assert "1000 codes are not a square" in errors["tokenizer.codebook_size=1000"]
-    record = read_record(workdir / "tokenizer.bridge=none")
+    assert "does not fit 1 devices" in errors["tokenizer.quantizer.bridge=none,mesh.codebook=2"]
+    assert "1000 codes are not a square" in errors["tokenizer.quantizer.codebook_size=1000"]
+    record = read_record(workdir / "tokenizer.quantizer.bridge=none")
     assert record.status == "finished"
     assert record.summary["step"] == 1
     assert record.summary["images"] == 16  # what was overridden on the command line
     assert record.summary["parameters"] > 64 * 8
-    assert "evaluation at step 1" in (workdir / "tokenizer.bridge=none" / LOG).read_text()
+    assert "evaluation at step 1" in (workdir / "tokenizer.quantizer.bridge=none" / LOG).read_text()
 
 
 def test_a_dry_run_shows_the_commands_and_needs_no_device(tmp_path, config):
@@ -85,13 +85,13 @@ def test_a_dry_run_shows_the_commands_and_needs_no_device(tmp_path, config):
     result = run(*args, JAX_PLATFORMS="nowhere")
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert lines[0] == "0 tokenizer.bridge=none,mesh.codebook=2 (a multiple of 2 devices)"
+    assert lines[0] == "0 tokenizer.quantizer.bridge=none,mesh.codebook=2 (a multiple of 2 devices)"
     assert lines[1].endswith(
-        "'--config.data.train_dir=my photos' --config.tokenizer.bridge=none --config.mesh.codebook=2"
+        "'--config.data.train_dir=my photos' --config.tokenizer.quantizer.bridge=none --config.mesh.codebook=2"
     )
     assert "-m fvq_jax.main --config=" in lines[1]
-    assert lines[2] == "1 tokenizer.bridge=none (any number of devices)"
-    assert "refused: tokenizer.codebook_size 1000" in lines[4]
+    assert lines[2] == "1 tokenizer.quantizer.bridge=none (any number of devices)"
+    assert "refused: tokenizer.quantizer.codebook_size 1000" in lines[4]
     assert json.loads(lines[-1]) == {"points": 3}
     assert not (tmp_path / "sweep").exists()
 

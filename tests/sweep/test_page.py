@@ -3,11 +3,11 @@ import re
 
 import pytest
 
-from fvq_jax.errors import InputError
+from fvq_jax.runtime.errors import InputError
 from fvq_jax.sweep.page import write_report
 from fvq_jax.sweep.points import make_points
-from tests.sweep_folder import EVALUATION, write_point, write_sweep
-from tests.tiny import tiny_config
+from tests.helpers.sweep_folder import EVALUATION, write_point, write_sweep
+from tests.helpers.tiny import tiny_config
 
 
 class Outline(html.parser.HTMLParser):
@@ -66,7 +66,7 @@ def test_the_page_holds_everything_itself(tmp_path):
 
 def test_a_number_leads_to_the_report_of_its_run(tmp_path):
     write_sweep(tmp_path)
-    run = tmp_path / "tokenizer.codebook_size=64,tokenizer.bridge=none"
+    run = tmp_path / "tokenizer.quantizer.codebook_size=64,tokenizer.quantizer.bridge=none"
     (run / "report").mkdir()
     (run / "report" / "index.html").write_text("")
     links = [link for link in outline(page_of(tmp_path)).links if not link.startswith(("data:", "#"))]
@@ -83,12 +83,12 @@ def test_a_sweep_that_has_only_begun_has_a_page(tmp_path):
 
 @pytest.mark.parametrize("count", [3, 12])
 def test_many_points_numbers_and_words_can_be_drawn(tmp_path, count):
-    sweep = [{"tokenizer.code_dim": 4 * 2**place, "data.flip": place % 2 == 0} for place in range(count)]
+    sweep = [{"tokenizer.quantizer.code_dim": 4 * 2**place, "data.flip": place % 2 == 0} for place in range(count)]
     for point in make_points(tiny_config(), sweep, tmp_path):
         write_point(point, "finished", [{"step": 1, **EVALUATION}], exit_code=0, summary={"parameters": 10})
     text = page_of(tmp_path)
     outline(text)
-    assert "tokenizer.code_dim" in text
+    assert "tokenizer.quantizer.code_dim" in text
     assert text.count('<figure class="plot card">') == 2 + 2 + 2
 
 

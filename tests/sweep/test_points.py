@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from fvq_jax.errors import InputError
+from fvq_jax.runtime.errors import InputError
 from fvq_jax.sweep import points as points_module
 from fvq_jax.sweep.points import (
     Point,
@@ -18,7 +18,7 @@ from fvq_jax.sweep.points import (
     try_lock,
     write_record,
 )
-from tests.tiny import tiny_config
+from tests.helpers.tiny import tiny_config
 
 
 def make(sweep, workdir=pathlib.Path("sweep"), given=None, **changes):
@@ -34,9 +34,10 @@ def config_file(tmp_path, text):
 def test_names_say_what_is_overridden_and_are_safe():
     assert point_name({}) == "base"
     assert (
-        point_name({"tokenizer.bridge": "none", "optim.decay": "cosine"}) == "tokenizer.bridge=none,optim.decay=cosine"
+        point_name({"tokenizer.quantizer.bridge": "none", "optim.decay": "cosine"})
+        == "tokenizer.quantizer.bridge=none,optim.decay=cosine"
     )
-    assert point_name({"tokenizer.bridge": "dit-L/4-d1"}) == "tokenizer.bridge=dit-L-4-d1"
+    assert point_name({"tokenizer.quantizer.bridge": "dit-L/4-d1"}) == "tokenizer.quantizer.bridge=dit-L-4-d1"
     assert point_name({"tokenizer.ch_mult": (1, 2), "optim.learning_rate": 1e-4, "data.flip": False}) == (
         "tokenizer.ch_mult=1-2,optim.learning_rate=0.0001,data.flip=False"
     )
@@ -71,18 +72,18 @@ def test_a_config_without_points_is_refused(tmp_path, text, message):
 
 
 def test_a_point_is_the_config_with_its_overrides(tmp_path):
-    first, second = make([{"tokenizer.bridge": "none"}, {"optim.hold": 0}], tmp_path)
+    first, second = make([{"tokenizer.quantizer.bridge": "none"}, {"optim.hold": 0}], tmp_path)
     assert (first.index, second.index) == (0, 1)
-    assert first.workdir == tmp_path / "tokenizer.bridge=none"
-    assert first.config["tokenizer.bridge"] == "none"
-    assert second.config["tokenizer.bridge"] == "XS/2"
+    assert first.workdir == tmp_path / "tokenizer.quantizer.bridge=none"
+    assert first.config["tokenizer.quantizer.bridge"] == "none"
+    assert second.config["tokenizer.quantizer.bridge"] == "XS/2"
     assert second.config["optim.hold"] == 0
     assert first.config == json.loads(json.dumps(first.config))
     assert first.refused == second.refused == ""
 
 
 def test_what_cannot_run_is_kept_with_the_reason():
-    fine, wrong = make([{}, {"tokenizer.codebook_size": 1000}])
+    fine, wrong = make([{}, {"tokenizer.quantizer.codebook_size": 1000}])
     assert fine.refused == ""
     assert "1000 codes are not a square" in wrong.refused
 
@@ -129,7 +130,7 @@ def test_a_finished_point_counts_only_with_the_very_same_config(tmp_path):
     write_record(point, "finished", exit_code=0, summary={"usage": 1.0})
     assert is_finished(point)
     assert read_record(point.workdir).summary == {"usage": 1.0}
-    (changed,) = make([{"seed": 1}], tmp_path, **{"tokenizer.code_dim": 16})
+    (changed,) = make([{"seed": 1}], tmp_path, **{"tokenizer.quantizer.code_dim": 16})
     assert changed.workdir == point.workdir
     assert not is_finished(changed)
     assert os.listdir(point.workdir) == [points_module.RECORD]

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from fvq_jax.errors import InputError
+from fvq_jax.runtime.errors import InputError
 from fvq_jax.sweep import runner
 from fvq_jax.sweep.points import LOG, make_points, read_record, try_lock, write_record
 from fvq_jax.sweep.runner import run_points
-from tests.tiny import tiny_config
+from tests.helpers.tiny import tiny_config
 
 # What the run does, by its seed; before that it leaves a mark that it was begun.
 PROGRAM = """
@@ -74,7 +74,7 @@ def test_points_are_run_once_and_their_results_kept(tmp_path):
 
 def test_a_changed_config_is_run_again(tmp_path):
     run_points(points_of(tmp_path, "fine"), command)
-    (outcome,) = run_points(points_of(tmp_path, "fine", **{"tokenizer.code_dim": 16}), command)
+    (outcome,) = run_points(points_of(tmp_path, "fine", **{"tokenizer.quantizer.code_dim": 16}), command)
     assert outcome.ran
     assert begun(outcome.point) == 2
 
@@ -105,7 +105,7 @@ def test_what_fails_is_named_and_the_rest_go_on(tmp_path, action, status, code, 
 
 
 def test_a_refused_point_is_not_begun(tmp_path):
-    wrong, fine = make_points(tiny_config(), [{"tokenizer.codebook_size": 1000}, {"seed": 0}], tmp_path)
+    wrong, fine = make_points(tiny_config(), [{"tokenizer.quantizer.codebook_size": 1000}, {"seed": 0}], tmp_path)
     outcomes = run_points([wrong, fine], command)
     assert [outcome.status for outcome in outcomes] == ["refused", "finished"]
     assert begun(wrong) == 0

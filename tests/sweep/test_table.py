@@ -5,13 +5,13 @@ import pathlib
 
 import pytest
 
-from fvq_jax.errors import InputError
-from fvq_jax.metrics import METRICS_FILE
+from fvq_jax.runtime.errors import InputError
 from fvq_jax.sweep import table
 from fvq_jax.sweep.points import LOG, RECORD, make_points
 from fvq_jax.sweep.table import gather, series, shared_config, swept_fields, swept_values, to_csv, to_markdown
-from tests.sweep_folder import write_point, write_sweep
-from tests.tiny import tiny_config
+from fvq_jax.training.metric_files import METRICS_FILE
+from tests.helpers.sweep_folder import write_point, write_sweep
+from tests.helpers.tiny import tiny_config
 
 
 def test_points_are_gathered_while_the_sweep_runs(tmp_path):
@@ -61,12 +61,14 @@ def test_a_folder_without_points_is_refused(tmp_path):
 def test_csv_has_every_value_in_full(tmp_path):
     write_sweep(tmp_path)
     lines = list(csv.DictReader(io.StringIO(to_csv(gather(tmp_path)))))
-    assert lines[0]["point"] == "tokenizer.codebook_size=64,tokenizer.bridge=none"
-    assert lines[0]["tokenizer.codebook_size"] == "64"
-    assert lines[0]["tokenizer.bridge"] == "none"
+    assert lines[0]["point"] == "tokenizer.quantizer.codebook_size=64,tokenizer.quantizer.bridge=none"
+    assert lines[0]["tokenizer.quantizer.codebook_size"] == "64"
+    assert lines[0]["tokenizer.quantizer.bridge"] == "none"
     assert lines[0]["peak_memory_bytes"] == str(3 * 1024**3)
     assert [line["status"] for line in lines] == ["finished", "running", "failed", "waiting"]
-    assert lines[2]["error"].startswith("exit code 1: step 3: loss/total is nan | inf (tokenizer.codebook_size=256")
+    assert lines[2]["error"].startswith(
+        "exit code 1: step 3: loss/total is nan | inf (tokenizer.quantizer.codebook_size=256"
+    )
     assert lines[3]["psnr"] == lines[3]["error"] == ""
     assert "rfid" not in lines[0]
 
@@ -81,7 +83,9 @@ def test_markdown_is_a_table_and_the_problems(tmp_path):
     assert lines[2] == "| 64 | none | finished | 4 | 25.0% | 12 | 22.50 | 1,234 | 60 | 6.5 | 3.00 |"
     assert lines[3] == "| 64 | XS/2 | running | 4 | 25.0% | 12 | 21.00 |  |  | 7.0 | 3.00 |"
     assert lines[5] == "| 256 | XS/2 | waiting |  |  |  |  |  |  |  |  |"
-    assert lines[7].startswith("- `tokenizer.codebook_size=256,tokenizer.bridge=none` failed, exit code 1: step 3")
+    assert lines[7].startswith(
+        "- `tokenizer.quantizer.codebook_size=256,tokenizer.quantizer.bridge=none` failed, exit code 1: step 3"
+    )
     assert lines[7].endswith(f"/{LOG})")
 
 
@@ -94,7 +98,7 @@ def rows_of(tmp_path, sweep):
 def test_points_are_drawn_over_the_first_field_with_a_line_for_each_value_of_the_others(tmp_path):
     write_sweep(tmp_path)
     field, lines = series(gather(tmp_path))
-    assert field == "tokenizer.codebook_size"
+    assert field == "tokenizer.quantizer.codebook_size"
     assert [(label, [row.record.index for row in rows]) for label, rows in lines] == [
         ("bridge none", [0, 2]),
         ("bridge XS/2", [1, 3]),
@@ -102,10 +106,13 @@ def test_points_are_drawn_over_the_first_field_with_a_line_for_each_value_of_the
 
 
 def test_a_field_that_follows_from_the_first_makes_no_lines_of_its_own(tmp_path):
-    sweep = [{"tokenizer.codebook_size": 64, "tokenizer.bridge": "XS/1"}, {"tokenizer.codebook_size": 256}]
+    sweep = [
+        {"tokenizer.quantizer.codebook_size": 64, "tokenizer.quantizer.bridge": "XS/1"},
+        {"tokenizer.quantizer.codebook_size": 256},
+    ]
     rows = rows_of(tmp_path, sweep)
     field, lines = series(rows)
-    assert field == "tokenizer.codebook_size"
+    assert field == "tokenizer.quantizer.codebook_size"
     assert [label for label, _ in lines] == [""]
     assert swept_values(rows[1], swept_fields(rows)) == [256, "XS/2"]  # what it does not replace is its config's
 
@@ -124,8 +131,8 @@ def test_short_names_stay_apart():
 def test_what_points_share_is_told_apart_from_what_is_swept(tmp_path):
     write_sweep(tmp_path)
     shared = shared_config(gather(tmp_path))
-    assert shared["tokenizer.code_dim"] == 8
-    assert "tokenizer.bridge" not in shared
+    assert shared["tokenizer.quantizer.code_dim"] == 8
+    assert "tokenizer.quantizer.bridge" not in shared
 
 
 def test_rows_come_from_subfolders_only(tmp_path):

@@ -1,0 +1,57 @@
+"""The settings that every run has, whatever it trains. The defaults are the paper's recipe (arXiv 2509.10140).
+
+A task adds its own (`Task.fields`), a quantizer too; together they are all the fields of a config. `python -m
+fvq_jax.main --config=FILE --explain` prints them with their values.
+"""
+
+from collections.abc import Mapping
+
+from ml_collections import ConfigDict
+
+from fvq_jax.runtime.fields import Field
+from fvq_jax.runtime.names import nest
+
+DECAYS = ("linear", "cosine", "constant")
+
+SHARED: dict[str, Field] = {
+    "task": Field("tokenizer", "What is trained: a name in fvq_jax/tasks/__init__.py.", stays=True),
+    "seed": Field(
+        0, "Decides the initial weights, the order of the data and all random numbers.", most=2**32 - 1, stays=True
+    ),
+    "batch_size": Field(128, "Examples in one step, over all devices and hosts.", above=0, stays=True),
+    "steps": Field(0, "Length of the run; either steps or epochs, the other is 0."),
+    "epochs": Field(40.0, "Length of the run; either steps or epochs, the other is 0."),
+    "init_from": Field("", "Where the main network of a new run starts: checkpoint, saved network or workdir."),
+    "on_nan": Field(
+        "stop", "At a step that is not finite: stop, or skip the update and count it.", choices=("stop", "skip")
+    ),
+    "mesh.data": Field(-1, "Size of the mesh's data axis; -1: all devices that are left.", least=None),
+    "mesh.codebook": Field(1, "Size of the mesh's codebook axis, which divides rows of the codebook.", least=None),
+    "optim.learning_rate": Field(1e-4, "Peak learning rate.", above=0),
+    "optim.b1": Field(0.9, "Adam's decay of the mean gradient.", below=1),
+    "optim.b2": Field(0.95, "Adam's decay of the mean squared gradient.", below=1),
+    "optim.clip_norm": Field(1.0, "Largest gradient norm of each network; 0: not clipped."),
+    "optim.warmup_steps": Field(0, "Length of the warm-up; either steps or epochs, the other is 0."),
+    "optim.warmup_epochs": Field(4.0, "Length of the warm-up; either steps or epochs, the other is 0."),
+    "optim.hold": Field(0.3, "Share of the steps after the warm-up during which the rate stays at its peak.", below=1),
+    "optim.decay": Field("linear", "How the rate falls after that.", choices=DECAYS),
+    "optim.start_factor": Field(0.005, "Share of the peak rate with which the warm-up starts."),
+    "optim.end_factor": Field(0.01, "Share of the peak rate with which the run ends."),
+    "optim.accumulate": Field(1, "Micro-batches into which the batch of a step is cut.", above=0),
+    "optim.ema_decay": Field(0.0, "Decay of the main network's moving average; 0: there is none.", below=1, stays=True),
+    "data.num_workers": Field(8, "Processes per host that prepare batches; 0: threads of this process."),
+    "data.timeout": Field(50.0, "Seconds without a batch that end the run, at the start five times as many; 0: none."),
+    "eval.every_steps": Field(0, "Steps between two evaluations; 0: only at the end."),
+    "eval.batch_size": Field(128, "Examples at a time in an evaluation, over all devices and hosts.", above=0),
+    "checkpoint.every_steps": Field(5000, "Steps between two checkpoints.", above=0),
+    "checkpoint.keep_last": Field(2, "How many of the newest checkpoints are kept.", above=0),
+    "checkpoint.keep_every": Field(
+        0, "Steps between checkpoints that are kept for good, a multiple of every_steps; 0: none."
+    ),
+    "log.every_steps": Field(100, "Steps between two lines of metrics.", above=0),
+}
+
+
+def make_config(fields: Mapping[str, Field]) -> ConfigDict:
+    """A config with the defaults of these fields (by full name); locked, so that a misspelt field raises."""
+    return ConfigDict(nest({name: field.default for name, field in fields.items()}, ".")).lock()

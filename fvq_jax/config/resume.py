@@ -1,0 +1,42 @@
+"""May a run go on in this workdir? Only with the model, the data and the seed that it began with."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.fields import Field
+from fvq_jax.runtime.names import dotted
+
+
+def check_continues(saved: Mapping[str, Any], config: ConfigDict, fields: Mapping[str, Field]) -> list[str]:
+    """Compares a workdir's saved config with the one given now.
+
+    Args:
+      saved: the content of `config.json`.
+      config: valid.
+      fields: of `config`, by full name. Those with `stays` must be equal in both; a field that only the saved config
+        has belonged to another model, and counts as one that stays.
+
+    Returns:
+      Differences that are fine, as text, for the log.
+
+    Raises:
+      InputError: names every field of model, data or seed that differs; or the workdir is of an older version.
+    """
+    before, now = dotted(saved), dotted(config)
+    if "task" not in before:
+        raise InputError(
+            "this workdir was begun by an older version of fvq_jax, whose runs this one reads but does not continue: "
+            "finish it with that version, or start another workdir with --config.init_from=THIS_WORKDIR"
+        )
+    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    text = {name: f"{name}: {before.get(name)!r} -> {now.get(name)!r}" for name in changed}
+    refused = [text[name] for name in changed if name not in fields or fields[name].stays]
+    if refused:
+        raise InputError(
+            f"this workdir holds a run with another model or data ({'; '.join(refused)}): "
+            "use another workdir or the config it was started with"
+        )
+    return list(text.values())

@@ -1,0 +1,44 @@
+"""The settings of the section `data` that name pictures and say how they are cut, and the checks of them."""
+
+from ml_collections import ConfigDict
+
+from fvq_jax.data.sources import SOURCES
+from fvq_jax.runtime.errors import require
+from fvq_jax.runtime.fields import Field
+
+PICTURES: dict[str, Field] = {
+    "source": Field("tfds", "Where pictures come from, see docs/data.md.", choices=SOURCES, stays=True),
+    "tfds_name": Field("imagenet2012", "NAME[/CONFIG][:VERSION] of a data set prepared as array_record.", stays=True),
+    "tfds_dir": Field("", "Where TFDS keeps its data sets; empty: TFDS_DATA_DIR or ~/tensorflow_datasets."),
+    "train_split": Field("train", "Split of tfds to train on.", stays=True),
+    "eval_split": Field("validation", "Split of tfds to evaluate on.", stays=True),
+    "train_dir": Field("", "Folder to train on, for folder and array_record."),
+    "eval_dir": Field("", "Folder to evaluate on, for folder and array_record."),
+    "image_size": Field(256, "Side of the square crops, in pixels.", above=0, stays=True),
+    "resize_min": Field(256, "Least length of the shorter side before the random crop; 0: no resizing.", stays=True),
+    "resize_max": Field(320, "Greatest length of the shorter side before the random crop.", stays=True),
+    "flip": Field(True, "Whether a picture is mirrored with probability one half.", stays=True),
+}
+
+
+def check_pictures(data: ConfigDict) -> None:
+    """Raises InputError unless the fields of the chosen source are set; whether files are there is seen on opening."""
+    size = data.image_size
+    require(
+        data.resize_min == 0 or size <= data.resize_min <= data.resize_max,
+        f"data.resize_min {data.resize_min} and data.resize_max {data.resize_max} must satisfy "
+        f"image_size {size} <= resize_min <= resize_max, or data.resize_min must be 0 (no resizing)",
+    )
+    if data.source in ("folder", "array_record"):
+        what = "of images" if data.source == "folder" else "written by python -m fvq_jax.data.prepare"
+        for name in ("train_dir", "eval_dir"):
+            require(bool(data[name]), f"data.{name} is empty: set --config.data.{name}=DIR to a folder {what}")
+    if data.source == "tfds":
+        for name in ("tfds_name", "train_split", "eval_split"):
+            require(bool(data[name]), f"data.{name} is empty: data.source=tfds needs it")
+        for name in ("train_dir", "eval_dir"):
+            require(
+                not data[name],
+                f"data.{name} is set, but data.source=tfds does not read it: add --config.data.source=folder, or "
+                "array_record if fvq_jax.data.prepare wrote that folder",
+            )

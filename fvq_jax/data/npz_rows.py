@@ -1,0 +1,194 @@
+"""Files of rows: an .npz that is written and read a few rows at a time, so that memory does not grow with their number.
+
+Codes: `codes` int32 [N, h, w] and `names` [N]. Images: `arr_0` uint8 [N, H, W, 3], which the evaluation suite of ADM
+(guided-diffusion) reads. An array in an .npz starts with its shape, and how many rows there will be is known only at
+the end. So the rows first go to a temporary file beside the target, which exists only once it is whole. `numpy.load`
+reads the result.
+"""
+
+import io
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.files import replace_whole
+
+_BUFFER = 1 << 20
+_Array = tuple[str, np.dtype, tuple[int, ...], Iterable[bytes]]  # name, type, shape of a row, content
+
+
+class _RowWriter:
+    """Collects rows; a context manager, which writes `path` if no exception leaves it.
+
+    With `active=False` (every process but the first) nothing is written. InputError if the folder of `path` cannot be
+    written to, or the disk is full.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], columns: int, *, active: bool = True):
+        self.rows = 0
+        self._path, self._active = Path(path), active
+        self._columns: list[io.BufferedRandom] = []
+        if not active:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            folder = self._path.parent
+            self._columns = [tempfile.TemporaryFile(dir=folder) for _ in range(columns)]  # noqa: SIM115 (see __exit__)
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+    def __enter__(self) -> "_RowWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        try:
+            if kind is None and self._active:
+                self._finish()
+        finally:
+            for column in self._columns:
+                column.close()
+
+    def _add(self, rows: int, *contents: bytes) -> None:
+        if not self._active:
+            return
+        try:
+            for column, content in zip(self._columns, contents, strict=True):
+                column.write(content)
+        except OSError as error:
+            raise InputError(f"cannot write {self._path}: {error.strerror or error}") from error
+        self.rows += rows
+
+    def _finish(self) -> None:
+        try:
+            with replace_whole(self._path) as unfinished, zipfile.ZipFile(unfinished, "w") as archive:
+                for column, (name, dtype, shape, content) in zip(self._columns, self._arrays(), strict=True):
+                    column.seek(0)
+                    kind = np.lib.format.dtype_to_descr(dtype)
+                    header = {"descr": kind, "fortran_order": False, "shape": (self.rows, *shape)}
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array_header_1_0(member, header)
+                        for chunk in content:
+                            member.write(chunk)
+        except OSError as error:
+            raise InputError(f"cannot write {self._path}: {error.strerror or error}") from error
+
+    def _arrays(self) -> Iterator[_Array]:
+        """Of every column its array; the content is read when the column is at its start."""
+        raise NotImplementedError
+
+    def _chunks(self, column: int) -> Iterator[bytes]:
+        return iter(lambda: self._columns[column].read(_BUFFER), b"")
+
+
+class ImageWriter(_RowWriter):
+    """Collects images of one size."""
+
+    def __init__(self, path: str | os.PathLike[str], height: int, width: int, *, active: bool = True):
+        super().__init__(path, 1, active=active)
+        self._shape = (height, width, 3)
+
+    def write(self, images: UInt8[np.ndarray, "n H W 3"]) -> None:
+        """Adds images."""
+        if images.shape[1:] != self._shape:
+            raise ValueError(f"images {images.shape} do not fit rows of {self._shape}")
+        self._add(len(images), np.ascontiguousarray(images).tobytes())
+
+    def _arrays(self) -> Iterator[_Array]:
+        yield "arr_0", np.dtype("|u1"), self._shape, self._chunks(0)
+
+
+class CodeWriter(_RowWriter):
+    """Collects rows of codes with their names."""
+
+    def __init__(self, path: str | os.PathLike[str], height: int, width: int):
+        super().__init__(path, 2)
+        self._shape = (height, width)
+        self._longest = 1
+
+    def write(self, codes: Int[np.ndarray, "n h w"], names: list[str]) -> None:
+        """Adds rows."""
+        if codes.shape != (len(names), *self._shape):
+            raise ValueError(f"codes {codes.shape} do not fit {len(names)} names and rows of {self._shape}")
+        encoded = [name.encode("utf-8", "surrogateescape") for name in names]
+        self._longest = max([self._longest, *map(len, names)])
+        self._add(
+            len(names),
+            np.ascontiguousarray(codes, "<i4").tobytes(),
+            b"".join(len(name).to_bytes(4, "little") + name for name in encoded),
+        )
+
+    def _arrays(self) -> Iterator[_Array]:
+        yield "codes", np.dtype("<i4"), self._shape, self._chunks(0)
+        name_type = np.dtype(f"<U{self._longest}")
+        yield "names", name_type, (), self._padded_names(name_type)
+
+    def _padded_names(self, name_type: np.dtype) -> Iterator[bytes]:
+        column = self._columns[1]
+        for _ in range(self.rows):
+            length = int.from_bytes(column.read(4), "little")
+            # Bytes of a file name that are no text become question marks: an .npz cannot hold them.
+            name = column.read(length).decode("utf-8", "replace")
+            yield np.array([name], name_type).tobytes()
+
+
+class CodeReader:
+    """The rows of a file of codes; `shape` is that of `codes`. InputError if `path` is no such file."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self._path = Path(path)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                with archive.open("codes.npy") as member:
+                    self.shape, self._type = _read_header(member)
+                with archive.open("names.npy") as member:
+                    names, self._name_type = _read_header(member)
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"cannot read codes from {path}: {reason}") from error
+        right = len(self.shape) == 3 and self._type.kind in "iu" and self._name_type.kind == "U"
+        if not right or names != self.shape[:1]:
+            raise InputError(
+                f"{path} is no file of codes: it needs whole numbers `codes` [N, h, w] and text `names` [N], and has "
+                f"{self._type} {list(self.shape)} and {self._name_type} {list(names)}"
+            )
+
+    def batches(self, size: int) -> Iterator[tuple[Int[np.ndarray, "n h w"], list[str]]]:
+        """The rows with their names, at most `size` at a time. InputError if the file is damaged."""
+        with (
+            zipfile.ZipFile(self._path) as archive,
+            archive.open("codes.npy") as codes,
+            archive.open("names.npy") as names,
+        ):
+            _read_header(codes)
+            _read_header(names)
+            for start in range(0, self.shape[0], size):
+                count = min(size, self.shape[0] - start)
+                rows = self._read(codes, self._type, (count, *self.shape[1:]))
+                yield rows, self._read(names, self._name_type, (count,)).tolist()
+
+    def _read(self, member: io.BufferedIOBase, dtype: np.dtype, shape: Iterable[int]) -> np.ndarray:
+        shape = tuple(shape)
+        needed = dtype.itemsize * int(np.prod(shape))
+        try:
+            content = member.read(needed)
+        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise InputError(f"{self._path} is damaged: {error}") from error
+        if len(content) < needed:
+            raise InputError(f"{self._path} is damaged: it ends early")
+        return np.frombuffer(content, dtype).reshape(shape)
+
+
+def _read_header(member: io.BufferedIOBase) -> tuple[tuple[int, ...], np.dtype]:
+    version = np.lib.format.read_magic(member)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran_order, dtype = read(member)
+    if fortran_order:
+        raise ValueError("its arrays are stored by columns")
+    return shape, dtype

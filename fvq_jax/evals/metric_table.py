@@ -1,0 +1,60 @@
+"""Every figure that is shown to people, once: its heading, its format, its unit, and which direction is better."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """How one figure is shown.
+
+    Attributes:
+      name: what people call it.
+      format: of its value in its unit.
+      unit: behind the value; empty for none.
+      larger_is_better: None where neither direction is.
+      network: through which the metric looks, if several do.
+      divisor: the stored value over this is the value in the unit.
+    """
+
+    name: str
+    format: str
+    unit: str = ""
+    larger_is_better: bool | None = None
+    network: str = ""
+    divisor: float = 1.0
+
+    @property
+    def heading(self) -> str:
+        """The name, with the network if that matters."""
+        return f"{self.name} ({self.network})" if self.network else self.name
+
+    @property
+    def heading_with_unit(self) -> str:
+        """For the head of a column or an axis, whose values then stand without their unit."""
+        return f"{self.heading} ({self.unit})" if self.unit else self.heading
+
+    def text(self, value: float | int | None, missing: str = "") -> str:
+        """The value as people read it, without its unit; `missing` if there is none."""
+        return missing if value is None else f"{value / self.divisor if self.divisor != 1 else value:{self.format}}"
+
+
+METRICS: dict[str, Metric] = {
+    "step": Metric("Step", ",.0f"),
+    "rfid": Metric("rFID", ".2f", larger_is_better=False),
+    "inception_score": Metric("Inception Score", ".1f", larger_is_better=True),
+    "inception_score_std": Metric("Deviation of the Inception Score", ".1f"),
+    "psnr": Metric("PSNR", ".2f", "dB", larger_is_better=True),
+    "ssim": Metric("SSIM", ".3f", larger_is_better=True),
+    "lpips_vgg": Metric("LPIPS", ".3f", larger_is_better=False, network="VGG16"),
+    "lpips_alex": Metric("LPIPS", ".3f", larger_is_better=False, network="AlexNet"),
+    "l1": Metric("L1", ".4f", larger_is_better=False),
+    "mse": Metric("MSE", ".5f", larger_is_better=False),
+    "usage": Metric("Codes used", ".1%", larger_is_better=True),
+    "dead_codes": Metric("Dead codes", ",", larger_is_better=False),
+    "perplexity": Metric("Perplexity", ",.0f", larger_is_better=True),
+    "bits_per_pixel": Metric("Bits per pixel", ".3g"),
+    "parameters": Metric("Parameters", ",.0f"),
+    "seconds": Metric("Time", ",.0f", "s", larger_is_better=False),
+    "images_per_second": Metric("Images/s", ",.1f", larger_is_better=True),
+    "peak_memory_bytes": Metric("Peak memory", ".2f", "GiB", larger_is_better=False, divisor=2.0**30),
+}

@@ -1,0 +1,244 @@
+"""Scores a tokenizer on a set of pictures: the one evaluation, in training and behind `fvq_jax.evaluate`.
+
+One pass. Every metric is a sum over pictures; padding and unreadable files are left out of it, and hosts, each with its
+share of the pictures, add their sums at the end. Beside the sums a few pictures are kept to be looked at
+(`evals.examples`), and for every code when it first came up. Without networks only pixels and codes are scored, which
+is the quick evaluation of training. How pictures are encoded and decoded is the caller's business.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int, Int64, UInt8
+
+from fvq_jax.data.npz_rows import ImageWriter
+from fvq_jax.data.pipeline import eval_batches
+from fvq_jax.data.prefetch import Prefetch
+from fvq_jax.data.record import Source
+from fvq_jax.data.sample import Sample
+from fvq_jax.evals.examples import ExampleCollector, Examples
+from fvq_jax.evals.frechet import FeatureStatistics, frechet_distance
+from fvq_jax.evals.inception_score import SPLITS, InceptionScore
+from fvq_jax.evals.networks import Networks
+from fvq_jax.evals.pixel_metrics import SSIM_WINDOW, l1, mse, psnr, ssim
+from fvq_jax.evals.protocol import CROPS, PROTOCOLS, as_scored
+from fvq_jax.evals.reference import Moments
+from fvq_jax.models.frozen.inception import CLASSES, FEATURES
+from fvq_jax.ops.code_usage import code_statistics, perplexity, usage
+from fvq_jax.ops.pixels import to_uint8, to_unit
+from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.hosts import min_over_hosts, rows_of_all_hosts, sum_over_hosts
+from fvq_jax.runtime.row_parallel import RowParallel
+
+RFID_FEATURES = FEATURES[-1]
+NEVER = np.iinfo(np.int64).max  # of a code that was not chosen
+# uint8 pictures of this host -> their reconstructions in [-1, 1] and their codes, both on the host.
+Reconstruct = Callable[[UInt8[np.ndarray, "b H W 3"]], tuple[Float[np.ndarray, "b H W 3"], Int[np.ndarray, "b h w"]]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Sums:
+    """What one pass adds up, in 64 bits.
+
+    Attributes:
+      images: how many pictures.
+      broken: of how many the reconstruction is not finite; their scores are not a number.
+      skipped: how many unreadable files.
+      scalars: the sum over pictures of each metric of single pictures.
+      code_counts: how often each code was chosen [k].
+      real, decoded: features of crops and of reconstructions; `inception_score`: of reconstructions. None without
+        InceptionV3, `real` also if the reference is known.
+    """
+
+    images: np.int64
+    broken: np.int64
+    skipped: np.int64
+    scalars: dict[str, Any]
+    code_counts: Int64[np.ndarray, "k"]
+    real: FeatureStatistics | None
+    decoded: FeatureStatistics | None
+    inception_score: InceptionScore | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What one pass over the pictures found; the same on every host.
+
+    Attributes:
+      sums: see there.
+      count: how many pictures it went through, unreadable ones included.
+      first_use: of each code [k] the position of the first picture that it was chosen for, or `NEVER`.
+      examples: pictures to look at.
+    """
+
+    sums: Sums
+    count: int
+    first_use: Int64[np.ndarray, "k"]
+    examples: Examples
+
+
+def collect(
+    reconstruct: Reconstruct,
+    source: Source,
+    networks: Networks,
+    *,
+    codebook_size: int,
+    size: int,
+    batch_size: int,
+    protocol: str = "direct",
+    images: int = 0,
+    num_workers: int = 0,
+    timeout: float = 0.0,
+    keep_images: int = 12,
+    with_reference: bool = True,
+    writer: ImageWriter | None = None,
+    progress: Callable[[int], Any] = lambda done: None,
+) -> Found:
+    """One pass over the pictures, over all hosts.
+
+    Args:
+      reconstruct: encodes and decodes.
+      source: the pictures; all, or `images` of them, in the order of `data.sample.Sample`.
+      networks: which metrics beyond pixels to compute.
+      codebook_size: how many codes there are.
+      size: side of the crops.
+      batch_size: pictures at a time, of all hosts.
+      protocol: a name in `PROTOCOLS`.
+      num_workers: processes that read pictures, on every host; 0: threads.
+      timeout: seconds without a batch that end the pass, five times as many at the start; 0: none.
+      keep_images: how many pictures spread over the set to keep as examples.
+      with_reference: whether to collect the statistics of the crops.
+      writer: gets the reconstructions of all hosts, as scored, in that order; on every host or on none.
+      progress: called after every batch with how many pictures all hosts have seen since the last call.
+
+    Raises:
+      InputError: no picture can be read, or over 1 % cannot.
+      DataError: no batch came for `timeout` seconds, or a process that reads them has died.
+    """
+    sample = Sample(source, min(images or len(source), len(source)))
+    count = len(sample)
+    index, hosts = jax.process_index(), jax.process_count()
+    batches = eval_batches(
+        sample,
+        image_size=size,
+        batch_size=batch_size,
+        crop=CROPS[protocol],
+        process_index=index,
+        process_count=hosts,
+        num_workers=num_workers,
+    )
+    prefetched = Prefetch(batches, lambda batch: batch, timeout=timeout)
+    sums = _no_sums(codebook_size, networks, with_reference)
+    first_use = np.full(codebook_size, NEVER)
+    examples = ExampleCollector(keep_images, count, sample.name)
+    try:
+        for step, batch in enumerate(prefetched):
+            mask, crops = batch["mask"], batch["image"]
+            decoded, codes = reconstruct(crops)
+            broken = mask & ~np.isfinite(decoded).all(axis=(1, 2, 3))
+            real, decoded = (as_scored(pixels, protocol) for pixels in (crops, np.asarray(to_uint8(decoded))))
+            scores = _PIXEL_METRICS(real, decoded)
+            scores |= {name: distance(real, decoded) for name, distance in networks.lpips.items()}
+            # Without a number, a pixel would count as black.
+            scores = {name: np.where(broken, np.nan, values)[mask] for name, values in scores.items()}
+            for name, values in scores.items():
+                sums.scalars[name] = sums.scalars.get(name, 0.0) + values.sum(dtype=np.float64)
+            sums.images += mask.sum()
+            sums.broken += broken.sum()
+            positions = (step * hosts + index) * len(mask) + np.flatnonzero(mask)
+            codes = codes.reshape(len(mask), -1)[mask]
+            sums.code_counts += np.bincount(codes.reshape(-1), minlength=codebook_size)
+            np.minimum.at(first_use, codes, positions[:, None])
+            examples.add(positions, scores, real[mask], decoded[mask])
+            if networks.inception is not None:
+                # Before the mask, so that the last batch has the shape of the others.
+                outputs = networks.inception(decoded)
+                sums.decoded.add(outputs[str(RFID_FEATURES)][mask])
+                sums.inception_score.add(outputs["logits_unbiased"][mask], positions * SPLITS // count)
+                if sums.real is not None:
+                    sums.real.add(networks.inception(real)[str(RFID_FEATURES)][mask])
+            if writer is not None:
+                writer.write(rows_of_all_hosts(decoded)[rows_of_all_hosts(mask)])
+            progress(min(batch_size, count - step * batch_size))
+    finally:
+        prefetched.close()
+    sums.skipped += len(batches.skipped)
+    sums = sum_over_hosts(sums)
+    if not sums.images:
+        raise InputError("the evaluation set has no readable picture")
+    return Found(sums, count, min_over_hosts(first_use), examples.result(size))
+
+
+def conditions(found: Found, source: Source, *, data: str, protocol: str, size: int) -> dict[str, str | int]:
+    """What was scored and how, to stand beside every figure; `data` is what to call the source."""
+    sums = found.sums
+    return {
+        "data": data,
+        "pictures": source.fingerprint(),
+        "protocol": protocol,
+        "protocol_means": PROTOCOLS[protocol],
+        "size": size,
+        "images": int(sums.images),
+        "skipped_files": int(sums.skipped),
+        "tokens": int(sums.code_counts.sum()),
+        "codebook_size": len(sums.code_counts),
+    }
+
+
+def summarise(sums: Sums, downsampling: int, reference: Moments | None = None) -> dict[str, float | int]:
+    """Every metric by name. `reference`: mean and covariance of the crops' features, if rFID can be computed.
+
+    `psnr`, `ssim`, `l1`, `mse` (data range 1) and `lpips_*` are means over pictures; `usage`, `perplexity` and those
+    of `code_statistics` count the tokens of the whole set.
+    """
+    metrics = {name: float(value / sums.images) for name, value in sums.scalars.items()}
+    if reference is not None and sums.decoded is not None:
+        metrics["rfid"] = frechet_distance(reference, sums.decoded.moments())
+    if sums.inception_score is not None:
+        metrics["inception_score"], metrics["inception_score_std"] = sums.inception_score.result()
+    if sums.broken:
+        metrics |= dict.fromkeys(metrics.keys() & {"rfid", "inception_score", "inception_score_std"}, math.nan)
+    counts = sums.code_counts
+    metrics |= {"usage": float(usage(counts)), "perplexity": float(perplexity(counts))}
+    return metrics | code_statistics(counts, downsampling**2)
+
+
+def not_computed(networks: Networks, sums: Sums) -> dict[str, str]:
+    """Which metrics `summarise` leaves out, and why."""
+    missing = dict(networks.not_computed)
+    if "ssim" not in sums.scalars:
+        missing["ssim"] = f"needs pictures of at least {SSIM_WINDOW} pixels"
+    if sums.decoded is not None and sums.images < 2:
+        missing["rfid"] = "needs at least 2 pictures"
+    return missing
+
+
+def _pixel_metrics(params: tuple[()], a: jax.Array, b: jax.Array) -> dict[str, jax.Array]:
+    """Of uint8 images, each pair for itself."""
+    a, b = to_unit(a), to_unit(b)
+    metrics = {"psnr": psnr, "l1": l1, "mse": mse}
+    if min(a.shape[1:3]) >= SSIM_WINDOW:
+        metrics["ssim"] = ssim
+    return {name: metric(a, b) for name, metric in metrics.items()}
+
+
+_PIXEL_METRICS = RowParallel(_pixel_metrics, ())  # one for all evaluations of a run, which compile it once
+
+
+def _no_sums(codebook_size: int, networks: Networks, with_reference: bool) -> Sums:
+    features = networks.inception is not None
+    return Sums(
+        images=np.int64(0),
+        broken=np.int64(0),
+        skipped=np.int64(0),
+        scalars={},
+        code_counts=np.zeros(codebook_size, np.int64),
+        real=FeatureStatistics.empty(RFID_FEATURES) if features and with_reference else None,
+        decoded=FeatureStatistics.empty(RFID_FEATURES) if features else None,
+        inception_score=InceptionScore.empty(CLASSES) if features else None,
+    )

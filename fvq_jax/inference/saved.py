@@ -1,0 +1,215 @@
+"""Loading a tokenizer from wherever it may lie, and the native folder it is saved to.
+
+A native folder holds `weights.safetensors`, everything that encoding and decoding need, with the bridge folded into the
+codebook; `config.json`, the shape of the network; and where there is a bridge `bridge.safetensors`, the codebook before
+the bridge and the bridge itself. Only the layout "fvq" and further training need the last, which may be deleted.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fvq_jax.interop.named_tensors import abstract_params, check_tensors, write_safetensors
+from fvq_jax.interop.tokenizer_checkpoint import read_checkpoint
+from fvq_jax.interop.torch_file import read_tensors
+from fvq_jax.models.quantizers import make_quantizer, quantizer_settings
+from fvq_jax.models.tokenizer import TokenizerNet
+from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.files import replace_whole
+from fvq_jax.runtime.names import flatten, nest
+from fvq_jax.runtime.storage import CHECKPOINTS
+
+FORMAT, VERSION = "fvq_jax tokenizer", 2
+CONFIG, WEIGHTS, BRIDGE = "config.json", "weights.safetensors", "bridge.safetensors"
+FIELDS = ("ch", "ch_mult", "num_res_blocks", "z_channels")  # of the network, beside its quantizer
+# Settings of the quantizer before version 2, when they stood among those of the network.
+_OLD_QUANTIZER = (
+    "codebook_size",
+    "code_dim",
+    "bridge",
+    "bridge_groups",
+    "l2_normalize",
+    "search_precision",
+    "search_implementation",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedTokenizer:
+    """A network, its parameters (float32, on the host) with the bridge if that is known, and the folded codebook.
+
+    `folded` is the codebook [k, d] that replaces codebook and bridge; None if it has not been computed.
+    """
+
+    net: TokenizerNet
+    params: dict[str, Any]
+    folded: np.ndarray | None = None
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    l2_norm: bool | None = None,
+    track: Callable[[Iterable[str]], Iterable[str]] = iter,
+) -> SavedTokenizer:
+    """The tokenizer in a published checkpoint, a native folder, or a training workdir (its newest checkpoint).
+
+    Of a workdir the moving average is taken if it has one. `l2_norm` is for published checkpoints, `track` sees the
+    names of their tensors go by.
+
+    Raises:
+      InputError: there is nothing of the kind at `path`, it is damaged or incomplete, or `l2_norm` contradicts it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"there is no tokenizer at {path}: the path does not exist")
+    if not path.is_dir():
+        return SavedTokenizer(*read_checkpoint(path, l2_norm=l2_norm, track=track))
+    if (path / WEIGHTS).exists():
+        saved = _read_folder(path)
+    elif (path / CHECKPOINTS).is_dir() and (path / CONFIG).exists():
+        saved = _read_workdir(path)
+    else:
+        raise InputError(
+            f"there is no tokenizer in the folder {path}: it has neither {WEIGHTS} (a saved tokenizer) nor "
+            f"{CONFIG} and {CHECKPOINTS}/ (a training workdir)"
+        )
+    if l2_norm is not None and l2_norm != getattr(saved.net.quantizer, "l2_normalize", False):
+        raise InputError(f"l2_norm={l2_norm} contradicts {path / CONFIG}, which says {not l2_norm}")
+    return saved
+
+
+def load_params(path: str | os.PathLike[str], net: TokenizerNet) -> dict[str, Any]:
+    """The parameters, on the host, of the tokenizer at `path` (see `load`), with which `net` can start.
+
+    Raises:
+      InputError: there is no tokenizer, or one of another architecture: every difference is named.
+    """
+    saved = load(path)
+    there, here = _architecture(saved.net), _architecture(net)
+    differences = [
+        f"tokenizer.{name} is {there.get(name)!r} there and {here.get(name)!r} here"
+        for name in {**there, **here}
+        if there.get(name) != here.get(name)
+    ]
+    if differences:
+        raise InputError(f"{path} holds another network: {'; '.join(differences)}")
+    return saved.params
+
+
+def save_folder(path: str | os.PathLike[str], saved: SavedTokenizer) -> None:
+    """Writes a native folder; one that is already there is replaced.
+
+    Raises:
+      InputError: `path` is a file or holds something else, for instance a training workdir, or cannot be written.
+    """
+    path = Path(path)
+    if (path / CHECKPOINTS).exists() or ((path / CONFIG).exists() and not (path / WEIGHTS).exists()):
+        raise InputError(f"{path} holds a training run, which a tokenizer must not overwrite: use another folder")
+    config = {"format": FORMAT, "version": VERSION, "tokenizer": _settings(saved.net)}
+    named = flatten(saved.params)
+    bridged = saved.net.quantizer.foldable
+    trained = {name: value for name, value in named.items() if bridged and name.startswith("quantizer/")}
+    weights = {name: value for name, value in named.items() if name not in trained}
+    if bridged:
+        weights["quantizer/codebook"] = saved.folded
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_safetensors(path / WEIGHTS, weights)
+        (path / BRIDGE).unlink(missing_ok=True)
+        if bridged:
+            write_safetensors(path / BRIDGE, trained)
+        with replace_whole(path / CONFIG) as unfinished:
+            unfinished.write_text(json.dumps(config, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"cannot write the folder {path}: {error.strerror or error}") from error
+
+
+def upgrade_network(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `tokenizer` of a saved config of any version, as this version writes it."""
+    if "quantizer" in fields:
+        return dict(fields)
+    quantizer = {name: fields[name] for name in _OLD_QUANTIZER if name in fields}
+    network = {name: value for name, value in fields.items() if name not in quantizer}
+    return {**network, "quantizer": {"name": "vector", **quantizer}}
+
+
+def _settings(net: TokenizerNet) -> dict[str, Any]:
+    """What `_network` makes the network from again."""
+    return {**{name: getattr(net, name) for name in FIELDS}, "quantizer": quantizer_settings(net.quantizer)}
+
+
+def _architecture(net: TokenizerNet) -> dict[str, Any]:
+    """What decides the names and shapes of the parameters and what they mean, by the names of a config."""
+    of_quantizer = net.quantizer.architecture()
+    return {
+        **{name: getattr(net, name) for name in FIELDS},
+        **{f"quantizer.{name}": v for name, v in of_quantizer.items()},
+    }
+
+
+def _read_folder(path: Path) -> SavedTokenizer:
+    config = _read_json(path / CONFIG)
+    if config.get("format") != FORMAT or config.get("version") not in range(1, VERSION + 1):
+        raise InputError(f"{path / CONFIG} is not the config of a tokenizer that this version can read")
+    net = _network(config.get("tokenizer"), path / CONFIG)
+    weights = read_tensors(path / WEIGHTS)
+    plain = net.clone(quantizer=net.quantizer.folded())
+    check_tensors(weights, _shapes(plain), str(path / WEIGHTS))
+    if not net.quantizer.foldable:
+        return SavedTokenizer(net, nest(weights))
+    folded = weights["quantizer/codebook"]
+    if not (path / BRIDGE).exists():
+        return SavedTokenizer(plain, nest(weights))
+    trained = read_tensors(path / BRIDGE)
+    wanted = {name: shape for name, shape in _shapes(net).items() if name.startswith("quantizer/")}
+    check_tensors(trained, wanted, str(path / BRIDGE))
+    return SavedTokenizer(net, nest(weights | trained), folded)
+
+
+def _read_workdir(path: Path) -> SavedTokenizer:
+    config = _read_json(path / CONFIG)
+    net = _network(config.get("tokenizer"), path / CONFIG)
+    params = abstract_params(net)
+    # Imported here: Orbax takes a second, and only a workdir needs it.
+    from fvq_jax.training.checkpoint import Checkpoints
+
+    averaged = config.get("optim", {}).get("ema_decay", 0) > 0
+    with Checkpoints(path, read_only=True) as checkpoints:
+        part = checkpoints.restore_part(
+            {"ema": params} if averaged else {"networks": {"tokenizer": {"params": params}}}
+        )
+    return SavedTokenizer(net, part["ema"] if averaged else part["networks"]["tokenizer"]["params"])
+
+
+def _shapes(net: TokenizerNet) -> dict[str, tuple[int, ...]]:
+    return {name: leaf.shape for name, leaf in flatten(abstract_params(net)).items()}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is damaged: it holds no config")
+    return content
+
+
+def _network(fields: Any, source: Path) -> TokenizerNet:
+    """The network that a config describes; computes in float32, whatever it was trained in."""
+    try:
+        fields = upgrade_network(fields)
+        values = {name: fields[name] for name in FIELDS}
+        quantizer = make_quantizer(fields["quantizer"])
+        quantizer.check()
+        return TokenizerNet(quantizer, **values | {"ch_mult": tuple(values["ch_mult"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{source} does not describe a tokenizer: {error}") from error

@@ -1,0 +1,40 @@
+"""Every quantizer by its name in a config: `tokenizer.quantizer.name`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fvq_jax.models.quantizers.base import Quantizer
+from fvq_jax.models.quantizers.vector import VectorQuantizer
+from fvq_jax.runtime.fields import Field, settings_of
+
+QUANTIZERS: dict[str, type[Quantizer]] = {"vector": VectorQuantizer}
+
+
+def quantizer_fields(name: str) -> dict[str, Field]:
+    """The settings of a quantizer, `name` among them. ValueError, with the names there are, for another name."""
+    name_field = Field(name, f"Quantizer: {', '.join(QUANTIZERS)}.", choices=tuple(QUANTIZERS), stays=True)
+    return {"name": name_field, **settings_of(_kind(name))}
+
+
+def make_quantizer(settings: Mapping[str, Any], **runtime: Any) -> Quantizer:
+    """The quantizer of a config's section: `name` and its settings; `runtime` is `dtype` and `mesh`.
+
+    ValueError for an unknown name, TypeError for a setting that the quantizer does not have.
+    """
+    given = dict(settings)
+    kind = _kind(given.pop("name"))
+    # An int is fine where a float is expected.
+    floats = {name for name, field in settings_of(kind).items() if isinstance(field.default, float)}
+    return kind(**{name: float(value) if name in floats else value for name, value in given.items()}, **runtime)
+
+
+def quantizer_settings(quantizer: Quantizer) -> dict[str, Any]:
+    """The section from which `make_quantizer` makes this quantizer again."""
+    name = next(name for name, kind in QUANTIZERS.items() if kind is type(quantizer))
+    return {"name": name} | {field: getattr(quantizer, field) for field in settings_of(type(quantizer))}
+
+
+def _kind(name: str) -> type[Quantizer]:
+    if name not in QUANTIZERS:
+        raise ValueError(f"unknown quantizer {name!r}: use one of {', '.join(QUANTIZERS)}")
+    return QUANTIZERS[name]

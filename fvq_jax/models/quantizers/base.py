@@ -1,0 +1,132 @@
+"""What every quantizer owes: the contract behind which a variant is one file.
+
+A quantizer turns a grid of latents into codes and the vectors they stand for. The rest of the package knows nothing
+else about it: tasks add up its losses by name, the state is laid out by its rules, and a config's section
+`tokenizer.quantizer` holds exactly its settings.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Shaped
+
+from fvq_jax.runtime.mesh import Rules
+
+
+@struct.dataclass
+class Quantized:
+    """What quantizing a grid of latents gives.
+
+    Attributes:
+      vectors: float32 [b, h, w, d], what the codes stand for, with the gradient of the quantizer's estimator.
+      codes: int32 [b, *code_shape(h, w)].
+      losses: scalars by name, unweighted, for instance `codebook` and `commitment`. Their weights in the total are
+        the quantizer's `loss_weights`; a term whose weight is 0 may be left out.
+    """
+
+    vectors: Any
+    codes: Any
+    losses: dict[str, Any]
+
+
+class Quantizer(nn.Module):
+    """The base of all quantizers.
+
+    A variant adds its settings as dataclass fields made by `runtime.fields.setting`: they are the section
+    `config.tokenizer.quantizer`. Parameters are float32. State that is not trained (a moving average, a window of
+    hits) lives in Linen collections other than `params`; it may only change inside `__call__` with `train=True`, is
+    laid out by `rules`, kept in checkpoints, and never touched by an evaluation.
+
+    Attributes:
+      dtype: compute dtype of networks inside the quantizer. Latents, distances, codes and losses are float32.
+      mesh: a mesh with axes `data` and `codebook` for a table whose rows are divided; None for a single device.
+    """
+
+    dtype: DTypeLike = jnp.float32
+    mesh: Mesh | None = None
+
+    # (pattern of the path of an array behind `/quantizer/`, layout): exactly one row for every parameter and every
+    # array of state; moments and moving averages of a parameter follow it.
+    rules: ClassVar[Rules] = ()
+
+    @property
+    def size(self) -> int:
+        """How many different codes there are."""
+        raise NotImplementedError
+
+    @property
+    def latent_dim(self) -> int:
+        """Channels d of the latents it takes and of the vectors it returns."""
+        raise NotImplementedError
+
+    @property
+    def description(self) -> str:
+        """What sets it apart beside the number and dimension of codes, in a few words for people."""
+        raise NotImplementedError
+
+    @property
+    def loss_weights(self) -> Mapping[str, float]:
+        """The weight of every loss term in the total, in the order in which they are added."""
+        raise NotImplementedError
+
+    def code_shape(self, h: int, w: int) -> tuple[int, ...]:
+        """The shape of the codes of one image whose latents are [h, w, d]."""
+        raise NotImplementedError
+
+    def check(self, axis: int = 1) -> None:
+        """Raises ValueError, saying what would work, unless the settings fit each other and such a `codebook` axis."""
+        raise NotImplementedError
+
+    def __call__(
+        self, latent: Float[Array, "b h w d"], *, train: bool = False, key: Shaped[Array, ""] | None = None
+    ) -> Quantized:
+        """Quantizes, with the loss terms.
+
+        Args:
+          latent: float32.
+          train: whether state may change.
+          key: for quantizers that draw random numbers, in training only.
+        """
+        raise NotImplementedError
+
+    def encode(self, latent: Float[Array, "b h w d"]) -> Int[Array, "b ..."]:
+        """The codes alone; no gradient."""
+        raise NotImplementedError
+
+    def decode(self, codes: Int[Array, "b ..."], upto: int | None = None) -> Float[Array, "b h w d"]:
+        """The vectors that codes stand for; of a quantizer with levels or scales only of the first `upto`, if given."""
+        raise NotImplementedError
+
+    def table(self) -> Float[Array, "k d"] | None:
+        """The vectors that are searched, one per code; None if there is no such table."""
+        raise NotImplementedError
+
+    def counts(self, codes: Int[Array, "b ..."]) -> Int[Array, "levels k"]:
+        """How often each code was chosen, for every level or scale apart (a plain quantizer has one)."""
+        raise NotImplementedError
+
+    def uncounted_flops(self, tokens: int, platform: str) -> tuple[float, int]:
+        """(flops to quantize so many tokens, over all devices, that XLA's count leaves out; passes that each takes).
+
+        XLA does not see into a kernel, and counts the body of a loop once. `platform` is cpu, gpu or tpu; the passes
+        are those of a bfloat16 matrix unit.
+        """
+        return 0.0, 1
+
+    def architecture(self) -> dict[str, Any]:
+        """The settings that decide the names, shapes and meaning of its parameters and state, by name."""
+        raise NotImplementedError
+
+    @property
+    def foldable(self) -> bool:
+        """Whether `folded` is simpler than this one: after training its parameters become the table that they make."""
+        raise NotImplementedError
+
+    def folded(self) -> "Quantizer":
+        """The quantizer for use after training. If `foldable`, its parameter `codebook` is the `table` of this one."""
+        raise NotImplementedError

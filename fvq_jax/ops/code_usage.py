@@ -1,0 +1,94 @@
+"""Which codes are used, and how evenly: histogram, usage and perplexity.
+
+A usage figure means nothing without the *window* of tokens it was counted over: even perfectly uniform use of
+k codes hits only a fraction 1 - (1 - 1/k)^n of them with n tokens (63 % with 65,536 tokens and as many
+codes). So these functions never hide a window. A caller counts the codes of a step with `code_histogram`,
+adds the counts of as many steps, hosts or images as its window holds (histograms add, usages do not), and
+names that window where it reports: `usage/batch` (one step), `usage/window` (the steps since the last log line),
+`eval/usage` (a whole evaluation). `usage_if_uniform` says what an even use would show in a window. Keeping the sums
+and writing them down is left to the training loop and to the evaluation.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float32, Int, Int32
+
+Codes = Int[jax.Array | np.ndarray, "..."]
+Mask = Bool[jax.Array | np.ndarray, "..."]
+Counts = Int[jax.Array | np.ndarray, "k"]
+
+
+def code_histogram(codes: Codes, codebook_size: int, mask: Mask | None = None) -> Int32[jax.Array, "k"]:
+    """How often each of the `codebook_size` codes occurs in `codes`; a count above 2^31 - 1 would overflow.
+
+    A scatter-add: memory is that of codes and counts, never [tokens, k]. `mask` covers the leading axes of
+    `codes` (for codes [b, h, w]: [b] drops padding images, [b, h, w] single tokens); where it is False
+    nothing is counted. Codes outside 0..k-1 are not counted either, so a sum smaller than the number of
+    tokens betrays them. Under `jit` with sharded codes the result is the histogram of the global array.
+    ValueError if the mask's shape is not a prefix of that of the codes.
+    """
+    codes = jnp.asarray(codes)
+    counted = (codes >= 0) & (codes < codebook_size)
+    if mask is not None:
+        if mask.shape != codes.shape[: mask.ndim]:
+            raise ValueError(f"mask {mask.shape} must cover the leading axes of codes {codes.shape}")
+        counted &= mask.reshape(mask.shape + (1,) * (codes.ndim - mask.ndim))
+    index = jnp.where(counted, codes, codebook_size).reshape(-1)
+    return jnp.zeros(codebook_size, jnp.int32).at[index].add(1, mode="drop")
+
+
+def usage(counts: Counts) -> Float32[jax.Array, ""]:
+    """Fraction (0..1) of the codes hit at least once in the window that `counts` were summed over."""
+    return jnp.mean(jnp.asarray(counts) > 0, dtype=jnp.float32)
+
+
+def perplexity(counts: Counts) -> Float32[jax.Array, ""]:
+    """exp(entropy of the code frequencies) of the window: as diverse as that many equally frequent codes.
+
+    Lies between 1 (one code) and the number of codes hit (all equally often); float32 rounding is clipped to
+    these bounds. Codes never hit add 0; an empty window (all counts 0) gives 0.
+    """
+    weights = jnp.asarray(counts, jnp.float32)  # the counts of a long window may add up to more than an int32
+    codes_hit = jnp.sum(weights > 0, dtype=jnp.float32)
+    frequency = weights / jnp.maximum(jnp.sum(weights), 1.0)
+    entropy = -jnp.sum(jax.scipy.special.xlogy(frequency, frequency))
+    return jnp.clip(jnp.exp(entropy), jnp.minimum(codes_hit, 1.0), codes_hit)
+
+
+def usage_if_uniform(tokens: int, codebook_size: int) -> float:
+    """The usage expected in a window of `tokens` independent, uniformly drawn codes: 1 - (1 - 1/k)^n."""
+    if codebook_size == 1:
+        return 1.0
+    return -math.expm1(tokens * math.log1p(-1.0 / codebook_size))
+
+
+def code_statistics(counts: Int[np.ndarray, "k"], pixels_per_code: int) -> dict[str, float | int]:
+    """How a set of tokens uses the codebook, beyond `usage` and `perplexity`.
+
+    Args:
+      counts: how often each code was chosen, over the whole set.
+      pixels_per_code: of an image, height times width of the down-sampling.
+
+    Returns:
+      `usage_if_uniform`: the usage that so many tokens give on average if all codes are equally likely.
+      `dead_codes`: never chosen. `top_1_percent_share`: of the tokens, those on the most frequent 1 % of the codes
+      (rounded up). `entropy_bits`: of the code frequencies, at most `log2_codebook_size`. `bits_per_pixel` with log2(k)
+      bits for every code, and `entropy_bits_per_pixel`, what an entropy coder that knows the frequencies needs.
+    """
+    codebook_size, tokens = len(counts), int(counts.sum())
+    frequency = np.sort(counts)[::-1] / max(tokens, 1)
+    used = frequency[frequency > 0]
+    entropy = float(np.sum(used * -np.log2(used)))
+    bits = float(np.log2(codebook_size))
+    return {
+        "usage_if_uniform": usage_if_uniform(tokens, codebook_size),
+        "dead_codes": int(np.sum(counts == 0)),
+        "top_1_percent_share": float(frequency[: -(-codebook_size // 100)].sum()),
+        "entropy_bits": entropy,
+        "log2_codebook_size": bits,
+        "bits_per_pixel": bits / pixels_per_code,
+        "entropy_bits_per_pixel": entropy / pixels_per_code,
+    }

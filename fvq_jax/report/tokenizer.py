@@ -1,0 +1,324 @@
+"""The report about a tokenizer: how well it reconstructs, how it uses its codes, how it was trained.
+
+What it shows is computed in `evals` and drawn in `figures`; the page around it is `page`'s.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from fvq_jax.evals.examples import Example
+from fvq_jax.evals.metric_table import METRICS
+from fvq_jax.evals.reconstruction import Found
+from fvq_jax.ops.code_usage import usage_if_uniform
+from fvq_jax.report import figures
+from fvq_jax.report.page import NONE, PLUS_MINUS, TIMES, shell, write_page
+from fvq_jax.report.pictures import QUALITY, data_uri, is_lossless
+from fvq_jax.report.published import RESULTS, SOURCES, Published
+
+_CONDITIONS = ("size", "protocol", "protocol_means", "data")
+_LPIPS = ("lpips_vgg", "lpips_alex")
+_MANY_PICTURES = 10_000  # below this number the Frechet distance is biased upwards so much that the page warns of it
+_NEARLY_ALL = 0.999
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What was trained: number and dimension of the codes, pixels per latent along a side, the rest in words."""
+
+    codes: int
+    code_dim: int
+    downsampling: int
+    description: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What the page shows.
+
+    Attributes:
+      tokenizer: what was trained.
+      facts: how it was scored, for the header and the list of details: name and value, in order.
+      metrics, not_computed: as `evals.suite` gives them.
+      found: the pass over the pictures.
+      plane: the codes on two axes [k, 2] and the share of the variance along each, see `evals.projection`; None for a
+        tokenizer without a table of codes.
+      rows: what training has logged, if anything.
+      batch_tokens: the size of the window behind `usage/batch`, if known.
+      config: of the training run, by full name; {} if there is none.
+    """
+
+    tokenizer: Trained
+    facts: Mapping[str, Any]
+    metrics: Mapping[str, float | int]
+    not_computed: Mapping[str, str]
+    found: Found
+    plane: tuple[np.ndarray, np.ndarray] | None
+    rows: figures.Rows = ()
+    batch_tokens: int | None = None
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """The tokenizer in one line."""
+        it = self.tokenizer
+        return f"{it.codes:,} {TIMES} {it.code_dim} codes, {it.description}, {it.downsampling}{TIMES} down-sampling"
+
+
+def write_report(folder: str | os.PathLike[str], report: Report) -> Path:
+    """Writes `folder/report/index.html`; returns its path. InputError if that cannot be written."""
+    return write_page(folder, page(report))
+
+
+def page(report: Report) -> str:
+    """The page as text; the same for the same report."""
+    body = "\n".join(
+        (
+            _header(report),
+            _reconstructions(report),
+            _codes(report),
+            _comparison(report),
+            _training(report),
+            _details(report),
+        )
+    )
+    return shell(f"Tokenizer: {report.title}", body)
+
+
+def _header(report: Report) -> str:
+    facts = report.facts
+    lead = (
+        f"<b>{facts['images']:,}</b> pictures of <b>{facts['size']} {TIMES} {facts['size']}</b> pixels, "
+        f"<b>{facts['tokens']:,}</b> tokens · data <b>{escape(str(facts['data']))}</b> · "
+        f"protocol <b>{escape(str(facts['protocol']))}</b>"
+    )
+    tiles = "".join(
+        f'<div class="tile card"><span>{METRICS[name].heading}</span><b>{METRICS[name].text(report.metrics[name])} '
+        f"<small>{METRICS[name].unit}</small></b><small>{note}</small></div>"
+        for name, note in _tiles(report)
+        if name in report.metrics
+    )
+    return f'<h1>Tokenizer: {escape(report.title)}</h1>\n<p class="lead">{lead}</p>\n<div class="tiles">{tiles}</div>'
+
+
+def _tiles(report: Report) -> Iterable[tuple[str, str]]:
+    """(metric, note) of the figures at the top."""
+    yield "rfid", "biased upwards" if _few_pictures(report) else ""
+    yield "inception_score", f"{PLUS_MINUS} {_number(report.metrics.get('inception_score_std'), '.1f')}"
+    for metric in ("psnr", "ssim", *_LPIPS):
+        yield metric, ""
+    even = usage_if_uniform(report.facts["tokens"], report.tokenizer.codes)
+    yield "usage", f"even use: {even:.1%}" if even < _NEARLY_ALL else ""
+    for metric in ("dead_codes", "perplexity", "bits_per_pixel"):
+        yield metric, ""
+
+
+def _few_pictures(report: Report) -> bool:
+    return report.facts["images"] < _MANY_PICTURES
+
+
+def _comparison(report: Report) -> str:
+    head = "".join(
+        f"<th{' class=text' if name == 'Protocol' else ''}>{name}</th>"
+        for name in (
+            "Tokenizer",
+            f"Codes {TIMES} dim.",
+            "Down.",
+            "Epochs",
+            "Codes used",
+            "rFID",
+            "PSNR",
+            "SSIM",
+            "LPIPS",
+        )
+    )
+    lines = [_row("This run", _own_result(report), "own")]
+    for source, protocol in SOURCES.items():
+        text = f"<b>{escape(source)}.</b> ImageNet validation, 256 {TIMES} 256. {escape(protocol)}"
+        lines.append(f'<tr class="source"><td colspan="9">{text}</td></tr>')
+        lines += [_row(result.name, result) for result in RESULTS if result.source == source]
+    warning = ""
+    if "rfid" in report.metrics and _few_pictures(report):
+        warning = (
+            f" <b>rFID of {report.facts['images']:,} pictures:</b> the Frechet distance is biased upwards for few "
+            "pictures and does not compare with that of 50,000."
+        )
+    size, protocol, means, data = (escape(str(report.facts[name])) for name in _CONDITIONS)
+    return (
+        "<h2>Beside reported results</h2>\n"
+        f'<p class="note">Figures compare only between equal data, sizes and protocols: this run was scored on '
+        f"{data}, {size} {TIMES} {size}, protocol {protocol} ({means}).{warning} "
+        f"{NONE}: not computed or not reported.</p>\n"
+        f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    )
+
+
+def _own_result(report: Report) -> Published:
+    metrics = report.metrics
+    lpips = next((metric for metric in _LPIPS if metric in metrics), "")
+    return Published(
+        name="",
+        codes=report.tokenizer.codes,
+        code_dim=report.tokenizer.code_dim,
+        downsampling=report.tokenizer.downsampling,
+        epochs=None,
+        rfid=metrics.get("rfid"),
+        source="",
+        usage=metrics.get("usage"),
+        psnr=metrics.get("psnr"),
+        ssim=metrics.get("ssim"),
+        lpips=metrics.get(lpips),
+        lpips_network=METRICS[lpips].network if lpips else "",
+    )
+
+
+def _row(name: str, result: Published, kind: str = "") -> str:
+    cells = (
+        name,
+        f"{result.codes:,} {TIMES} {result.code_dim or NONE}",
+        f"{result.downsampling}{TIMES}",
+        _number(result.epochs, ""),
+        _number(result.usage, ".1%" if result.usage is None or result.usage >= 0.01 else ".2%"),
+        _number(result.rfid, ".2f"),
+        _number(result.psnr, ".2f"),
+        _number(result.ssim, ".3f"),
+        f"{_number(result.lpips, '.3f')} {result.lpips_network}".strip(),
+    )
+    return f'<tr class="{kind}">{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+
+
+def _reconstructions(report: Report) -> str:
+    examples = report.found.examples
+    everything = (*examples.spread, *examples.worst, *examples.best)
+    if not everything:
+        return ""
+    storage = "" if is_lossless(everything[0].original) else f" Shown as WebP of quality {QUALITY}, scored before it."
+    metric = METRICS[examples.ranked_by]
+    ends = ("lowest", "highest") if metric.larger_is_better else ("highest", "lowest")
+    return (
+        "<h2>Reconstructions</h2>\n"
+        f'<p class="note">Drag across a picture, or use the arrow keys: left of the line the original, right of it the '
+        f"reconstruction. Spread over the set.{storage}</p>\n"
+        f"{_pairs(examples.spread, report)}\n"
+        f'<h2>Worst and best</h2>\n<p class="note">The pictures with the {ends[0]} {metric.heading}, worst first.</p>\n'
+        f"{_pairs(examples.worst, report)}\n"
+        f'<p class="note" style="margin-top:16px">And those with the {ends[1]}, best first.</p>\n'
+        f"{_pairs(examples.best, report)}"
+    )
+
+
+def _pairs(examples: Sequence[Example], report: Report) -> str:
+    large = "" if all(is_lossless(example.original) for example in examples) else " large"
+    pairs = "".join(_pair(example, report.found.examples.ranked_by) for example in examples)
+    return f'<div class="pairs{large}">{pairs}</div>'
+
+
+def _pair(example: Example, ranked_by: str) -> str:
+    shown = [name for name in dict.fromkeys((ranked_by, "psnr", "ssim")) if name in example.scores]
+    scores = [f"{METRICS[name].heading} {METRICS[name].text(example.scores[name])}" for name in shown]
+    lines = [f"<b>{scores[0]}</b>", *(f"<span>{score}</span>" for score in scores[1:])]
+    name = escape(os.path.basename(example.name))
+    small = " small" if is_lossless(example.original) else ""
+    return (
+        f'<figure class="pair card{small}"><div class="views">'
+        f'<img src="{data_uri(example.reconstruction)}" alt="reconstruction of {name}">'
+        f'<img class="original" src="{data_uri(example.original)}" alt="original {name}">'
+        f'<input type="range" min="0" max="100" value="50" aria-label="how much of the original {name} to show">'
+        f'<span class="ring"></span></div><figcaption title="{escape(example.name)}, picture {example.position:,}">'
+        f"{''.join(lines)}<span>{name}</span></figcaption></figure>"
+    )
+
+
+def _codes(report: Report) -> str:
+    sums = report.found.sums
+    counts, images = sums.code_counts, report.found.count
+    tokens = (report.facts["size"] // report.tokenizer.downsampling) ** 2
+    plots = [
+        (
+            "How often each code is chosen",
+            figures.code_frequency_figure(counts),
+            "A point for each code, sorted; both axes logarithmic. The flatter the line and the closer to the dashed "
+            "one, the more evenly the codebook is used; a cliff at the right end are codes that hardly occur. "
+            f"The most frequent 1% of the codes take {report.metrics['top_1_percent_share']:.1%} of the tokens.",
+        ),
+        (
+            "Codes used over pictures seen",
+            figures.usage_over_images_figure(report.found.first_use, images, tokens),
+            "How many of the codes have come up at least once among the first pictures. Dashed: what as many tokens "
+            "spread evenly would give. A line that stays below and flattens out means dead codes; one that follows "
+            "and still rises at the end means that the set is too small to tell.",
+        ),
+    ]
+    if report.plane is not None:
+        points, share = report.plane
+        caption = (
+            "The table that is searched (bridge applied), on the two directions in which it varies most; colour: how "
+            "often a code is chosen. Frequent codes should lie in the middle of many; red clusters are regions "
+            "that the encoder never reaches. Codes that look close here may be far apart along other directions."
+        )
+        caption += figures.DENSITY_MEANS if len(counts) > figures.MOST_POINTS else ""
+        plots.append(("Map of the codebook", figures.codebook_map_figure(points, share, counts), caption))
+    return f"<h2>Codes</h2>\n{_plots(plots)}"
+
+
+def _training(report: Report) -> str:
+    window = max((int(row.get("tokens/window") or 0) for row in report.rows), default=0)
+    size = report.tokenizer.codes
+    plots = (
+        (
+            "Losses",
+            figures.loss_figure(report.rows),
+            "Each term before its weight, over training steps. Where there are many points, the bold line is their "
+            "running mean. Adversarial terms need not fall.",
+        ),
+        (
+            "Codes used while training",
+            figures.usage_figure(report.rows, size, batch_tokens=report.batch_tokens, window_tokens=window or None),
+            "Share of the codes chosen at least once within a window of tokens. Compare a line only with itself, and "
+            "with what even use would show in a window of its size.",
+        ),
+    )
+    drawn = [plot for plot in plots if plot[1] is not None]
+    return f"<h2>Training</h2>\n{_plots(drawn)}" if drawn else ""
+
+
+def _plots(plots: Sequence[tuple[str, Figure, str]]) -> str:
+    """Each with title, figure and caption; one that would stand alone in its row takes all of it."""
+    cards = []
+    for title, figure, caption in plots:
+        svg = figures.to_svg(figure, title.lower().replace(" ", "-"))
+        svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
+        wide = " wide" if len(plots) % 2 and title == plots[-1][0] else ""
+        caption = f"<figcaption>{escape(caption)}</figcaption>"
+        cards.append(f'<figure class="plot card{wide}"><h3>{escape(title)}</h3>{svg}{caption}</figure>')
+    return f'<div class="plots">{"".join(cards)}</div>'
+
+
+def _details(report: Report) -> str:
+    tables = {
+        "How it was scored": report.facts,
+        "Every metric": {name: f"{value:,.6g}" for name, value in report.metrics.items()},
+        "Not computed": report.not_computed,
+        "Config of the run": report.config,
+    }
+    parts = [
+        f'<details class="card"><summary>{title}</summary><div class="scroll"><table><tbody>'
+        + "".join(
+            f'<tr><td><code>{escape(name)}</code></td><td class="text wrap">{escape(str(value))}</td></tr>'
+            for name, value in table.items()
+        )
+        + "</tbody></table></div></details>"
+        for title, table in tables.items()
+        if table
+    ]
+    return "<h2>Details</h2>\n" + "\n".join(parts)
+
+
+def _number(value: float | int | None, form: str) -> str:
+    return NONE if value is None else f"{value:{form}}"

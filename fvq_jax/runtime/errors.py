@@ -1,0 +1,27 @@
+"""The errors that a user can act on; `exits.run` prints each as one line and turns it into an exit code."""
+
+
+class InputError(ValueError):
+    """A configuration, path or file that cannot work (exit code 2). The message is one full line."""
+
+
+class RunError(RuntimeError):
+    """What ends a run that had begun (exit code 1). The message is one full line."""
+
+
+class NonFiniteError(RunError):
+    """A loss or gradient became NaN or infinite; nothing of that step was kept."""
+
+
+class StorageError(RunError):
+    """A file of the run could not be written; the checkpoints that are complete were left as they are."""
+
+
+class DataError(RunError):
+    """The next batch does not come: what prepares it hangs or has died."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises InputError with the message unless the condition holds."""
+    if not condition:
+        raise InputError(message)

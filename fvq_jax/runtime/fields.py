@@ -1,0 +1,74 @@
+"""What a setting is: default, type, range, meaning, and whether it may change while a run goes on.
+
+A setting stands in one place: the table (or the dataclass, see `setting`) of whoever reads it. Which settings there are
+is not known here.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fvq_jax.runtime.errors import InputError
+
+TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "text", tuple: "numbers such as (1, 2)"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One setting.
+
+    Attributes:
+      default: its value unless another is given; the type is binding (an int will do for a float, a list for a tuple).
+      text: what it means, with its unit, in a sentence or two for people.
+      above, least, below, most: the range of a number, the ends included by `least` and `most` and not by the others.
+      choices: the only values that there are; () for any.
+      stays: a run that goes on in its workdir must have the value that it began with.
+    """
+
+    default: Any
+    text: str
+    above: float | int | None = None
+    least: float | int | None = 0
+    below: float | int | None = None
+    most: float | int | None = None
+    choices: tuple[Any, ...] = ()
+    stays: bool = False
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises InputError, which calls the setting `name`, unless it can have this value."""
+        want = type(self.default)
+        kinds = {float: (int, float), tuple: (tuple, list)}.get(want, want)
+        # A bool counts as an int in Python, and not here.
+        if not isinstance(value, kinds) or isinstance(value, bool) != (want is bool):
+            raise InputError(f"config field {name} must be {TYPES[want]}, not {value!r}")
+        if self.choices and value not in self.choices:
+            names = ", ".join(str(choice) or "nothing" for choice in self.choices)
+            raise InputError(f"config field {name} must be one of {names}, not {value!r}")
+        if want in (int, float):
+            self._check_range(name, value)
+
+    def _check_range(self, name: str, value: float | int) -> None:
+        low = value > self.above if self.above is not None else self.least is None or value >= self.least
+        if not (low and math.isfinite(value)):
+            least = f"{self.least:g} or more" if self.above is None else f"above {self.above:g}"
+            raise InputError(f"config field {name} must be {least} and finite, not {value}")
+        if self.below is not None and value >= self.below:
+            raise InputError(f"config field {name} must be below {self.below:g}, not {value}")
+        if self.most is not None and value > self.most:
+            raise InputError(f"config field {name} must be at most {self.most}, not {value}")
+
+
+def setting(default: Any, text: str, **rest: Any) -> Any:
+    """A dataclass field that is a setting; the arguments are those of `Field`."""
+    return dataclasses.field(default=default, metadata={"setting": Field(default, text, **rest)})
+
+
+def settings_of(kind: type) -> dict[str, Field]:
+    """The settings of a dataclass by name, in order; other fields of it are left out."""
+    return {field.name: field.metadata["setting"] for field in dataclasses.fields(kind) if "setting" in field.metadata}
+
+
+def prefixed(prefix: str, fields: Mapping[str, Field]) -> dict[str, Field]:
+    """The settings as those of a section: {"optim.hold": ...} of {"hold": ...} and "optim"."""
+    return {f"{prefix}.{name}": field for name, field in fields.items()}

@@ -1,0 +1,72 @@
+"""Command lines of the programs that read a config: absl flags, with errors in one line."""
+
+import os
+import re
+import sys
+import traceback
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.exits import BAD_INPUT, fail
+from fvq_jax.runtime.names import did_you_mean, dotted
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, report")
+CONFIG = config_flags.DEFINE_config_file("config", help_string="The run, for instance configs/fvq16k.py:smoke")
+_OVERRIDE = re.compile(r"--?config\.([\w.]+)")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Reads the command line, config file and overrides; anything wrong there is one line and exit code 2."""
+    try:
+        rest = flags.FLAGS(argv)
+        if CONFIG.value is not None:
+            CONFIG.value.keys()  # a file that could not be read raises here, and not before
+        return rest
+    except (KeyError, AttributeError) as error:
+        sys.exit(fail(_unknown_field(argv) or _in_file(error), BAD_INPUT))
+    except (flags.Error, InputError, TypeError, ValueError, OSError) as error:
+        sys.exit(fail(_last_line(error), BAD_INPUT))
+
+
+def keep_compiled(workdir: str) -> None:
+    """Compiled programs stay in the workdir, so that a restart begins at once; JAX_COMPILATION_CACHE_DIR goes first."""
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.abspath(workdir), "compilation_cache"))
+
+
+def _unknown_field(argv: list[str]) -> str:
+    """Which override names a field that the config file does not have, and what was meant; empty if none does."""
+    given = next((text.partition("=")[2] for text in argv if re.match(r"--?config=", text)), None)
+    overrides = [match[1] for text in argv if (match := _OVERRIDE.match(text))]
+    if given is None or not overrides:
+        return ""
+    plain = flags.FlagValues()  # the same file, without overrides
+    config = config_flags.DEFINE_config_file("config", flag_values=plain, sys_argv=argv[:1])
+    try:
+        plain([argv[0], f"--config={given}"])
+        known = dotted(config.value)
+    except Exception:  # the file itself is wrong, and that is what the caller will say
+        return ""
+    for name in overrides:
+        if name not in known and not any(field.startswith(f"{name}.") for field in known):
+            return f"unknown config field {name}{did_you_mean(name, known)}"
+    return ""
+
+
+def _in_file(error: Exception) -> str:
+    """What the config file does wrong, with the line that does it."""
+    text = _last_line(error).strip("'\"").replace('\\"', '"').split("\\n")[0]
+    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if "ml_collections" not in frame.filename]
+    where = f" ({os.path.relpath(lines[-1].filename)}, line {lines[-1].lineno}: {lines[-1].line})" if lines else ""
+    return f"the config file cannot be used: {text}{where}"
+
+
+def _last_line(error: Exception) -> str:
+    """What went wrong, without the traceback that ml_collections puts into its message."""
+    text = str(error).strip()
+    if "Traceback (most recent call last)" not in text:
+        return text
+    return re.sub(r"^[\w.]+: ", "", text.splitlines()[-1])

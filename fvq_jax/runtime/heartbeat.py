@@ -1,0 +1,54 @@
+"""Signs of life of one process of a run: `workdir/heartbeat/host_NNN.json`.
+
+If the `time` in the file is older than the slowest step takes, the run is stuck in what `phase` says. The files are for
+people and schedulers: no program of this package reads them.
+"""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from fvq_jax.runtime.files import replace_whole
+
+HEARTBEATS = "heartbeat"
+
+
+class Heartbeat:
+    """Writes `{"step", "phase", "time", "pid", "host"}`, at most every `every` seconds unless the phase changes.
+
+    `time` is in seconds since 1970. Files are replaced whole, so that no reader sees half of one.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        process_index: int,
+        *,
+        every: float = 5.0,
+        clock: Callable[[], float] = time.time,
+    ):
+        self._path = Path(workdir) / HEARTBEATS / f"host_{process_index:03d}.json"
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._every = every
+        self._clock = clock
+        self._who = {"pid": os.getpid(), "host": socket.gethostname()}
+        self._last = self._written = clock()
+        self._longest = 0.0
+        self._phase = ""
+
+    def beat(self, step: int, phase: str) -> None:
+        """The process lives, has done `step` steps, and is now in `phase`: compiling, training, saving, ..."""
+        now = self._clock()
+        self._longest, self._last = max(self._longest, now - self._last), now
+        if phase != self._phase or now - self._written >= self._every:
+            self._phase, self._written = phase, now
+            with replace_whole(self._path) as unfinished:
+                unfinished.write_text(json.dumps({"step": step, "phase": phase, "time": now, **self._who}) + "\n")
+
+    def longest_silence(self) -> float:
+        """The longest time between two beats since the last call, in seconds."""
+        longest, self._longest = self._longest, 0.0
+        return longest

@@ -1,0 +1,60 @@
+"""What a disk that is full, or fails, does to a run: one error that says what was lost and what is safe."""
+
+import contextlib
+import errno
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from fvq_jax.runtime.errors import InputError, RunError, StorageError
+
+CHECKPOINTS = "checkpoints"
+# Full, over quota, read-only, broken, or gone: not what a mistake in the program would raise.
+_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+_SAID = re.compile(r"No space left on device|Disk quota exceeded|Read-only file system|Input/output error")
+
+
+@contextlib.contextmanager
+def storage_errors(workdir: Path) -> Iterator[None]:
+    """Turns errors of the disk into StorageError, wherever inside they come from; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _ERRNOS:
+            raise
+        raise not_written("a file of the run", workdir, error) from error
+
+
+@contextlib.contextmanager
+def saving_errors(what: str, workdir: Path) -> Iterator[None]:
+    """Turns whatever fails while `what` is saved into StorageError: libraries raise the disk's errors as many kinds."""
+    try:
+        yield
+    except (InputError, RunError):
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise not_written(what, workdir, error) from error
+
+
+def not_written(what: str, workdir: Path, error: Exception) -> StorageError:
+    """The error that says so, and to where the run can go back."""
+    steps = complete_steps(workdir)
+    kept = f"the checkpoint of step {max(steps)} is complete" if steps else "there is no complete checkpoint"
+    return StorageError(
+        f"{what} could not be written in {workdir}: {brief(error)}; {kept}: start again to go on from it"
+    )
+
+
+def complete_steps(workdir: Path) -> list[int]:
+    """The steps of all checkpoints; one that was interrupted while it was written has a longer name."""
+    matches = [re.fullmatch(r"step_(\d+)", path.name) for path in (workdir / CHECKPOINTS).glob("step_*")]
+    return [int(match[1]) for match in matches if match]
+
+
+def brief(error: BaseException) -> str:
+    """The part of an error's text that a person needs: what the system said, if it was the system."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error).strip() or type(error).__name__
+    said = _SAID.search(text)
+    return said.group() if said else text.splitlines()[0]

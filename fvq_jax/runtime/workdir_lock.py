@@ -1,0 +1,64 @@
+"""One process per workdir: a lock on `workdir/lock` that the system itself gives back when its holder ends, however."""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from absl import logging
+
+from fvq_jax.runtime.errors import InputError
+
+FILE = "lock"
+PATIENCE = 5.0  # seconds: a killed process holds its lock until all its memory has been given back
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+
+
+@contextlib.contextmanager
+def hold(workdir: Path) -> Iterator[None]:
+    """Keeps other processes, also on other hosts, from holding the same workdir.
+
+    Where the file system knows no locks a log line says so, and nothing is held.
+
+    Raises:
+      InputError: another process holds it, and is named; or the workdir cannot be written.
+    """
+    path = workdir / FILE
+    try:
+        file = path.open("a+")  # closed by a program that this one starts, which must not inherit the lock
+    except OSError as error:
+        raise InputError(f"workdir {workdir} cannot be written: {error.strerror or error}") from None
+    with file:
+        if _lock(file.fileno(), workdir):
+            since = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+            try:
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
+                file.flush()
+            except OSError as error:
+                raise InputError(f"workdir {workdir} cannot be written: {error.strerror or error}") from None
+        yield
+
+
+def _lock(descriptor: int, workdir: Path) -> bool:
+    """Whether there is a lock now; raises InputError if another process keeps it."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                holder = (workdir / FILE).read_text().strip() or "another process"
+                raise InputError(f"workdir {workdir} is in use by {holder}: use another workdir") from None
+            time.sleep(0.2)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise InputError(f"workdir {workdir} cannot be locked: {error.strerror or error}") from None
+            logging.warning("the file system of %s has no locks: start only one run there at a time", workdir)
+            return False

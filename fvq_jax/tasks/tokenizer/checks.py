@@ -1,0 +1,69 @@
+"""Refuses a tokenizer's config that cannot run, in one line that says what would work."""
+
+from ml_collections import ConfigDict
+
+from fvq_jax.config.checks import near
+from fvq_jax.data.fields import check_pictures
+from fvq_jax.evals.pixel_metrics import SSIM_WINDOW
+from fvq_jax.models.discriminators.stylegan import SIZES
+from fvq_jax.models.layers import GROUPS
+from fvq_jax.models.quantizers import make_quantizer
+from fvq_jax.runtime.errors import InputError, require
+from fvq_jax.runtime.mesh import mesh_shape
+from fvq_jax.tasks.tokenizer.fields import QUANTIZER, downsampling, has_discriminator
+
+STYLEGAN_SIZES = SIZES[1:]  # the smallest is where it ends
+
+
+def check(config: ConfigDict, devices: int) -> None:
+    """Raises InputError for what the types and ranges of single fields do not show."""
+    _check_channels(config)
+    _check_quantizer(config, devices)
+    _check_images(config)
+    check_pictures(config.data)
+
+
+def _check_channels(config: ConfigDict) -> None:
+    model = config.tokenizer
+    require(
+        len(model.ch_mult) >= 1 and all(type(mult) is int and mult > 0 for mult in model.ch_mult),
+        f"config field tokenizer.ch_mult must be positive whole numbers such as (1, 2), not {model.ch_mult}",
+    )
+    for mult in model.ch_mult:
+        require(
+            model.ch * mult % GROUPS == 0,
+            f"tokenizer.ch {model.ch} x {mult} (of tokenizer.ch_mult) = {model.ch * mult} channels are not divisible "
+            f"by the {GROUPS} groups of GroupNorm: set tokenizer.ch to {near(model.ch, GROUPS)}",
+        )
+
+
+def _check_quantizer(config: ConfigDict, devices: int) -> None:
+    mesh, quantizer = config.mesh, make_quantizer(config.tokenizer.quantizer)
+    try:
+        # First for the size that is given, which the message then names.
+        for axis in (max(mesh.codebook, 1), mesh_shape(mesh.data, mesh.codebook, devices)[1]):
+            quantizer.check(axis)
+    except ValueError as error:
+        raise InputError(f"{QUANTIZER}: {error}") from None
+
+
+def _check_images(config: ConfigDict) -> None:
+    size, factor = config.data.image_size, downsampling(config)
+    require(
+        size % factor == 0,
+        f"data.image_size {size} is not divisible by the down-sampling of {factor} (tokenizer.ch_mult has "
+        f"{len(config.tokenizer.ch_mult)} levels): use {near(size, factor)}",
+    )
+    layers, kind = config.adversarial.layers, config.adversarial.discriminator
+    adversarial = has_discriminator(config)
+    for wanted, least, reason in (
+        (True, SSIM_WINDOW, "SSIM, which evaluation computes, has a window of that size"),
+        (config.loss.perceptual_weight > 0, 16, "LPIPS (loss.perceptual_weight above 0) halves images four times"),
+        (adversarial and kind == "patchgan", 3 * 2**layers, f"PatchGAN has adversarial.layers={layers}"),
+    ):
+        require(not wanted or size >= least, f"data.image_size {size} is below {least}: {reason}")
+    require(
+        not adversarial or kind != "stylegan" or size in STYLEGAN_SIZES,
+        f"data.image_size {size} does not fit adversarial.discriminator=stylegan, which takes "
+        f"{', '.join(map(str, STYLEGAN_SIZES))}",
+    )

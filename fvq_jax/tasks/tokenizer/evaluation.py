@@ -1,0 +1,131 @@
+"""The evaluation of a tokenizer while it trains, where its state lies: on the run's mesh.
+
+The same pictures by the same functions as `fvq_jax.evaluate --workdir=DIR`. When to evaluate, and what becomes of the
+result, is left to the loop.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float, Int, UInt8
+from ml_collections import ConfigDict
+
+from fvq_jax.data.record import Source
+from fvq_jax.evals.networks import Networks, load_networks
+from fvq_jax.evals.projection import principal_plane
+from fvq_jax.evals.reconstruction import Found, collect, not_computed, summarise
+from fvq_jax.evals.reference import Moments
+from fvq_jax.models.tokenizer import TokenizerNet, fold
+from fvq_jax.ops.pixels import to_float
+from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.mesh import BATCH, global_batch, replicated
+
+
+def evaluation_networks(config: ConfigDict) -> Networks:
+    """The networks of a run's metrics: for rFID if `eval.inception` is set, for LPIPS if the files of its loss are.
+
+    InputError if the first is missing or one is damaged.
+    """
+    inception = config.eval.inception
+    if inception and not os.path.isfile(inception):
+        raise InputError(f"eval.inception: there is no file {inception!r} (leave it empty to do without rFID)")
+    files = {"inception": inception, "vgg16": config.loss.vgg16_path, "lpips_vgg": config.loss.lpips_path}
+    files = {name: path or None for name, path in files.items()} | dict.fromkeys(("alexnet", "lpips_alex"))
+    return load_networks(files, config.data.image_size)
+
+
+class Evaluator:
+    """Evaluates states of one run, all by the same compiled programs.
+
+    Everything is computed in float32, whatever training computes in, as the exported tokenizer does, and with the
+    quantizer folded to a plain one. Variables are those of the tokenizer: parameters, and state that is only read.
+    """
+
+    def __init__(self, config: ConfigDict, mesh: Mesh, net: TokenizerNet, source: Source, networks: Networks):
+        self._config, self._mesh, self._net = config, mesh, net
+        self._source, self._networks = source, networks
+        self._reference: Moments | None = None  # of the crops, which stay the same
+
+    def evaluate(
+        self, variables: dict[str, Any], progress: Callable[[int], Any] = lambda done: None
+    ) -> tuple[dict[str, float | int], dict[str, str], Found]:
+        """Scores a tokenizer over the run's evaluation set; see `collect` for `progress` and what is raised.
+
+        Returns the metrics by name, why others are missing, and what the pass over the pictures found.
+        """
+        config, folded = self._config, self._folded(variables)
+
+        def reconstruct(crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            images = global_batch({"image": crops}, self._mesh)["image"]
+            images, codes = self._reconstruct(folded, images)
+            return _local_rows(images), _local_rows(codes)
+
+        found = collect(
+            reconstruct,
+            self._source,
+            self._networks,
+            codebook_size=self._net.quantizer.size,
+            size=config.data.image_size,
+            batch_size=config.eval.batch_size,
+            images=config.eval.images,
+            num_workers=config.data.num_workers,
+            timeout=config.data.timeout,
+            keep_images=config.log.images,
+            with_reference=self._reference is None,
+            progress=progress,
+        )
+        if found.sums.real is not None and found.sums.images >= 2:
+            self._reference = found.sums.real.moments()
+        metrics = summarise(found.sums, self._net.downsampling, self._reference)
+        return metrics, not_computed(self._networks, found.sums), found
+
+    def plane(self, variables: dict[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
+        """The codes on their two principal axes, see `principal_plane`; None without a table. All processes call it."""
+        return jax.device_get(self._plane(self._folded(variables)))
+
+    def folded(self, variables: dict[str, Any]) -> dict[str, Any]:
+        """The variables that are evaluated: those of the folded network. A pure function."""
+        return fold(self._net, variables)[1]
+
+    def reconstruct(
+        self, folded: dict[str, Any], images: UInt8[Array, "b H W 3"]
+    ) -> tuple[Float[Array, "b H W 3"], Int[Array, "b ..."]]:
+        """Reconstructions, in [-1, 1], and codes, by what `folded` returned. A pure function."""
+        output = self._plain_net.apply(folded, to_float(images))
+        return jnp.clip(output.reconstruction, -1, 1), output.quantized.codes
+
+    @functools.cached_property
+    def _plain_net(self) -> TokenizerNet:
+        return self._net.clone(quantizer=self._net.quantizer.folded().clone(dtype=jnp.float32), dtype=jnp.float32)
+
+    # Kept, since a new jitted function would compile again at every evaluation.
+    @functools.cached_property
+    def _folded(self):
+        return jax.jit(self.folded)
+
+    @functools.cached_property
+    def _reconstruct(self):
+        rows = NamedSharding(self._mesh, BATCH)
+        return jax.jit(self.reconstruct, out_shardings=(rows, rows))
+
+    @functools.cached_property
+    def _plane(self):
+        def plane(folded):
+            table = self._plain_net.apply(
+                {**folded, "params": {"quantizer": folded["params"]["quantizer"]}}, method="table"
+            )
+            return None if table is None else principal_plane(table)
+
+        return jax.jit(plane, out_shardings=replicated(self._mesh))
+
+
+def _local_rows(rows: jax.Array) -> np.ndarray:
+    """This process's rows of a global array, in order."""
+    shards = sorted(rows.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return np.concatenate([np.asarray(shard.data) for shard in shards])

@@ -1,0 +1,235 @@
+"""Checkpoints of a run: the whole training state, the position in the data, and the config, through Orbax.
+
+Saving is asynchronous; a checkpoint that was not completed is never seen by `latest_step`. A complete one holds the
+checksums of its files: they are checked before it is read, and one that has changed on disk is passed over.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from flax import struct
+
+from fvq_jax.runtime.agreement import gather_texts
+from fvq_jax.runtime.checksums import find_damage, write_checksums
+from fvq_jax.runtime.errors import InputError, RunError, StorageError
+from fvq_jax.runtime.names import path_name
+from fvq_jax.runtime.storage import CHECKPOINTS, brief, saving_errors
+from fvq_jax.training.state import TrainState
+
+DAMAGED = "checkpoints_damaged"  # what is found damaged goes there, so that its step can be saved again
+STAMP = "_CHECKPOINT_METADATA"  # in which Orbax notes the time when it renames the folder; tells nothing else of use
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder, until all that belongs in it is there
+# Of arrays that several devices hold, each writes a part, if that has at least so many bytes. Cutting small arrays
+# compiles a program for every part: 200 of them, and most of the time of a first save, for a tiny network.
+SMALLEST_PART = 2**20
+# What Orbax raises at files that it cannot read, and at files that are not what it was asked for.
+_READ_ERRORS = (ValueError, KeyError, TypeError, OSError)
+
+T = TypeVar("T")
+
+
+@struct.dataclass
+class Checkpoint:
+    """What was read back: the state, laid out as asked for, and the record saved beside it (plain JSON)."""
+
+    state: TrainState
+    record: dict[str, Any] = struct.field(pytree_node=False)
+
+
+class Checkpoints:
+    """The checkpoints of one workdir: `keep_last` newest, and every `keep_every` steps one for good (0: none).
+
+    With `read_only` nothing in the workdir is touched: for whoever reads what another process may be writing.
+    """
+
+    def __init__(
+        self, workdir: str | os.PathLike[str], *, keep_last: int = 2, keep_every: int = 0, read_only: bool = False
+    ):
+        self._workdir = Path(workdir).absolute()
+        self._folder = self._workdir / CHECKPOINTS
+        self._read_only = read_only
+        self._saving: int | None = None
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep_last,
+            keep_period=keep_every or None,
+            step_prefix="step",
+            enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+            create=not read_only,
+            lightweight_initialize=True,  # metadata of a damaged checkpoint may not be readable
+        )
+        arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SMALLEST_PART)
+        kinds = ocp.type_handlers.create_type_handler_registry(
+            (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())
+        )
+        handlers = {
+            "state": ocp.PyTreeCheckpointHandler(type_handler_registry=kinds),
+            "record": ocp.JsonCheckpointHandler(),
+        }
+        if not read_only and jax.process_index() == 0:
+            for unfinished in self._folder.glob(f"*{UNFINISHED}*"):  # by processes that were killed while they saved
+                shutil.rmtree(unfinished)
+        with self._storage_errors():
+            self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if kind is not None and issubclass(kind, StorageError):
+            return  # nothing is being written any more
+        if kind is not None and jax.process_count() > 1 and not issubclass(kind, InputError | RunError):
+            return  # another process may have gone, and will not do its part
+        with self._storage_errors():
+            self._manager.close()
+
+    def latest_step(self) -> int | None:
+        """The step of the newest complete checkpoint, damaged or not; None if there is none."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, step: int, record: dict[str, Any]) -> None:
+        """Starts writing the state at `step` and its record; a step that is already there is left alone.
+
+        The record must hold at least what a resume needs beside the state: the data's position and the config.
+
+        Raises:
+          StorageError: this checkpoint, or the one before it, could not be written.
+        """
+        if step in self._manager.all_steps():
+            return
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(record))
+        self.wait()
+        self._saving = step
+        with self._storage_errors():
+            self._manager.save(step, args=items, force=True)
+
+    def check(self) -> None:
+        """Raises StorageError if what was being written has failed in the meantime; does not wait."""
+        with self._storage_errors():
+            self._manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Returns when everything that was saved is complete on disk, or raises StorageError."""
+        with self._storage_errors():
+            self._manager.wait_until_finished()
+
+    def restore(self, like: TrainState, step: int | None = None) -> Checkpoint:
+        """Reads the newest undamaged (or a given) checkpoint into the shapes and layout of `like` (abstract arrays).
+
+        All processes must call it, and take the same checkpoint. Newer ones that are damaged are named in the log and
+        moved to `checkpoints_damaged`.
+
+        Raises:
+          InputError: there is none, all are damaged, or the one taken does not fit `like`.
+        """
+        layout = ocp.checkpoint_utils.construct_restore_args(like)
+        state = ocp.args.PyTreeRestore(item=like, restore_args=layout)
+        args = ocp.args.Composite(state=state, record=ocp.args.JsonRestore())
+        items = self._newest_readable(lambda step: self._manager.restore(step, args=args), like, step)
+        return Checkpoint(items.state, items.record)
+
+    def restore_part(self, like: dict[str, Any]) -> dict[str, Any]:
+        """Reads of the newest undamaged state only the arrays of `like` (nested by the fields of `TrainState`).
+
+        Returns numpy arrays.
+
+        Raises:
+          InputError: there is no checkpoint, all are damaged, or the one taken has no such arrays.
+        """
+        kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
+        part = ocp.args.PyTreeRestore(item=like, restore_args=kinds, partial_restore=True)
+        args = ocp.args.Composite(state=part)
+        return self._newest_readable(lambda step: self._manager.restore(step, args=args).state, like)
+
+    def _newest_readable(self, read: Callable[[int], T], like: Any, step: int | None = None) -> T:
+        """What `read` returns for the newest checkpoint (or that of `step`) that is not damaged."""
+        steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
+        if not steps:
+            raise InputError(f"no checkpoint in {self._folder}")
+        damaged = {}
+        for candidate in steps:
+            result, damage = self._read(read, like, candidate)
+            if damage:
+                damaged[candidate] = damage
+                continue
+            for number, reason in damaged.items():
+                self._set_aside(number, reason)
+            logging.info("restored step %d from %s", candidate, self._folder)
+            return result
+        # All stay where they are: a workdir without checkpoints would begin anew.
+        found = "; ".join(f"step {number}: {reason}" for number, reason in damaged.items())
+        raise InputError(f"no undamaged checkpoint in {self._folder} ({found}): start again in another workdir")
+
+    def _read(self, read: Callable[[int], T], like: Any, step: int) -> tuple[T | None, str]:
+        """What `read` returns, or in all processes how the checkpoint is damaged."""
+        folder = self._folder / f"step_{step}"
+        if damage := _first_text(find_damage(folder) if jax.process_index() == 0 else ""):
+            return None, damage
+        if differences := self._differences(step, like):
+            raise InputError(f"the checkpoint of step {step} in {self._folder} does not fit: {differences}")
+        try:
+            result, failure = read(step), ""
+        except _READ_ERRORS as error:
+            result, failure = None, brief(error)
+        return result, _first_text(failure)
+
+    def _differences(self, step: int, like: Any) -> str:
+        """Which arrays of `like` have another shape there, or are missing; empty also if its list cannot be read."""
+        try:
+            there = self._manager.item_metadata(step)["state"]
+            shapes = {path_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(there)}
+        except (*_READ_ERRORS, AttributeError):
+            return ""
+        wanted = {path_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(like)}
+        found = [
+            f"{name} {list(shapes[name])} instead of {list(shape)}" if name in shapes else f"{name} is not there"
+            for name, shape in wanted.items()
+            if shapes.get(name) != shape
+        ]
+        return ", ".join(found[:10])
+
+    def _set_aside(self, step: int, reason: str) -> None:
+        """Says that a checkpoint is damaged, and makes room for another one of its step."""
+        source = self._folder / f"step_{step}"
+        if self._read_only:
+            logging.warning("%s is damaged and was passed over: %s", source, reason)
+            return
+        target = self._workdir / DAMAGED / source.name
+        if jax.process_index() == 0:
+            count = 1
+            while target.exists():
+                count += 1
+                target = target.with_name(f"{source.name}_{count}")
+            with self._storage_errors():
+                target.parent.mkdir(exist_ok=True)
+                source.rename(target)
+        _first_text("")  # the others go on when it has been moved
+        self._manager.reload()
+        logging.warning("%s is damaged and was moved to %s: %s", source, target.parent, reason)
+
+    def _write_checksums(self) -> None:
+        """Called by the first process, in the thread that saves, when all files of a checkpoint are there.
+
+        Orbax renames the folder after that: what is called complete has its checksums.
+        """
+        name = f"step_{self._saving}"
+        (folder,) = (path for path in self._folder.iterdir() if path.name.split(".")[0] == name)
+        write_checksums(folder, leave_out={STAMP})
+
+    def _storage_errors(self) -> AbstractContextManager[None]:
+        """What fails while a checkpoint is written, here or in its thread, as one line."""
+        what = "checkpoints" if self._saving is None else f"step {self._saving}"
+        return saving_errors(what, self._workdir)
+
+
+def _first_text(text: str) -> str:
+    """The first text that is not empty, of those that all processes give."""
+    return text if jax.process_count() == 1 else next(filter(None, gather_texts(text)), "")

@@ -1,0 +1,151 @@
+"""One run of the training program: its parts, made from a config, and all that is checked before it may start.
+
+The steps, and what they write, belong to `loop`.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+from clu import parameter_overview
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from fvq_jax.config.checks import all_fields, validate
+from fvq_jax.config.resume import check_continues
+from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.files import replace_whole
+from fvq_jax.runtime.mesh import make_mesh
+from fvq_jax.runtime.storage import complete_steps
+from fvq_jax.runtime.workdir_lock import hold
+from fvq_jax.training.metric_files import read_metrics
+from fvq_jax.training.state import TrainState
+from fvq_jax.training.step import TrainStep
+from fvq_jax.training.task import Evaluation, Task
+
+CONFIG_FILE = "config.json"
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything that stays the same during one run."""
+
+    config: ConfigDict
+    workdir: Path
+    mesh: Mesh
+    task: Task
+    step: TrainStep
+    total_steps: int
+    first: bool  # this process writes
+    init_params: dict[str, Any] | None  # where the main network of a new run starts, if not at random
+
+    def data_position(self, step: int) -> dict[str, Any]:
+        """The data iterator: the batch of a step follows from the data, the seed and the step."""
+        return {"next_step": step, "seed": self.config.seed, "pictures": self.task.source("train").fingerprint()}
+
+    def summary(self, step: int, evaluation: Evaluation, record: dict[str, Any]) -> dict[str, Any]:
+        """The result line."""
+        main = self.step.abstract().networks[self.task.main]
+        metrics, rate = evaluation.metrics, f"{self.task.unit}_per_second"
+        return {
+            "step": step,
+            **{name: metrics[name] for name in self.task.headline if name in metrics},
+            **evaluation.facts,
+            "parameters": int(parameter_overview.count_parameters(main.params)),
+            rate: record[rate],
+            "seconds": record["seconds"],
+            "workdir": str(self.workdir),
+        }
+
+    def report(self, state: TrainState, evaluation: Evaluation) -> None:
+        """Writes the report of the task into the workdir. All processes must call it."""
+        self.task.report(state, evaluation, self.workdir, read_metrics(self.workdir) if self.first else [])
+
+
+def prepare(
+    task_class: type[Task], config: ConfigDict, workdir: str | os.PathLike[str], stack: contextlib.ExitStack
+) -> Run:
+    """Checks everything that can be wrong, in the order in which it is cheap to check.
+
+    Claims the workdir until `stack` is left. Raises InputError for whatever cannot work.
+    """
+    validate(config, task_class, jax.device_count())
+    mesh = make_mesh(config.mesh.data, config.mesh.codebook)
+    if config.batch_size % jax.process_count():
+        raise InputError(f"batch_size {config.batch_size} is not divisible by {jax.process_count()} processes")
+    workdir = Path(workdir).absolute()
+    first = jax.process_index() == 0
+    _check_workdir(workdir, task_class, config)
+    if first:
+        stack.enter_context(hold(workdir))
+    task = task_class(config, mesh)
+    epoch = len(task.source("train")) / config.batch_size  # steps; batches run across the end of an epoch
+    task.source("eval")
+    total = config.steps or math.ceil(config.epochs * epoch)
+    warmup = config.optim.warmup_steps or round(config.optim.warmup_epochs * epoch)
+    if warmup >= total:
+        raise InputError(
+            f"a warm-up of {warmup} steps leaves nothing of the {total} steps of this run: lower "
+            "optim.warmup_steps or optim.warmup_epochs"
+        )
+    task.open_files()
+    init_params = None
+    if config.init_from and not complete_steps(workdir):
+        try:
+            init_params = task.load(config.init_from)
+        except InputError as error:
+            raise InputError(f"init_from: {error}") from error
+    if first and not (workdir / CONFIG_FILE).exists():  # only now, when nothing is left that could be refused
+        try:
+            with replace_whole(workdir / CONFIG_FILE) as unfinished:
+                unfinished.write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
+        except OSError as error:
+            raise InputError(f"workdir {workdir} cannot be written: {error.strerror or error}") from None
+    step = TrainStep.of(task, config, mesh, total, warmup)
+    return Run(config, workdir, mesh, task, step, total, first, init_params)
+
+
+def _check_workdir(workdir: Path, task_class: type[Task], config: ConfigDict) -> None:
+    """Makes the workdir, or checks that it can be written and that the run in it is this one."""
+    path = workdir / CONFIG_FILE
+    if ":/" in str(workdir):
+        raise InputError(f"workdir {workdir} is not a local path: mount the bucket and give the mounted folder")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            saved = json.loads(path.read_text())
+            if not isinstance(saved, dict):
+                raise InputError(f"{path} is not a config, but {type(saved).__name__}")
+            for line in check_continues(saved, config, all_fields(task_class, config)):
+                logging.info("changed since the run began: %s", line)
+    except ValueError as error:
+        raise error if isinstance(error, InputError) else InputError(f"{path} is not a config: {error}") from None
+    except OSError as error:
+        raise InputError(f"workdir {workdir} cannot be used: {error.strerror or error}") from None
+
+
+def check_record(run: Run, record: dict[str, Any], step: int) -> None:
+    """Raises InputError if a checkpoint does not come from this run: same model, same data in the same order."""
+    check_continues(record["config"], run.config, all_fields(type(run.task), run.config))
+    before, now = record["data"], run.data_position(step)
+    if before != now:
+        raise InputError(
+            f"the {run.task.unit} to train on are not those this run began with ({before['pictures']} -> "
+            f"{now['pictures']}): bring the same ones back, or start in another workdir"
+        )
+
+
+def log_start(run: Run) -> None:
+    """Logs devices and sizes, and what the task has to say."""
+    devices = jax.devices()
+    logging.info("%d x %s, mesh %s", len(devices), devices[0].device_kind, dict(run.mesh.shape))
+    for name, network in run.step.abstract().networks.items():
+        logging.info("%s: %s parameters", name, f"{parameter_overview.count_parameters(network.params):,}")
+    logging.info("%d steps of %d %s", run.total_steps, run.config.batch_size, run.task.unit)
+    run.task.log_start()

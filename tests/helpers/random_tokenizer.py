@@ -1,0 +1,33 @@
+"""Tiny tokenizers with random weights whose codes are spread, for the tests of files and programs."""
+
+import math
+
+import jax
+import numpy as np
+
+from fvq_jax.inference.saved import SavedTokenizer
+from fvq_jax.interop.named_tensors import abstract_params
+from fvq_jax.models.tokenizer import TokenizerNet
+
+
+def tiny_net(**changes) -> TokenizerNet:
+    """Down-sampling 2, 64 codes of dimension 8."""
+    sizes = {"ch": 32, "ch_mult": (1, 1), "num_res_blocks": 1, "z_channels": 16, "codebook_size": 64, "code_dim": 8}
+    return TokenizerNet(**sizes | changes)
+
+
+def random_tokenizer(seed: int = 0, **changes) -> SavedTokenizer:
+    """`tiny_net` with weights that keep activations at their scale."""
+    rng = np.random.default_rng(seed)
+    net = tiny_net(**changes)
+
+    def value(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        noise = rng.normal(size=leaf.shape).astype(np.float32)
+        if name.endswith("/kernel"):
+            return noise / np.float32(math.sqrt(math.prod(leaf.shape[:-1])))
+        if name.endswith("/scale"):
+            return 1 + np.float32(0.1) * noise
+        return noise if "codebook" in name or "embedding" in name else np.float32(0.05) * noise
+
+    return SavedTokenizer(net, jax.tree.map_with_path(value, abstract_params(net)))

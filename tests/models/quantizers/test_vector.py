@@ -1,0 +1,168 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fvq_jax.models.quantizers.vector import Quantizer
+from fvq_jax.ops.entropy import entropy_loss
+from fvq_jax.ops.nearest import nearest_code
+from fvq_jax.ops.vectors import l2_normalize
+from fvq_jax.training.state import state_shardings
+from tests.helpers.golden_case import relative_error
+from tests.helpers.tiny import spread_codes
+
+K, D = 64, 8
+WEIGHTS = np.random.default_rng(9).normal(size=(8, 2, 3, D)).astype(np.float32)
+
+
+def bridged(params):
+    return jax.jit(lambda params: make().apply({"params": params}, method="bridged_codebook"))(params)
+
+
+def make(**options):
+    return Quantizer(K, D, **{"bridge": "XS/2-d1", **options})
+
+
+@functools.cache
+def latents_and_params():
+    rng = np.random.default_rng(0)
+    params = jax.jit(make().init)(jax.random.key(0), jnp.zeros((8, 2, 3, D)))["params"]
+    params = spread_codes({"quantizer": params})["quantizer"]
+    table = bridged(params)
+    # Around the codes, wherever those are, so that many of them are hit; scaled, so that directions differ.
+    latent = table[rng.permutation(K)[:48]] * rng.uniform(0.3, 2, (48, 1)) + 0.05 * rng.normal(size=(48, D))
+    return latent.reshape(8, 2, 3, D).astype(jnp.float32), params
+
+
+@functools.cache
+def results(mesh=None, **options):
+    """(output, gradients to latents and parameters) of a loss that weighs every part."""
+    quantizer = make(mesh=mesh, **options)
+
+    def loss(latent, params):
+        output = quantizer.apply({"params": params}, latent)
+        total = output.codebook_loss + 0.25 * output.commitment_loss + jnp.sum(WEIGHTS * output.vectors)
+        return total + 0.1 * output.entropy_loss, output
+
+    gradients, output = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(*placed(mesh))
+    return output, gradients
+
+
+def placed(mesh):
+    latent, params = latents_and_params()
+    if mesh is None:
+        return latent, params
+    layout = state_shardings({"quantizer": {"quantizer": params}}, mesh)["quantizer"]["quantizer"]
+    return jax.device_put(latent, NamedSharding(mesh, P(("data", "codebook")))), jax.device_put(params, layout)
+
+
+def mesh_of(data, codebook):
+    return jax.make_mesh((data, codebook), ("data", "codebook"), axis_types=(AxisType.Auto,) * 2)
+
+
+@pytest.mark.parametrize("sizes", [(2, 4), (8, 1), (1, 8)])
+def test_on_a_mesh_codes_losses_and_gradients_are_those_of_one_device(sizes):
+    expected, expected_gradients = results()
+    assert len(np.unique(expected.codes)) > K / 4
+    output, gradients = results(mesh_of(*sizes))
+    np.testing.assert_array_equal(output.codes, expected.codes)
+    np.testing.assert_allclose(output.vectors, expected.vectors, atol=1e-5)
+    for name in ("codebook_loss", "commitment_loss"):
+        np.testing.assert_allclose(getattr(output, name), getattr(expected, name), rtol=1e-5)
+    errors = jax.tree.map(relative_error, gradients, expected_gradients)
+    assert max(jax.tree.leaves(errors)) < 1e-4, errors
+
+
+def test_output_is_the_nearest_bridged_code():
+    latent, params = latents_and_params()
+    output, _ = results()
+    table = bridged(params)
+    codes = nearest_code(latent.reshape(-1, D), table)
+    assert output.codes.shape == (8, 2, 3)
+    assert output.codes.dtype == jnp.int32
+    np.testing.assert_array_equal(output.codes.ravel(), codes)
+    np.testing.assert_allclose(output.vectors.reshape(-1, D), table[codes], atol=1e-6)
+    error = np.mean(np.square(latent.reshape(-1, D) - table[codes]))
+    np.testing.assert_allclose([output.codebook_loss, output.commitment_loss], error, rtol=1e-5)
+    np.testing.assert_array_equal(make().apply({"params": params}, latent, method="nearest"), output.codes)
+    looked_up = make().apply({"params": params}, output.codes, method="look_up")
+    np.testing.assert_allclose(looked_up.reshape(-1, D), table[codes], atol=1e-6)
+
+
+def test_straight_through_reaches_the_latents_and_codebook_loss_the_bridge():
+    latent, _ = latents_and_params()
+    output, (to_latent, to_params) = results()
+    pull = 0.25 * 2 * (latent - output.vectors) / latent.size
+    np.testing.assert_allclose(to_latent, WEIGHTS + pull, atol=1e-5)
+    assert all(np.any(gradient) for gradient in jax.tree.leaves(to_params))
+
+
+@pytest.mark.parametrize("sizes", [None, (2, 4)])
+def test_l2_normalize_searches_and_returns_directions(sizes):
+    latent, params = latents_and_params()
+    options = {"l2_normalize": True}
+    output, gradients = results(None if sizes is None else mesh_of(*sizes), **options)
+    table = bridged(params)
+    codes = nearest_code(latent.reshape(-1, D), table, l2_normalize=True)
+    np.testing.assert_array_equal(output.codes.ravel(), codes)
+    assert np.any(np.asarray(output.codes) != np.asarray(results()[0].codes))
+    np.testing.assert_allclose(np.linalg.norm(output.vectors, axis=-1), 1, rtol=1e-5)
+    difference = l2_normalize(latent).reshape(-1, D) - l2_normalize(table)[codes]
+    np.testing.assert_allclose(output.commitment_loss, np.mean(np.square(difference)), rtol=1e-4)
+    errors = jax.tree.map(relative_error, gradients, results(**options)[1])
+    assert max(jax.tree.leaves(errors)) < 1e-4
+
+
+@pytest.mark.parametrize(("sizes", "normalize"), [(None, False), (None, True), ((2, 4), True)])
+def test_entropy_term(sizes, normalize):
+    latent, params = latents_and_params()
+    options = {"entropy_temperature": 0.5, "l2_normalize": normalize}
+    output, gradients = results(None if sizes is None else mesh_of(*sizes), **options)
+    table = bridged(params)
+    if normalize:
+        latent, table = l2_normalize(latent), l2_normalize(table)
+    expected = entropy_loss(latent.reshape(-1, D), table, temperature=0.5)
+    np.testing.assert_allclose(output.entropy_loss, expected, rtol=1e-4)
+    without = results(l2_normalize=normalize)[1]
+    assert relative_error(gradients[0], without[0]) > 1e-5
+    errors = jax.tree.map(relative_error, gradients, results(**options)[1])
+    assert max(jax.tree.leaves(errors)) < 1e-4
+
+
+def test_without_a_temperature_the_entropy_term_is_zero_and_costs_nothing():
+    assert results()[0].entropy_loss == 0
+    latent, params = latents_and_params()
+
+    def exponentials(**options):
+        program = jax.make_jaxpr(lambda z: make(bridge="none", **options).apply({"params": params}, z))(latent)
+        return str(program).count("log")
+
+    assert exponentials() == 0
+    assert exponentials(entropy_temperature=1.0) > 0
+
+
+@pytest.mark.parametrize("sizes", [None, (2, 4)])
+def test_search_options_reach_the_search(sizes):
+    latent, params = placed(mesh := None if sizes is None else mesh_of(*sizes))
+
+    def lowered(platform="cpu", **options):
+        apply = jax.jit(lambda latent, params: make(mesh=mesh, **options).apply({"params": params}, latent))
+        return apply.trace(latent, params).lower(lowering_platforms=(platform,)).as_text()
+
+    assert "bf16" in lowered(search_precision="bf16")
+    assert "bf16" not in lowered()
+    assert "tpu_custom_call" in lowered("tpu")
+    assert "tpu_custom_call" not in lowered("tpu", search_implementation="xla")
+
+
+def test_a_fresh_codebook_is_uniform_within_one_over_k():
+    params = make(bridge="none").init(jax.random.key(1), jnp.zeros((1, 1, 1, D)))["params"]
+    codebook = params["codebook"]
+    assert list(params) == ["codebook"]
+    assert np.abs(codebook).max() <= 1 / K
+    assert np.abs(codebook).max() > 0.98 / K
+    np.testing.assert_allclose(np.std(codebook), 2 / K / np.sqrt(12), rtol=0.1)

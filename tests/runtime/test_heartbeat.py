@@ -1,0 +1,63 @@
+import json
+import logging as std_logging
+
+import pytest
+from absl import logging
+
+from fvq_jax.runtime.heartbeat import Heartbeat
+from fvq_jax.runtime.logs import host_log
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_the_file_says_when_which_step_was_done(tmp_path):
+    clock = Clock()
+    heartbeat = Heartbeat(tmp_path, 3, every=5.0, clock=clock)
+    path = tmp_path / "heartbeat" / "host_003.json"
+    heartbeat.beat(1, "training")
+    assert {"step": 1, "phase": "training", "time": 1000.0}.items() <= json.loads(path.read_text()).items()
+    clock.now += 4
+    heartbeat.beat(2, "training")
+    assert json.loads(path.read_text())["step"] == 1  # not a file per step
+    heartbeat.beat(2, "saving")
+    assert json.loads(path.read_text())["phase"] == "saving"
+    clock.now += 6
+    heartbeat.beat(3, "saving")
+    assert json.loads(path.read_text())["time"] == 1010.0
+    assert [file.name for file in path.parent.iterdir()] == ["host_003.json"]
+
+
+def test_longest_silence_is_that_since_the_last_look(tmp_path):
+    clock = Clock()
+    heartbeat = Heartbeat(tmp_path, 0, clock=clock)
+    for seconds in (1, 7, 2):
+        clock.now += seconds
+        heartbeat.beat(1, "training")
+    assert heartbeat.longest_silence() == 7
+    clock.now += 2
+    heartbeat.beat(2, "training")
+    assert heartbeat.longest_silence() == 2
+
+
+def test_log_lines_and_the_last_error_reach_the_file_of_the_host(tmp_path):
+    handlers = list(std_logging.getLogger().handlers)
+
+    def work():
+        with host_log(tmp_path, 12):
+            logging.warning("one line")
+            raise ValueError("all is lost")
+
+    with pytest.raises(ValueError, match="lost"):
+        work()
+    logging.warning("after")
+    text = (tmp_path / "logs" / "host_012.log").read_text()
+    assert "one line" in text
+    assert "ValueError: all is lost" in text
+    assert "after" not in text
+    assert std_logging.getLogger().handlers == handlers

@@ -1,0 +1,104 @@
+import jax
+import numpy as np
+import pytest
+
+from fvq_jax.data.sample import Sample
+from fvq_jax.data.sources import make_source
+from fvq_jax.evals import reconstruction as suite
+from fvq_jax.evals.frechet import frechet_distance
+from fvq_jax.evals.networks import Networks
+from fvq_jax.models.frozen.inception import CLASSES
+from fvq_jax.ops.pixels import to_uint8
+from fvq_jax.runtime.errors import DataError, InputError
+from fvq_jax.runtime.mesh import make_mesh
+from fvq_jax.tasks.tokenizer.evaluation import Evaluator
+from fvq_jax.tasks.tokenizer.task import TokenizerTask
+from fvq_jax.tasks.tokenizer.task import evaluation as in_training
+from tests.helpers.hanging_source import HangingSource
+from tests.helpers.tiny import random_state, tiny_config
+
+
+def parts(**changes):
+    config = tiny_config(**changes)
+    mesh = make_mesh(data=2, codebook=4)
+    source = make_source("photos", "eval", image_size=16, eval_images=config.eval.images)
+    return config, mesh, TokenizerTask(config, mesh, 4, 1), source
+
+
+def projected(images):
+    flat = images.reshape(len(images), -1) / np.float32(255)
+    return flat @ np.random.default_rng(0).normal(size=(flat.shape[1], 8)).astype(np.float32)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Every batch that a stand-in for InceptionV3 was asked about, and the files that networks were loaded from."""
+    seen = {"batches": [], "files": None}
+
+    def features(images):
+        seen["batches"].append(images)
+        return {"8": projected(images), "logits_unbiased": np.zeros((len(images), CLASSES), np.float32)}
+
+    def load(files, size):
+        seen["files"] = files
+        return Networks(None if files["inception"] is None else features, {}, {})
+
+    monkeypatch.setattr(in_training, "load_networks", load)
+    monkeypatch.setattr(suite, "RFID_FEATURES", 8)
+    return seen
+
+
+def test_a_state_is_scored_on_its_mesh_with_rfid_if_asked_for(seen, tmp_path):
+    (tmp_path / "inception.pth").write_bytes(b"weights")
+    names = {
+        "eval.inception": str(tmp_path / "inception.pth"),
+        "loss.vgg16_path": "vgg.pth",
+        "loss.lpips_path": "lin.pth",
+    }
+    config, mesh, task, source = parts(**names)
+    state = random_state(task)
+    evaluator = Evaluator(config, mesh, task, source)
+    assert seen["files"] == {
+        "inception": names["eval.inception"],
+        "vgg16": "vgg.pth",
+        "lpips_vgg": "lin.pth",
+        "alexnet": None,
+        "lpips_alex": None,
+    }
+    first = evaluator.evaluate(state)
+    crops = np.stack([source[index]["image"] for index in range(24)])
+    params = jax.jit(task.eval_params)(state)
+    reconstructions, codes = jax.jit(task.eval_step)(params, crops)
+    decoded = np.asarray(to_uint8(reconstructions))
+    np.testing.assert_array_equal(first.found.sums.code_counts, np.bincount(np.ravel(codes), minlength=64))
+    expected = frechet_distance(*(projected(images) for images in (crops, decoded)))
+    assert first.metrics["rfid"] == pytest.approx(expected, rel=1e-3)
+    assert first.metrics["l1"] == pytest.approx(np.mean(np.abs(decoded / 255 - crops / 255)), abs=1e-4)
+
+    batches = len(seen["batches"])
+    again = evaluator.evaluate(state)
+    assert len(seen["batches"]) - batches == batches // 2  # the crops are known
+    assert again.metrics == pytest.approx(first.metrics, rel=1e-6)
+
+    points, share = evaluator.plane(state)
+    table = np.asarray(params["quantizer"]["codebook"], np.float64)
+    variances = np.linalg.svd(table - table.mean(axis=0), compute_uv=False) ** 2
+    np.testing.assert_allclose(share, (variances / variances.sum())[:2], rtol=1e-3)
+    np.testing.assert_allclose(np.var(points, axis=0) * 64, variances[:2], rtol=1e-3)
+
+
+def test_without_its_file_there_is_no_rfid(seen):
+    Evaluator(*parts())
+    assert set(seen["files"].values()) == {None}
+    with pytest.raises(InputError, match=r"eval\.inception: there is no file 'none\.pth'"):
+        Evaluator(*parts(**{"eval.inception": "none.pth"}))
+
+
+def test_pictures_that_stop_coming_end_it_after_the_timeout_of_the_run(seen):
+    config, mesh, task, source = parts(**{"data.timeout": 0.5})
+    hanging = HangingSource(source, Sample(source, len(source)).index(20))  # after the first batch
+    try:
+        with pytest.raises(DataError, match=r"no batch for (0|2)\.5 s"):
+            Evaluator(config, mesh, task, hanging).evaluate(random_state(task))
+    finally:
+        hanging.release()
