@@ -7,13 +7,16 @@ import numpy as np
 
 from fvq_jax.inference.saved import SavedTokenizer
 from fvq_jax.interop.named_tensors import abstract_params
+from fvq_jax.models.quantizers.vector import VectorQuantizer
 from fvq_jax.models.tokenizer import TokenizerNet
+
+NETWORK = {"ch": 32, "ch_mult": (1, 1), "num_res_blocks": 1, "z_channels": 16}
 
 
 def tiny_net(**changes) -> TokenizerNet:
-    """Down-sampling 2, 64 codes of dimension 8."""
-    sizes = {"ch": 32, "ch_mult": (1, 1), "num_res_blocks": 1, "z_channels": 16, "codebook_size": 64, "code_dim": 8}
-    return TokenizerNet(**sizes | changes)
+    """Down-sampling 2, 64 codes of dimension 8, no bridge; `changes` are of the network or of its vector quantizer."""
+    network = {**NETWORK, **{name: changes.pop(name) for name in [*NETWORK, "dtype"] if name in changes}}
+    return TokenizerNet(VectorQuantizer(**{"codebook_size": 64, "code_dim": 8, "bridge": "none"} | changes), **network)
 
 
 def random_tokenizer(seed: int = 0, **changes) -> SavedTokenizer:

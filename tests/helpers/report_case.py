@@ -6,9 +6,8 @@ from PIL import Image, ImageFilter
 
 from fvq_jax.evals.examples import ExampleCollector
 from fvq_jax.evals.reconstruction import NEVER, Found, Sums
-from fvq_jax.models.tokenizer import TokenizerNet
 from fvq_jax.ops.code_usage import code_statistics, perplexity, usage
-from fvq_jax.report.tokenizer import Report
+from fvq_jax.report.tokenizer import Report, Trained
 
 
 def made_up_report(codes: int = 1024, size: int = 32, images: int = 192) -> Report:
@@ -45,7 +44,7 @@ def made_up_report(codes: int = 1024, size: int = 32, images: int = 192) -> Repo
     rows[-1] |= {"eval/usage": 0.9, "eval/tokens": tokens}
     points = rng.normal(size=(codes, 2)) * (3, 1) + rng.integers(0, 2, (codes, 1)) * 6
     return Report(
-        net=TokenizerNet(128, (1, 1, 2), 2, 256, codes, 256, "L/4"),
+        tokenizer=Trained(codes, 256, 4, "bridge L/4"),
         facts={
             "path": "runs/<mine>",
             "data": "PICTURES/val",

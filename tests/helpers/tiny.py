@@ -5,11 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fvq_jax.runtime.names import path_name
-from fvq_jax.tasks import default_config
-from fvq_jax.training.state import TrainState, abstract_state
+from fvq_jax.tasks import default_config, task_of
+from fvq_jax.training.state import TrainState
+from fvq_jax.training.step import TrainStep
 
 
 def tiny_config(**changes) -> ConfigDict:
@@ -68,16 +70,21 @@ def spread_codes(params: dict, seed: int = 0) -> dict:
     return jax.tree.map_with_path(spread, params)
 
 
+def make_step(config: ConfigDict, mesh: Mesh, total_steps: int = 100, warmup_steps: int = 0) -> TrainStep:
+    """The training step of a run with this config."""
+    return TrainStep.of(task_of(config)(config, mesh), config, mesh, total_steps, warmup_steps)
+
+
 @functools.cache
-def abstract_state_of(task) -> TrainState:
-    """Shapes and layout of the task's state, traced once."""
-    return abstract_state(task.init, task.mesh)
+def abstract_state_of(step: TrainStep) -> TrainState:
+    """Shapes and layout of the state, traced once."""
+    return step.abstract()
 
 
-def random_state(task, seed: int = 0, step: int = 0) -> TrainState:
-    """A state whose codes differ, drawn by numpy: to compile `task.init` takes longer than to compile most losses.
+def random_state(step: TrainStep, seed: int = 0, at: int = 0) -> TrainState:
+    """A state at step `at` whose codes differ, drawn by numpy: to compile `init` takes longer than most losses take.
 
-    As `task.init` leaves them, moments are zero and the moving average (if any) starts at the parameters.
+    As `init` leaves them, moments are zero and the moving average (if any) starts at the parameters.
     """
     rng = np.random.default_rng(seed)
 
@@ -96,14 +103,14 @@ def random_state(task, seed: int = 0, step: int = 0) -> TrainState:
     def start(path, leaf):
         return place(np.full(leaf.shape, float(path_name(path).endswith("/var"))), leaf)
 
-    abstract = abstract_state_of(task)
+    abstract = abstract_state_of(step)
     state = jax.tree.map_with_path(start, abstract)
     networks = {
         name: network.replace(params=jax.tree.map_with_path(parameter, abstract.networks[name].params))
         for name, network in state.networks.items()
     }
     ema = jax.tree.map(jnp.copy, networks["tokenizer"].params) if state.ema else {}
-    return state.replace(step=place(step, abstract.step), networks=networks, ema=ema)
+    return state.replace(step=place(at, abstract.step), networks=networks, ema=ema)
 
 
 def random_images(n: int, size: int, seed: int = 0) -> np.ndarray:

@@ -16,7 +16,7 @@ import pytest
 
 from fvq_jax.runtime import hosts
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 SECONDS = 100  # after which a host that waits for the other gives up
 
 

@@ -196,7 +196,7 @@ def test_meshes_of_real_tpu_slices():
         "TPU_WORKER_ID": "0",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
-    root = pathlib.Path(__file__).parents[1]
+    root = pathlib.Path(__file__).parents[2]
     command = [sys.executable, "-c", TOPOLOGIES]
     done = subprocess.run(command, cwd=root, env=os.environ | settings, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.splitlines()[-1]) == [[[0] * 4, [1] * 4], [[8, 2], [8, 8]]]
