@@ -38,11 +38,12 @@ def _check_channels(config: ConfigDict) -> None:
 
 
 def _check_quantizer(config: ConfigDict, devices: int) -> None:
-    mesh, quantizer = config.mesh, make_quantizer(config.tokenizer.quantizer)
+    mesh, quantizer = config.mesh, make_quantizer(config.tokenizer.quantizer.to_dict())
     try:
-        # First for the size that is given, which the message then names.
-        for axis in (max(mesh.codebook, 1), mesh_shape(mesh.data, mesh.codebook, devices)[1]):
-            quantizer.check(axis)
+        quantizer.check(max(mesh.codebook, 1))  # first the size that is given, which the message then names
+        quantizer.check(mesh_shape(mesh.data, mesh.codebook, devices)[1])
+    except InputError:  # of the mesh
+        raise
     except ValueError as error:
         raise InputError(f"{QUANTIZER}: {error}") from None
 
