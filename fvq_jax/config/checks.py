@@ -44,8 +44,8 @@ def validate(config: ConfigDict, task: type[Checked], devices: int) -> None:
     for name, field in fields.items():
         field.check(name, given[name])
     _check_schedule(config)
+    task.check(config, devices)  # before the mesh: it knows which sizes of the codebook axis work at all
     mesh_shape(config.mesh.data, config.mesh.codebook, devices)
-    task.check(config, devices)
     _check_batch(config, devices)
 
 

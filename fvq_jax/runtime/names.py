@@ -43,9 +43,11 @@ def dotted(nested: Any, prefix: str = "") -> dict[str, Any]:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """What to add to a message about an unknown full name: "; did you mean optim.hold?", or nothing.
 
-    A name with the same last part is the first guess, since a section is forgotten or mistaken more easily than a name.
+    Names with the most similar last part are looked at first, since a section is forgotten or mistaken easily.
     """
     known = list(known)
-    same = [field for field in known if field.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
-    close = same or difflib.get_close_matches(name, known, 1)
+    last = {field: field.rsplit(".", 1)[-1] for field in known}
+    alike = difflib.get_close_matches(name.rsplit(".", 1)[-1], last.values(), 1)
+    same = [field for field in known if last[field] in alike]
+    close = difflib.get_close_matches(name, same, 1, cutoff=0.0) or difflib.get_close_matches(name, known, 1)
     return f"; did you mean {close[0]}?" if close else ""
