@@ -128,5 +128,8 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def folded(self) -> "Quantizer":
-        """The quantizer for use after training. If `foldable`, its parameter `codebook` is the `table` of this one."""
+        """The quantizer for use after training. If `foldable`, its parameter `codebook` is the `table` of this one.
+
+        A module of another class must be made with `parent=None`: Flax would take it for a part of this one.
+        """
         raise NotImplementedError

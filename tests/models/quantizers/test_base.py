@@ -1,0 +1,194 @@
+"""The contract of quantizers, on one that keeps all of its state in `variables` (tests/helpers/ema_quantizer.py)."""
+
+import functools
+import inspect
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from fvq_jax.config.checks import all_fields, validate
+from fvq_jax.models.quantizers import QUANTIZERS, make_quantizer, quantizer_fields, quantizer_settings
+from fvq_jax.models.quantizers.base import Quantizer
+from fvq_jax.models.quantizers.vector import VectorQuantizer
+from fvq_jax.models.tokenizer import TokenizerNet
+from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.mesh import global_batch
+from fvq_jax.runtime.names import flatten
+from fvq_jax.tasks.tokenizer.fields import use_quantizer
+from fvq_jax.tasks.tokenizer.task import TokenizerTask
+from fvq_jax.training.checkpoint import Checkpoints
+from fvq_jax.training.loop import train
+from fvq_jax.training.state import create_state
+from fvq_jax.training.step import TrainStep
+from tests.helpers.ema_quantizer import EmaQuantizer
+from tests.helpers.tiny import random_images, tiny_config
+
+MESHES = [(1, 1), (2, 4)]
+STATE = ("quantizer/codebook", "quantizer/hits")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(QUANTIZERS, "ema", EmaQuantizer)
+        yield
+
+
+def ema_config(**changes):
+    config = tiny_config(**{"tokenizer.ch_mult": (1,), "data.image_size": 12, "eval.images": 8, "eval.batch_size": 8})
+    use_quantizer(config, "ema", decay=0.5)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def step_on(data, codebook, **changes):
+    devices = jax.devices()[: data * codebook]
+    mesh = jax.make_mesh((data, codebook), ("data", "codebook"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    config = ema_config(**changes)
+    return TrainStep.of(TokenizerTask(config, mesh), config, mesh, 10, 0)
+
+
+@functools.cache
+def after_three_steps(data, codebook):
+    """The step, and the states after 0 to 3 steps, on the host."""
+    step = step_on(data, codebook)
+    state = create_state(step.init, 0, step.mesh, step.task.rules)
+    run, states = step.jitted(state), [jax.device_get(state)]
+    for i in range(3):
+        state, _ = run(state, global_batch({"image": random_images(16, 12, i)}, step.mesh), {})
+        states.append(jax.device_get(state))
+    return step, state, states
+
+
+def kept(state):
+    """The quantizer's state by name."""
+    return flatten(state.networks["tokenizer"].variables["moving"])
+
+
+def test_its_state_lies_in_variables_and_is_divided_by_its_own_rules():
+    step, state, _ = after_three_steps(2, 4)
+    assert tuple(kept(state)) == STATE
+    assert "quantizer" not in state.networks["tokenizer"].params
+    for leaf in kept(step.abstract()).values():
+        assert leaf.sharding.spec == P("codebook")
+    for leaf in kept(state).values():
+        assert {shard.data.shape[0] for shard in leaf.addressable_shards} == {64 // 4}
+
+
+def test_every_step_moves_it():
+    _, _, states = after_three_steps(1, 1)
+    hits = [kept(state)["quantizer/hits"] for state in states]
+    assert [int(count.sum()) for count in hits] == [0, 1 * 16 * 144, 2 * 16 * 144, 3 * 16 * 144]
+    books = [kept(state)["quantizer/codebook"] for state in states]
+    assert all(np.abs(after - before).max() > 1e-3 for before, after in itertools.pairwise(books))
+
+
+def test_the_state_is_the_same_on_both_meshes():
+    one, eight = (kept(after_three_steps(*sizes)[2][-1]) for sizes in MESHES)
+    np.testing.assert_array_equal(eight["quantizer/hits"], one["quantizer/hits"])
+    np.testing.assert_allclose(eight["quantizer/codebook"], one["quantizer/codebook"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_that_is_not_finite_leaves_it_alone():
+    step, _, states = after_three_steps(1, 1)
+    broken = jax.tree.map(lambda leaf: leaf * np.float32(np.nan), states[1].networks["tokenizer"].params)
+    network = states[1].networks["tokenizer"].replace(params=broken)
+    after, _ = jax.jit(step.__call__)(
+        states[1].replace(networks={"tokenizer": network}), {"image": random_images(16, 12)}, {}
+    )
+    for name, value in kept(states[1]).items():
+        np.testing.assert_array_equal(kept(after)[name], value)
+
+
+@pytest.mark.parametrize(("here", "there"), [(MESHES[0], MESHES[1]), (MESHES[1], MESHES[0])])
+def test_a_checkpoint_brings_it_to_another_mesh(tmp_path, here, there):
+    _, state, states = after_three_steps(*here)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, 3, {})
+        checkpoints.wait()
+        restored = checkpoints.restore(step_on(*there).abstract()).state
+    for name, value in kept(restored).items():
+        np.testing.assert_array_equal(value, kept(states[-1])[name])
+        assert {shard.data.shape[0] for shard in value.addressable_shards} == {64 // there[1]}
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_an_evaluation_uses_it_and_does_not_touch_it(sizes):
+    step, state, states = after_three_steps(*sizes)
+    found = step.task.evaluate(state, lambda done: None)
+    for name, value in kept(state).items():
+        np.testing.assert_array_equal(value, kept(states[-1])[name])
+    early = step.task.evaluate(
+        jax.device_put(states[0], jax.tree.map(lambda leaf: leaf.sharding, state)), lambda done: None
+    )
+    assert found.metrics["psnr"] != early.metrics["psnr"]
+    points, _ = step.task.evaluator.plane(step.task.scored_variables(state))
+    assert points.shape == (64, 2)
+
+
+def test_a_run_with_it_resumes_bit_for_bit(tmp_path):
+    config = ema_config(steps=3, **{"checkpoint.every_steps": 2})
+    train(TokenizerTask, config, tmp_path / "whole")
+    train(TokenizerTask, ema_config(steps=2), tmp_path / "parts")
+    train(TokenizerTask, config, tmp_path / "parts")
+    states = []
+    for name in ("whole", "parts"):
+        with Checkpoints(tmp_path / name, read_only=True) as checkpoints:
+            states.append(checkpoints.restore(step_on(8, 1).abstract(), 3).state)
+    for name, value in kept(states[0]).items():
+        np.testing.assert_array_equal(value, kept(states[1])[name])
+    saved = json.loads((tmp_path / "whole" / "config.json").read_text())["tokenizer"]["quantizer"]
+    assert saved == {"name": "ema", "codebook_size": 64, "code_dim": 8, "decay": 0.5}
+
+
+def test_the_settings_of_a_quantizer_are_its_section_and_nothing_else():
+    for name, kind in QUANTIZERS.items():
+        settings = set(quantizer_fields(name)) - {"name"}
+        own = {field for field in inspect.get_annotations(kind) if field not in ("rules", "name", "parent")}
+        assert settings == own
+        assert not settings & set(inspect.get_annotations(TokenizerNet))
+    config = ema_config()
+    assert set(config.tokenizer.quantizer) == {"name", "codebook_size", "code_dim", "decay"}
+    fields = all_fields(TokenizerTask, config)
+    assert "tokenizer.quantizer.decay" in fields
+    assert "tokenizer.quantizer.bridge" not in fields
+
+
+def test_a_quantizer_is_made_from_its_settings_and_they_from_it():
+    settings = {"name": "vector", "codebook_size": 36, "code_dim": 4, "bridge": "linear", "commitment_weight": 1}
+    quantizer = make_quantizer(settings)
+    assert isinstance(quantizer, VectorQuantizer)
+    found = quantizer_settings(quantizer)
+    assert {name: found[name] for name in settings} == settings
+    assert make_quantizer(found) == quantizer
+
+
+def refusal(config):
+    with pytest.raises(InputError) as refused:
+        validate(config, TokenizerTask, 8)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_what_does_not_fit_a_quantizer_is_refused_with_the_section():
+    with pytest.raises(InputError, match="the quantizer ema has no setting bridge: it takes name, codebook_size"):
+        use_quantizer(tiny_config(), "ema", bridge="none")
+    config = ema_config()
+    config.tokenizer.quantizer.name = "vector"
+    assert "tokenizer.quantizer.decay" in refusal(config)
+    config = ema_config()
+    config.tokenizer.quantizer.name = "fancy"
+    assert "tokenizer.quantizer.name: unknown quantizer 'fancy': use one of vector, ema" in refusal(config)
+    config = ema_config(**{"mesh.codebook": 8, "tokenizer.quantizer.codebook_size": 60})
+    assert "tokenizer.quantizer: mesh.codebook 8 does not divide 60 codes" in refusal(config)
+
+
+def test_the_base_asks_for_every_part_of_the_contract():
+    parts = [name for name in vars(Quantizer) if not name.startswith("_") and name not in ("dtype", "mesh", "rules")]
+    for name in set(parts) - {"uncounted_flops"}:
+        assert name in vars(VectorQuantizer), name
