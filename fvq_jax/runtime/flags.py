@@ -58,9 +58,11 @@ def _unknown_field(argv: list[str]) -> str:
 
 def _in_file(error: Exception) -> str:
     """What the config file does wrong, with the line that does it."""
-    text = _last_line(error).strip("'\"").replace('\\"', '"').split("\\n")[0]
     lines = [frame for frame in traceback.extract_tb(error.__traceback__) if "ml_collections" not in frame.filename]
     where = f" ({os.path.relpath(lines[-1].filename)}, line {lines[-1].lineno}: {lines[-1].line})" if lines else ""
+    while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps one error into another
+        error = error.args[0]
+    text = re.sub(r" Other fields present: .*", "", str(error.args[0]) if error.args else type(error).__name__)
     return f"the config file cannot be used: {text}{where}"
 
 

@@ -6,6 +6,7 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
+from configs import fvq262k
 from fvq_jax.config.checks import validate
 from fvq_jax.models.discriminators.patchgan import PatchGAN
 from fvq_jax.runtime.errors import InputError
@@ -220,6 +221,23 @@ ACCEPTED = [
 @pytest.mark.parametrize("changes", ACCEPTED, ids=json.dumps)
 def test_what_works_is_not_refused(changes):
     check(tiny_config(**changes), 8)
+
+
+def test_the_codebook_axis_divides_the_rows_of_groups():
+    """262,144 codes in 8 x 8 patches are 64 rows of patches, and no axis is longer; in runs of 64 codes 4,096."""
+
+    def of_axis(axis, groups="2d"):
+        config = fvq262k.get_config()
+        config.tokenizer.quantizer.bridge_groups = groups
+        config.mesh.codebook = axis
+        check(config, 128)
+
+    assert fvq262k.get_config().tokenizer.quantizer.bridge == "L/8"
+    of_axis(64)
+    of_axis(128, groups="1d")
+    message = "mesh.codebook 128 does not divide the 64 rows of groups of the codebook; allowed sizes: 1, 2, 4, 8, 16, "
+    with pytest.raises(InputError, match=message + "32, 64$"):
+        of_axis(128)
 
 
 def test_the_discriminator_agrees_on_the_smallest_image():

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from fvq_jax.runtime import chips as device
+from fvq_jax.runtime import chips
 
 
 @pytest.mark.parametrize(
@@ -24,46 +24,46 @@ from fvq_jax.runtime import chips as device
     ],
 )
 def test_published_peaks(kind, half, single):
-    assert device._published_flops(kind, jnp.dtype(jnp.bfloat16)) == half
-    assert device._published_flops(kind, jnp.dtype(jnp.float16)) == half
-    assert device._published_flops(kind, jnp.dtype(jnp.float32)) == single
+    assert chips._published_flops(kind, jnp.dtype(jnp.bfloat16)) == half
+    assert chips._published_flops(kind, jnp.dtype(jnp.float16)) == half
+    assert chips._published_flops(kind, jnp.dtype(jnp.float32)) == single
 
 
 @pytest.mark.parametrize("kind", ["cpu", "NVIDIA RTX A1000", "NVIDIA H20", "TPU v4 lite"])
 def test_no_published_figure_is_borrowed_from_a_similar_name(kind):
-    assert device._published_flops(kind, jnp.dtype(jnp.bfloat16)) is None
+    assert chips._published_flops(kind, jnp.dtype(jnp.bfloat16)) is None
 
 
 def test_a_cpu_is_measured_once():
-    first = device.peak_flops(jax.devices()[0], jnp.float32)
+    first = chips.peak_flops(jax.devices()[0], jnp.float32)
     assert 1e8 < first < 1e15
-    assert device.peak_flops(jax.devices()[1], jnp.bfloat16) == first
+    assert chips.peak_flops(jax.devices()[1], jnp.bfloat16) == first
 
 
 def test_peak_of_an_unknown_dtype_is_refused():
     with pytest.raises(ValueError, match="not int8"):
-        device.peak_flops(jax.devices()[0], jnp.int8)
+        chips.peak_flops(jax.devices()[0], jnp.int8)
 
 
 def test_model_flops_utilisation():
     devices = jax.devices()
-    peak = device.peak_flops(devices[0])
-    assert device.model_flops_utilisation(peak, 2.0, devices[:1]) == pytest.approx(0.5)
-    assert device.model_flops_utilisation(peak, 2.0, devices[:4]) == pytest.approx(0.125)
-    assert device.model_flops_utilisation(peak, 0.0, devices) == 0.0
+    peak = chips.peak_flops(devices[0])
+    assert chips.model_flops_utilisation(peak, 2.0, devices[:1]) == pytest.approx(0.5)
+    assert chips.model_flops_utilisation(peak, 2.0, devices[:4]) == pytest.approx(0.125)
+    assert chips.model_flops_utilisation(peak, 0.0, devices) == 0.0
 
 
 def test_model_flops_utilisation_is_relative_to_the_peak_of_its_dtype(monkeypatch):
-    monkeypatch.setattr(device, "peak_flops", lambda _, dtype: {jnp.float32: 2.0, jnp.bfloat16: 4.0}[dtype])
-    assert device.model_flops_utilisation(1.0, 1.0, jax.devices()[:1]) == 0.25
-    assert device.model_flops_utilisation(1.0, 1.0, jax.devices()[:1], jnp.float32) == 0.5
+    monkeypatch.setattr(chips, "peak_flops", lambda _, dtype: {jnp.float32: 2.0, jnp.bfloat16: 4.0}[dtype])
+    assert chips.model_flops_utilisation(1.0, 1.0, jax.devices()[:1]) == 0.25
+    assert chips.model_flops_utilisation(1.0, 1.0, jax.devices()[:1], jnp.float32) == 0.5
 
 
 def test_peak_memory_is_the_resident_set_on_a_cpu():
-    assert 50e6 < device.peak_device_memory_bytes() < 1e12
+    assert 50e6 < chips.peak_device_memory_bytes() < 1e12
 
 
 def test_peak_memory_is_the_fullest_device(monkeypatch):
     fakes = [types.SimpleNamespace(memory_stats=lambda n=n: {"peak_bytes_in_use": n}) for n in (3, 9, 4)]
     monkeypatch.setattr(jax, "local_devices", lambda: fakes)
-    assert device.peak_device_memory_bytes() == 9
+    assert chips.peak_device_memory_bytes() == 9

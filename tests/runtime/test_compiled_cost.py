@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fvq_jax.runtime import compiled_cost as cost
+from fvq_jax.runtime import compiled_cost
 from fvq_jax.runtime.mesh import make_mesh
 
 # Lines of a program that libtpu compiled, attributes shortened: loops say nothing of their trips, a collective that
@@ -95,7 +95,7 @@ def test_collectives_of_a_compiled_program_count_as_often_as_they_run():
     mapped = jax.shard_map(step, mesh=mesh, in_specs=P("codebook"), out_specs=P("codebook"), check_vma=False)
     compiled = jax.jit(mapped).lower(jax.ShapeDtypeStruct((64, 8), jnp.float32)).compile()
     shard = 64 // 4 * 8 * 4  # bytes
-    assert cost.collective_bytes(cost.Program(compiled.as_text()), 8) == {
+    assert compiled_cost.collective_bytes(compiled_cost.Program(compiled.as_text()), 8) == {
         "all-reduce": 5 * shard + shard,
         "all-gather": 5 * 3 * shard,
         "reduce-scatter": 5 * 3 * shard,  # three of the four shards of what was gathered
@@ -105,9 +105,9 @@ def test_collectives_of_a_compiled_program_count_as_often_as_they_run():
 
 
 def test_a_program_for_a_tpu():
-    program = cost.Program(TPU_PROGRAM)
+    program = compiled_cost.Program(TPU_PROGRAM)
     latents = 512 * 16 * 4
-    assert cost.collective_bytes(program, 8) == {
+    assert compiled_cost.collective_bytes(program, 8) == {
         "all-gather": latents,
         "all-reduce": 7 * 256 * 512 * 4 * 2 * 3 // 4,
         "reduce-scatter": latents // 2,
@@ -119,15 +119,15 @@ def test_a_program_for_a_tpu():
 
 @pytest.mark.parametrize(("precision", "more"), [("highest,highest", 5), ("high,high", 2), ("default,default", 0)])
 def test_a_product_of_float32_counts_as_its_passes(precision, more):
-    program = cost.Program(TPU_PROGRAM.replace("PRECISION", precision))
-    assert cost.repeated_pass_flops(program) == more * 2 * (16 * 16 * 2 * 16) * 32
+    program = compiled_cost.Program(TPU_PROGRAM.replace("PRECISION", precision))
+    assert compiled_cost.repeated_pass_flops(program) == more * 2 * (16 * 16 * 2 * 16) * 32
 
 
 def test_a_compiled_product_counts_as_its_passes():
     product = functools.partial(jnp.matmul, precision="highest")
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64, 32), (32, 48))]
-    program = cost.Program(jax.jit(product).lower(*shapes).compile().as_text())
-    assert cost.repeated_pass_flops(program) == 5 * 2 * 64 * 32 * 48
+    program = compiled_cost.Program(jax.jit(product).lower(*shapes).compile().as_text())
+    assert compiled_cost.repeated_pass_flops(program) == 5 * 2 * 64 * 32 * 48
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_compiled_product_counts_as_its_passes():
     ],
 )
 def test_groups_are_read_however_they_are_written(groups, size):
-    assert cost._group_size(f"%x), channel_id=1, {groups}, to_apply=%add.{{clone}}", 8) == size
+    assert compiled_cost._group_size(f"%x), channel_id=1, {groups}, to_apply=%add.{{clone}}", 8) == size
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_groups_are_read_however_they_are_written(groups, size):
     ],
 )
 def test_what_a_program_that_is_too_large_needs(message, needed, available):
-    assert cost.out_of_memory(message) == (round(needed * 1024**3), round(available * 1024**3))
+    assert compiled_cost.out_of_memory(message) == (round(needed * 1024**3), round(available * 1024**3))
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_what_a_program_that_is_too_large_needs(message, needed, available):
     ],
 )
 def test_other_errors_are_not_taken_for_it(message):
-    assert cost.out_of_memory(message) is None
+    assert compiled_cost.out_of_memory(message) is None
 
 
 def test_bytes_of_a_tree_are_those_of_one_device():
@@ -186,14 +186,14 @@ def test_bytes_of_a_tree_are_those_of_one_device():
         "rows": jax.ShapeDtypeStruct((64, 3), jnp.float32, sharding=rows),
         "whole": jax.ShapeDtypeStruct((5,), jnp.bfloat16, sharding=whole),
     }
-    assert cost.bytes_per_device(tree) == 64 // 4 * 3 * 4 + 5 * 2
+    assert compiled_cost.bytes_per_device(tree) == 64 // 4 * 3 * 4 + 5 * 2
 
 
 def test_total_bytes_holds_donated_buffers_once():
     x = jax.ShapeDtypeStruct((1024,), jnp.float32)
     kept = jax.jit(lambda x: x + 1).lower(x).compile()
     donated = jax.jit(lambda x: x + 1, donate_argnums=0).lower(x).compile()
-    assert cost.total_bytes(kept) - cost.total_bytes(donated) == 4096
+    assert compiled_cost.total_bytes(kept) - compiled_cost.total_bytes(donated) == 4096
 
 
 V5E = "TPU v5 lite"  # 197 Tflop/s, 819 GB/s to memory, 200 GB/s to neighbours, 3.125 GB/s to other slices
@@ -209,9 +209,9 @@ V5E = "TPU v5 lite"  # 197 Tflop/s, 819 GB/s to memory, 200 GB/s to neighbours, 
     ],
 )
 def test_the_slowest_of_three_bounds_a_step(flops, memory, sent, bound, seconds):
-    assert cost.least_time(V5E, flops, memory, sent) == (bound, pytest.approx(seconds))
+    assert compiled_cost.least_time(V5E, flops, memory, sent) == (bound, pytest.approx(seconds))
 
 
 @pytest.mark.parametrize("kind", ["cpu", "TPU v4", "NVIDIA A100-SXM4-80GB"])
 def test_without_published_figures_there_is_no_estimate(kind):
-    assert cost.least_time(kind, 1e12, 1e9, {}) == (None, None)
+    assert compiled_cost.least_time(kind, 1e12, 1e9, {}) == (None, None)

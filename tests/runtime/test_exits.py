@@ -1,27 +1,113 @@
-import pathlib
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
-FILE = pathlib.Path(__file__).parents[1] / "fvq_jax" / "last_words.py"
-PROGRAM = """
-import os, runpy, sys
-with runpy.run_path({file!r})["last_words"]("this was the end"):
-    {end}
+from fvq_jax.runtime import exits
+from fvq_jax.runtime.errors import DataError, InputError, NonFiniteError, RunError, StorageError
+
+LAST_WORDS = """
+import os, sys
+from fvq_jax.runtime.exits import last_words
+with last_words("this was the end"):
+    {}
 """
+
+
+def python(program):
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", "os.abort()", "os._exit(1)"])
 def test_whoever_is_ended_from_outside_has_a_last_line(end):
-    assert run(end).stderr.splitlines()[-1] == "this was the end"
+    assert python(LAST_WORDS.format(end)).stderr.splitlines()[-1] == "this was the end"
 
 
 @pytest.mark.parametrize("end", ["pass", "sys.exit(3)", "raise ValueError"])
 def test_whoever_ends_in_order_says_nothing_more(end):
-    assert "this was the end" not in run(end).stderr
+    assert "this was the end" not in python(LAST_WORDS.format(end)).stderr
 
 
-def run(end):
-    program = PROGRAM.format(file=str(FILE), end=end)
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+def raising(error):
+    def program():
+        raise error
+
+    return program
+
+
+@pytest.mark.parametrize("code", [0, exits.INTERRUPTED])
+def test_a_program_that_ends_well_has_its_own_code_and_says_nothing(capsys, code):
+    assert exits.run(lambda: code) == code
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(InputError("no such\n  folder"), 2), (NonFiniteError("no such\n  folder"), 1)]
+)
+def test_an_error_that_all_processes_see_is_one_line_and_a_code(capsys, error, code):
+    assert exits.run(raising(error)) == code
+    assert capsys.readouterr() == ("", "fvq_jax: no such folder\n")
+
+
+def test_an_error_of_a_user_before_the_processes_have_joined_is_one_line_and_code_2(capsys):
+    assert exits.run(lambda: 0, raising(InputError("--distributed: cannot join"))) == 2
+    assert capsys.readouterr().err == "fvq_jax: --distributed: cannot join\n"
+
+
+def test_a_mistake_of_the_programmer_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        exits.run(raising(ZeroDivisionError("division by zero")))
+    with pytest.raises(RuntimeError, match="UNAVAILABLE"):  # there is no other process that could have gone
+        exits.run(raising(RuntimeError("UNAVAILABLE: it is gone")))
+
+
+@pytest.mark.parametrize("error", [RunError, StorageError, DataError])
+def test_an_error_that_leaves_threads_hanging_ends_the_process_at_once(error):
+    ended = python(f"""
+        import sys, threading, time
+        from fvq_jax.runtime import exits
+        from fvq_jax.runtime.errors import {error.__name__}
+
+        threading.Thread(target=time.sleep, args=(600,)).start()  # which the interpreter would wait for
+
+        def program():
+            sys.stdout.write("shown before")
+            raise {error.__name__}("the data do not come")
+
+        exits.run(program)
+    """)
+    assert ended.returncode == 1
+    assert (ended.stdout, ended.stderr) == ("shown before", "fvq_jax: the data do not come\n")
+
+
+@pytest.mark.parametrize("message", ["Gloo timeout", "[3] Connection reset by peer", "UNAVAILABLE: coordination"])
+def test_an_error_of_a_collective_says_that_another_process_has_gone(message):
+    ended = python(f"""
+        import jax
+        from fvq_jax.runtime import exits
+
+        jax.process_count = lambda: 2
+
+        def program():
+            raise RuntimeError({message!r} + "\\nand much more")
+
+        exits.run(program)
+    """)
+    assert ended.returncode == 1
+    expected = f"fvq_jax: lost another process of this run: {message}; start all of them again\n"
+    assert ended.stderr == expected
+
+
+def test_a_process_of_several_that_is_killed_has_a_last_line():
+    ended = python("""
+        import os
+        from fvq_jax.runtime import exits
+
+        exits.run(lambda: os.kill(os.getpid(), 9), join=lambda: None)
+    """)
+    assert ended.returncode == -9
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("fvq_jax: process 0 on ")
+    assert line.endswith("was killed; start all of them again")

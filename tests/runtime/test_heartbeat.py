@@ -1,11 +1,6 @@
 import json
-import logging as std_logging
-
-import pytest
-from absl import logging
 
 from fvq_jax.runtime.heartbeat import Heartbeat
-from fvq_jax.runtime.logs import host_log
 
 
 class Clock:
@@ -43,21 +38,3 @@ def test_longest_silence_is_that_since_the_last_look(tmp_path):
     clock.now += 2
     heartbeat.beat(2, "training")
     assert heartbeat.longest_silence() == 2
-
-
-def test_log_lines_and_the_last_error_reach_the_file_of_the_host(tmp_path):
-    handlers = list(std_logging.getLogger().handlers)
-
-    def work():
-        with host_log(tmp_path, 12):
-            logging.warning("one line")
-            raise ValueError("all is lost")
-
-    with pytest.raises(ValueError, match="lost"):
-        work()
-    logging.warning("after")
-    text = (tmp_path / "logs" / "host_012.log").read_text()
-    assert "one line" in text
-    assert "ValueError: all is lost" in text
-    assert "after" not in text
-    assert std_logging.getLogger().handlers == handlers

@@ -1,10 +1,8 @@
 import dataclasses
-import functools
 import importlib.util
 import json
 import os
 import pathlib
-import re
 import subprocess
 import sys
 
@@ -15,78 +13,52 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from configs import fvq262k
-from fvq_jax.config.checks import validate
 from fvq_jax.runtime.errors import InputError
-from fvq_jax.runtime.mesh import BATCH, RULES, global_batch, make_mesh, mesh_shape, partition_spec, replicated
-from fvq_jax.runtime.names import path_name
-from fvq_jax.tasks.tokenizer.task import TokenizerTask
-from fvq_jax.training.state import abstract_state, state_shardings
-from tests.helpers.tiny import tiny_config
+from fvq_jax.runtime.mesh import BATCH, global_batch, make_mesh, mesh_shape, partition_spec, replicated, shardings
 
-EVERYTHING = {"adversarial.weight": 0.5, "adversarial.layers": 2, "optim.ema_decay": 0.9}
-
-
-@functools.cache
-def state_of(codebook_rate=0.0, bridge="XS/2-d1"):
-    """The abstract state with all that a run can have: discriminator, moving average, separate codebook rate."""
-    config = tiny_config(
-        **EVERYTHING | {"optim.codebook_learning_rate": codebook_rate, "tokenizer.quantizer.bridge": bridge}
-    )
-    mesh = make_mesh(2, 4)
-    return abstract_state(TokenizerTask(config, mesh, 10, 1).init, mesh)
-
-
-def names(state):
-    return [path_name(path) for path, _ in jax.tree.leaves_with_path(state)]
-
-
-@pytest.mark.parametrize("codebook_rate", [0.0, 1e-3])
-@pytest.mark.parametrize("bridge", ["XS/2-d1", "mlp5", "none"])
-def test_every_array_of_the_state_matches_exactly_one_rule(codebook_rate, bridge):
-    paths = names(state_of(codebook_rate, bridge))
-    assert {"step", "skipped", "ema/quantizer/codebook", "networks/tokenizer/params/quantizer/codebook"} <= set(paths)
-    for name in paths:
-        assert sum(bool(re.search(pattern, name)) for pattern, _ in RULES) == 1, name
-
-
-def test_every_rule_is_needed():
-    paths = names(state_of())
-    for pattern, _ in RULES:
-        assert [name for name in paths if re.search(pattern, name)], pattern
-
-
-@pytest.mark.parametrize("codebook_rate", [0.0, 1e-3])
-def test_codebook_moments_and_average_are_cut_into_rows_and_nothing_else_is(codebook_rate):
-    cut = [
-        path_name(path)
-        for path, leaf in jax.tree.leaves_with_path(state_of(codebook_rate))
-        if leaf.sharding.spec != P()
-    ]
-    assert len(cut) == 4  # codebook, both moments, moving average
-    assert all(name.endswith("/quantizer/codebook") for name in cut)
-    assert sum("/mu/" in name for name in cut) == 1
-    assert sum("/nu/" in name for name in cut) == 1
-    assert sum(name.startswith("ema/") for name in cut) == 1
+RULES = ((r"/quantizer/codebook$", P("codebook")), (r"/encoder/", P()), (r"(^|/)step$", P()))
 
 
 @pytest.mark.parametrize(
-    "name", ["networks/tokenizer/params/quantizer/colours", "networks/generator/params/kernel", "codebook", ""]
+    ("name", "spec"),
+    [
+        ("networks/tokenizer/params/quantizer/codebook", P("codebook")),
+        ("networks/tokenizer/opt_state/1/mu/quantizer/codebook", P("codebook")),
+        ("networks/tokenizer/params/encoder/conv/kernel", P()),
+        ("step", P()),
+    ],
+)
+def test_the_layout_of_an_array_is_that_of_its_rule(name, spec):
+    assert partition_spec(name, RULES) == spec
+
+
+@pytest.mark.parametrize(
+    "name", ["networks/tokenizer/params/quantizer/colours", "networks/generator/params/kernel", "codebook", "steps", ""]
 )
 def test_an_unknown_array_raises(name):
-    with pytest.raises(ValueError, match="matches 0 sharding rules instead of one; see RULES"):
-        partition_spec(name)
+    with pytest.raises(ValueError, match=f"^{name} matches 0 sharding rules instead of one; the rules: .*/encoder/"):
+        partition_spec(name, RULES)
 
 
 def test_an_array_of_two_rules_raises():
     with pytest.raises(ValueError, match="matches 2 sharding rules"):
-        partition_spec("networks/tokenizer/params/encoder/quantizer/codebook")
+        partition_spec("networks/tokenizer/params/encoder/quantizer/codebook", RULES)
 
 
-def test_state_shardings_names_the_unknown_array():
+def test_every_array_of_a_tree_has_the_layout_of_its_rule():
+    mesh = make_mesh(2, 4)
+    tree = {"step": jnp.zeros(()), "quantizer": [{"quantizer": {"codebook": jnp.zeros((8, 2))}}]}
+    expected = {
+        "step": NamedSharding(mesh, P()),
+        "quantizer": [{"quantizer": {"codebook": NamedSharding(mesh, P("codebook"))}}],
+    }
+    assert shardings(tree, mesh, RULES) == expected
+
+
+def test_the_unknown_array_of_a_tree_is_named():
     state = {"networks": {"tokenizer": {"params": {"lost": jnp.zeros(3)}}}}
     with pytest.raises(ValueError, match="networks/tokenizer/params/lost matches 0"):
-        state_shardings(state, make_mesh(8, 1))
+        shardings(state, make_mesh(8, 1), RULES)
 
 
 @pytest.mark.parametrize(
@@ -111,23 +83,6 @@ def test_meshes_that_do_not_fit_the_devices_are_refused(given):
 def test_sizes_that_are_no_mesh_are_refused(given):
     with pytest.raises(InputError, match="both sizes must be positive, and at most one of them -1"):
         make_mesh(*given)
-
-
-def test_the_codebook_axis_divides_the_rows_of_groups():
-    """262,144 codes in 8 x 8 patches are 64 rows of patches, and no axis is longer; in runs of 64 codes 4,096."""
-
-    def check(axis, groups="2d"):
-        config = fvq262k.get_config()
-        config.tokenizer.quantizer.bridge_groups = groups
-        config.mesh.codebook = axis
-        validate(config, 128)
-
-    assert fvq262k.get_config().tokenizer.bridge == "L/8"
-    check(64)
-    check(128, groups="1d")
-    message = "mesh.codebook 128 does not divide the 64 rows of groups of the codebook; allowed sizes: 1, 2, 4, 8, 16, "
-    with pytest.raises(InputError, match=message + "32, 64$"):
-        check(128)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,60 @@
+import argparse
+
+import pytest
+
+from fvq_jax.runtime.arguments import Parser, add_place, place, true_or_false
+from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.processes import TIMEOUT, Place
+
+
+def parser():
+    parser = Parser("fvq_jax.program")
+    parser.add_argument("--fold", type=true_or_false, default=True)
+    add_place(parser)
+    return parser
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("False", False), ("TRUE", True)])
+def test_true_or_false(text, value):
+    assert parser().parse_args([f"--fold={text}"]).fold is value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--fold=yes"], "argument --fold: must be true or false, not 'yes'"),
+        (["--flod=true"], "unrecognized arguments: --flod=true"),
+        (["--num_processes=two"], "argument --num_processes: invalid int value: 'two'"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_exit_code_2(capsys, arguments, message):
+    with pytest.raises(SystemExit) as caught:
+        parser().parse_args(arguments)
+    assert caught.value.code == 2
+    assert capsys.readouterr() == ("", f"fvq_jax: {message} (see python -m fvq_jax.program --help)\n")
+
+
+def test_true_or_false_is_an_error_of_argparse():
+    with pytest.raises(argparse.ArgumentTypeError, match="must be true or false"):
+        true_or_false("1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], None),
+        (["--distributed"], Place(TIMEOUT, None, None, None)),
+        (
+            ["--distributed", "--coordinator=a:1", "--num_processes=4", "--process_id=0", "--distributed_timeout=9"],
+            Place(9, "a:1", 4, 0),
+        ),
+    ],
+)
+def test_the_place_among_several_processes(arguments, expected):
+    assert place(parser().parse_args(arguments)) == expected
+
+
+@pytest.mark.parametrize("argument", ["--coordinator=a:1", "--num_processes=4", "--process_id=0"])
+def test_a_place_without_other_processes_is_refused(argument):
+    with pytest.raises(InputError, match="do nothing without --distributed"):
+        place(parser().parse_args([argument]))

@@ -1,0 +1,48 @@
+import os
+
+import pytest
+
+from fvq_jax.runtime.files import replace_whole
+
+
+def test_the_new_file_takes_the_place_of_the_old_when_it_is_whole(tmp_path):
+    path = tmp_path / "file.json"
+    path.write_text("old")
+    with replace_whole(path) as unfinished:
+        assert unfinished.parent == tmp_path
+        assert unfinished.name.endswith(".unfinished")
+        unfinished.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["file.json"]
+
+
+@pytest.mark.parametrize("before", [None, "old"])
+def test_after_a_failure_all_is_as_before(tmp_path, before):
+    path = tmp_path / "file.json"
+    if before is not None:
+        path.write_text(before)
+    there = os.listdir(tmp_path)
+
+    def write():
+        with replace_whole(str(path)) as unfinished:
+            unfinished.write_text("half of")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write()
+    assert os.listdir(tmp_path) == there
+    assert before is None or path.read_text() == before
+
+
+def test_a_block_that_writes_nothing_is_an_error_and_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file.json"
+    path.write_text("old")
+
+    def write():
+        with replace_whole(path):
+            pass
+
+    with pytest.raises(FileNotFoundError):
+        write()
+    assert path.read_text() == "old"

@@ -1,0 +1,124 @@
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+PROGRAM = """
+import sys
+from fvq_jax.runtime.flags import CONFIG, WORKDIR, parse_flags
+rest = parse_flags(sys.argv)
+sys.stdout.write(f"{rest[1:]} {WORKDIR.value} {CONFIG.value and CONFIG.value.optim.hold}")
+"""
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config(arg=""):
+    config = ConfigDict({"seed": 0, "optim": {"hold": 0.3, "learning_rate": 1.0}}).lock()
+    config = ConfigDict({"network": {"codes": {"bridge": "none", "sizes": (1, 2)}}, **config}).lock()
+    %s
+    return config
+"""
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Reads flags in a program of its own, with a config file that does this; returns what it ends with."""
+
+    def read(*flags, does=""):
+        (tmp_path / "small.py").write_text(CONFIG % does)
+        command = [sys.executable, "-c", PROGRAM, f"--config={tmp_path / 'small.py'}", *flags]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        return ended.returncode, ended.stdout, ended.stderr
+
+    return read
+
+
+def test_flags_and_overrides_are_read(read):
+    found = read("more", "--workdir=here", "--config.optim.hold=0.5", "--config.network.codes.sizes=(3,)")
+    assert found == (0, "['more'] here 0.5", "")
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.network.brigde=x", "unknown config field network.brigde; did you mean network.codes.bridge?"),
+        ("--config.network.bridge=none", "unknown config field network.bridge; did you mean network.codes.bridge?"),
+        ("--config.optim.lerning_rate=1", "unknown config field optim.lerning_rate; did you mean optim.learning_rate?"),
+        ("-config.optm.hold=1", "unknown config field optm.hold; did you mean optim.hold?"),
+        ("--config.sed=1", "unknown config field sed; did you mean seed?"),
+        ("--config.zzz.qqq=1", "unknown config field zzz.qqq"),
+    ],
+)
+def test_a_misspelt_field_is_named_with_its_section_and_with_what_was_meant(read, flag, message):
+    assert read("--config.seed=1", flag) == (2, "", f"fvq_jax: {message}\n")
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--config.optim.hold=much", ["config.optim.hold", "much"]),
+        ("--config.network.codes=1", ["network.codes"]),
+        ("--bogus=1", ["bogus"]),
+        ("--wrkdir=here", ["wrkdir", "workdir"]),
+    ],
+)
+def test_any_other_mistake_is_one_line_too(read, flag, words):
+    code, out, err = read(flag)
+    assert (code, out) == (2, "")
+    (line,) = err.splitlines()
+    assert line.startswith("fvq_jax: ")
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    ("does", "words"),
+    [
+        ("config.optim.learning_rte = 1", ['"learning_rte" does not exist', 'Did you mean "learning_rate"']),
+        ("config.optm.hold = 1", ['Did you mean "optim" instead of "optm"?']),
+        ("{}['nothing']", ["nothing"]),
+    ],
+)
+def test_a_mistake_in_the_config_file_is_one_line_with_file_line_and_its_text(read, does, words):
+    code, out, err = read(does=does)
+    assert (code, out) == (2, "")
+    (message,) = err.splitlines()
+    assert message.startswith("fvq_jax: the config file cannot be used: ")
+    for word in words:
+        assert word in message
+    assert message.endswith(f" (small.py, line 7: {does})")
+    assert "\\" not in message
+    assert "Other fields" not in message
+
+
+def test_a_mistake_in_the_config_file_comes_before_one_in_an_override(read):
+    code, _, err = read("--config.sed=1", does="config.optim.learning_rte = 1")
+    assert code == 2
+    assert "learning_rte" in err
+
+
+@pytest.mark.parametrize("does", ["raise ValueError('two\\nlines')", "raise OSError('no file')", "int('x')"])
+def test_what_a_config_file_raises_is_one_line(read, does):
+    code, out, err = read(does=does)
+    assert (code, out) == (2, "")
+    (line,) = err.splitlines()
+    assert line.startswith("fvq_jax: ")
+
+
+def test_a_missing_config_file_is_named(tmp_path):
+    command = [sys.executable, "-c", PROGRAM, "--config=missing.py"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert "missing.py" in line
+
+
+def test_without_a_config_there_is_nothing_to_refuse(tmp_path):
+    command = [sys.executable, "-c", PROGRAM]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert ended.stdout == "[] None None"
