@@ -13,6 +13,7 @@ pictures stop coming: for as long as the workdir's `data.timeout` says, or else 
 import argparse
 import contextlib
 import copy
+import dataclasses
 import json
 import os
 import sys
@@ -29,7 +30,7 @@ from fvq_jax.data.crops import RandomCrops
 from fvq_jax.data.npz_rows import ImageWriter
 from fvq_jax.data.record import Source
 from fvq_jax.data.sources import make_source
-from fvq_jax.evals.networks import FILES, load_networks, option
+from fvq_jax.evals.networks import FILES, Networks, load_networks, option
 from fvq_jax.evals.projection import principal_plane
 from fvq_jax.evals.protocol import PROTOCOLS
 from fvq_jax.evals.reconstruction import collect, conditions, not_computed, summarise
@@ -73,26 +74,12 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
     Raises:
       InputError: for bad input.
-      DataError: the pictures stop coming.
+      DataError: the pictures stop coming; RunError if they do on another host.
     """
-    if args.batch < 1 or min(args.images, args.crops, args.seed) < 0:
-        raise InputError("--batch must be at least 1, and --images, --crops and --seed at least 0")
-    if args.images and args.crops:
-        raise InputError("--images and --crops exclude each other: both say how many to score")
-    _make_folder(args.out)  # before hours of work, not after
-    path = args.workdir or args.tokenizer
-    trained = _config_of_run(path)
-    size = args.size or (trained.data.image_size if trained else SIZE)
-    tokenizer = Tokenizer.from_pretrained(path, l2_norm=args.l2_norm)
-    if size < 1 or size % tokenizer.downsampling:
-        raise InputError(f"--size {size} is not divisible by the down-sampling of {tokenizer.downsampling}")
-    images = args.images or (trained.eval.images if trained and args.data is None else 0)
-    source, data = everywhere(lambda: _source(args.data, size, images, copy.deepcopy(trained)))
+    prepared = everywhere(lambda: _prepare(args))
+    path, trained, tokenizer = prepared.path, prepared.trained, prepared.tokenizer
+    networks, source, images, size = prepared.networks, prepared.source, prepared.images, prepared.size
     check_same({"pictures": source.fingerprint()})
-    if args.crops:
-        resize = (trained.data.resize_min, trained.data.resize_max) if trained else (0, 0)
-        source, images = RandomCrops(source, args.crops, size, *resize, seed=args.seed), 0
-    networks = load_networks({name: getattr(args, name) for name in FILES}, size)
     first = jax.process_index() == 0
     for metric, reason in networks.not_computed.items() if first else ():  # now, and not after hours
         sys.stderr.write(f"fvq_jax: not computed: {metric}: {reason}\n")
@@ -135,7 +122,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         if not sums.skipped:  # what cannot be read now may be readable the next time
             reference.save(moments)
     facts = {"tokenizer": repr(tokenizer), "path": str(path)}
-    facts |= conditions(found, source, data=data, protocol=args.protocol, size=size) | {"random_crops": args.crops}
+    facts |= conditions(found, source, data=prepared.data, protocol=args.protocol, size=size) | {
+        "random_crops": args.crops
+    }
     if args.crops:
         _, _, scored_as = facts["protocol_means"].partition("; ")
         facts["protocol_means"] = f"{args.crops:,} random crops as in training, seed {args.seed}; {scored_as}"
@@ -160,6 +149,50 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     _write(args.out / METRICS, json.dumps(metrics, indent=2) + "\n")  # first: the page only shows it
     write_report(args.out, report)
     return metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    """All that is read before the first picture is scored.
+
+    Attributes:
+      path: of the tokenizer.
+      trained: the config of the run that made it, if `path` is a workdir.
+      source, data: the pictures, and what to call them.
+      images: how many of them to score; 0 for all.
+      size: side of the crops.
+    """
+
+    path: Path
+    trained: ConfigDict | None
+    tokenizer: Tokenizer
+    networks: Networks
+    source: Source
+    data: str
+    images: int
+    size: int
+
+
+def _prepare(args: argparse.Namespace) -> _Prepared:
+    """Raises InputError for whatever cannot work."""
+    if args.batch < 1 or min(args.images, args.crops, args.seed) < 0:
+        raise InputError("--batch must be at least 1, and --images, --crops and --seed at least 0")
+    if args.images and args.crops:
+        raise InputError("--images and --crops exclude each other: both say how many to score")
+    _make_folder(args.out)  # before hours of work, not after
+    path = args.workdir or args.tokenizer
+    trained = _config_of_run(path)
+    size = args.size or (trained.data.image_size if trained else SIZE)
+    tokenizer = Tokenizer.from_pretrained(path, l2_norm=args.l2_norm)
+    if size < 1 or size % tokenizer.downsampling:
+        raise InputError(f"--size {size} is not divisible by the down-sampling of {tokenizer.downsampling}")
+    images = args.images or (trained.eval.images if trained and args.data is None else 0)
+    source, data = _source(args.data, size, images, copy.deepcopy(trained))
+    if args.crops:
+        resize = (trained.data.resize_min, trained.data.resize_max) if trained else (0, 0)
+        source, images = RandomCrops(source, args.crops, size, *resize, seed=args.seed), 0
+    networks = load_networks({name: getattr(args, name) for name in FILES}, size)
+    return _Prepared(path, trained, tokenizer, networks, source, data, images, size)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -8,7 +8,7 @@ is the quick evaluation of training. How pictures are encoded and decoded is the
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -30,6 +30,7 @@ from fvq_jax.evals.reference import Moments
 from fvq_jax.models.frozen.inception import CLASSES, FEATURES
 from fvq_jax.ops.code_usage import code_statistics, perplexity, usage
 from fvq_jax.ops.pixels import to_uint8, to_unit
+from fvq_jax.runtime.agreement import everywhere
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.hosts import min_over_hosts, rows_of_all_hosts, sum_over_hosts
 from fvq_jax.runtime.row_parallel import RowParallel
@@ -118,7 +119,8 @@ def collect(
 
     Raises:
       InputError: no picture can be read, or over 1 % cannot.
-      DataError: no batch came for `timeout` seconds, or a process that reads them has died.
+      DataError: no batch came for `timeout` seconds, or a process that reads them has died; RunError if that happened
+        on another host.
     """
     sample = Sample(source, min(images or len(source), len(source)))
     count = len(sample)
@@ -137,7 +139,7 @@ def collect(
     first_use = np.full(codebook_size, NEVER)
     examples = ExampleCollector(keep_images, count, sample.name)
     try:
-        for step, batch in enumerate(prefetched):
+        for step, batch in enumerate(_on_all_hosts(prefetched)):
             mask, crops = batch["mask"], batch["image"]
             decoded, codes = reconstruct(crops)
             broken = mask & ~np.isfinite(decoded).all(axis=(1, 2, 3))
@@ -172,6 +174,12 @@ def collect(
     if not sums.images:
         raise InputError("the evaluation set has no readable picture")
     return Found(sums, count, min_over_hosts(first_use), examples.result(size))
+
+
+def _on_all_hosts(batches: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+    """This host's batches, of which every host has as many; what ends them on one host ends them on all."""
+    while (batch := everywhere(lambda: next(batches, None))) is not None:
+        yield batch
 
 
 def conditions(found: Found, source: Source, *, data: str, protocol: str, size: int) -> dict[str, str | int]:

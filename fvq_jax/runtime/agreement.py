@@ -1,4 +1,4 @@
-"""Checks at the start of a run of several processes: an error in one of them is raised in all of them.
+"""Several processes of a run agree: an error in one of them is raised in all of them, and a difference is named.
 
 Without this the others would wait in their next collective for one that has already left. Every function here is a
 collective: all processes call it at the same point. With a single process nothing is sent.
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.errors import InputError, RunError
 from fvq_jax.runtime.hosts import rows_of_all_hosts
 from fvq_jax.runtime.names import dotted
 
@@ -21,21 +21,31 @@ T = TypeVar("T")
 def everywhere(action: Callable[[], T]) -> T:
     """Returns what `action` returns here, once it has succeeded in every process.
 
-    Raises InputError in all of them if it did in one, and says in which.
+    Raises in all of them, if it did in one: InputError for bad input, RunError for what ended a run that had begun. The
+    message says in which process, unless all have the same to say.
     """
     if jax.process_count() == 1:
         return action()
-    result, message = None, ""
+    result, own = None, None
     try:
         result = action()
-    except InputError as error:
-        message = str(error)
-    failed = {index: text for index, text in enumerate(gather_texts(message)) if text}
-    if not failed:
+    except (InputError, RunError) as error:
+        own = error
+    # A number first: in a loop over batches this is called often, and nearly always nothing is wrong.
+    kinds = rows_of_all_hosts(np.array([0 if own is None else 1 if isinstance(own, InputError) else 2], np.int32))
+    if not kinds.any():
         return result
-    if len(set(failed.values())) == 1 and len(failed) == jax.process_count():
-        raise InputError(next(iter(failed.values())))
-    raise InputError("; ".join(f"process {index}: {text}" for index, text in failed.items()))
+    failed = {index: text for index, text in enumerate(gather_texts("" if own is None else str(own))) if text}
+    if len(failed) == jax.process_count() and len(set(failed.values())) == 1:
+        text = next(iter(failed.values()))
+    else:
+        text = "; ".join(f"process {index}: {text}" for index, text in failed.items())
+    # One exit code for all: a run that ends is not bad input, even where another process sees it as such.
+    if 2 not in kinds:
+        raise InputError(text) from own
+    error = RunError(text)
+    error.shared = True
+    raise error from own
 
 
 def check_same(values: Mapping[str, Any]) -> None:

@@ -4,7 +4,6 @@ import argparse
 import sys
 from typing import NoReturn
 
-from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.exits import fail
 from fvq_jax.runtime.processes import TIMEOUT, Place
 
@@ -45,11 +44,11 @@ def add_place(parser: argparse.ArgumentParser) -> None:
 def place(args: argparse.Namespace) -> Place | None:
     """The place among several processes that the options of `add_place` say; None for a process that is alone.
 
-    InputError if they say where, and not that there are several.
+    Ends the program if they say where, and not that there are several.
     """
     where = (args.coordinator, args.num_processes, args.process_id)
     if args.distributed:
         return Place(args.distributed_timeout, *where)
     if where != (None, None, None):
-        raise InputError("--coordinator, --num_processes and --process_id do nothing without --distributed")
+        sys.exit(fail("--coordinator, --num_processes and --process_id do nothing without --distributed"))
     return None

@@ -6,7 +6,13 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """What ends a run that had begun (exit code 1). The message is one full line."""
+    """What ends a run that had begun (exit code 1). The message is one full line.
+
+    Attributes:
+      shared: whether all processes of the run raise it at the same point.
+    """
+
+    shared = False
 
 
 class NonFiniteError(RunError):

@@ -9,12 +9,15 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import jax
+import numpy as np
 
 from fvq_jax.runtime.errors import InputError, NonFiniteError, RunError
+from fvq_jax.runtime.hosts import rows_of_all_hosts
 
 BAD_INPUT, INTERRUPTED, FAILED = 2, 75, 1
 
@@ -24,6 +27,7 @@ _KILLED = (
     "fvq_jax: process {} on {} was ended from outside: another process of the run fell silent, or this one was killed; "
     "start all of them again"
 )
+_LAST = 1.0  # seconds by which the first process leaves after the others
 _LISTENER = "import sys; sys.stdin.read() or sys.stderr.write(sys.argv[1])"
 
 
@@ -50,7 +54,7 @@ def run(program: Callable[[], int], join: Callable[[], None] | None = None) -> i
     except NonFiniteError as error:
         return fail(str(error), FAILED)
     except RunError as error:
-        _leave(str(error))
+        _leave(str(error), together=error.shared)
     except Exception as error:
         if jax.process_count() == 1 or not _OTHERS.search(str(error)):
             raise
@@ -63,10 +67,17 @@ def fail(message: str, code: int = BAD_INPUT) -> int:
     return code
 
 
-def _leave(message: str) -> NoReturn:
-    """Ends the program at once, without waiting for threads and processes that may hang."""
+def _leave(message: str, *, together: bool = False) -> NoReturn:
+    """Ends the program at once, without waiting for threads and processes that may hang.
+
+    With `together` all processes of the run are here. The first one holds the service through which JAX watches the
+    others, and which kills those that outlive it; so it goes last.
+    """
     fail(message)
     sys.stdout.flush()
+    if together:
+        rows_of_all_hosts(np.zeros(1, np.int32))
+        time.sleep(_LAST if jax.process_index() == 0 else 0)
     os._exit(FAILED)
 
 

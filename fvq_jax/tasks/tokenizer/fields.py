@@ -108,8 +108,8 @@ def upgraded(saved: Mapping[str, Any]) -> dict[str, Any]:
     flat = dotted(saved)
     if "task" in flat:
         return flat
-    network = upgrade_network(saved["tokenizer"])
+    network = upgrade_network(saved.get("tokenizer", {}))
     flat = {name: value for name, value in flat.items() if not name.startswith("tokenizer.")}
     losses = ("codebook_weight", "commitment_weight", "entropy_weight", "entropy_temperature")
-    moved = {f"{QUANTIZER}.{name}": flat.pop(f"loss.{name}") for name in losses}
+    moved = {f"{QUANTIZER}.{name}": flat.pop(f"loss.{name}") for name in losses if f"loss.{name}" in flat}
     return {"task": "tokenizer", **flat, **dotted(network, "tokenizer."), **moved}
