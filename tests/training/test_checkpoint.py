@@ -13,11 +13,10 @@ from fvq_jax.runtime.checksums import FILE as CHECKSUMS
 from fvq_jax.runtime.errors import InputError, StorageError
 from fvq_jax.runtime.mesh import make_mesh
 from fvq_jax.runtime.names import path_name
-from fvq_jax.tasks.tokenizer.task import TokenizerTask
 from fvq_jax.training import checkpoint
 from fvq_jax.training.checkpoint import Checkpoints
-from fvq_jax.training.state import TrainState, abstract_state
-from tests.helpers.tiny import tiny_config
+from fvq_jax.training.state import TrainState
+from tests.helpers.tiny import make_step, tiny_config
 
 UNLISTED = ("_CHECKPOINT_METADATA", "commit_success.txt")  # written when the folder gets its name
 
@@ -26,7 +25,7 @@ def abstract(data, codebook):
     """Shapes and layout, on so many devices, of all that a run can have: discriminator, moments, moving average."""
     config = tiny_config(**{"adversarial.weight": 0.5, "optim.ema_decay": 0.9, "tokenizer.ch_mult": (1,)})
     mesh = make_mesh(data, codebook, devices=jax.devices()[: data * codebook])
-    return abstract_state(TokenizerTask(config, mesh, 10, 0).init, mesh)
+    return make_step(config, mesh).abstract()
 
 
 def test_a_checkpoint_moves_to_another_mesh_and_fewer_devices(tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from fvq_jax.training.optim import learning_annealing, make_optimizer, scaled
+from fvq_jax.training.optim import Annealing, learning_annealing, make_optimizer
 from tests.helpers.golden_case import load_case
 
 NAMES = {"lin": "linear", "cos": "cosine", "const": "constant"}
@@ -64,10 +64,18 @@ def test_schedules_that_cannot_be_are_refused(arguments, options, message):
         learning_annealing(*arguments, **options)
 
 
-def test_scaled():
-    schedule = scaled(2e-4, learning_annealing(10, 2))
+def test_a_rate_is_its_peak_times_the_multiplier():
+    schedule = Annealing(10, 2).rate(2e-4)
     np.testing.assert_allclose(schedule(jnp.asarray(2)), 2e-4)
     np.testing.assert_allclose(schedule(jnp.asarray(9)), 2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("own", [None, "constant", "linear"])
+def test_every_rate_of_a_run_follows_its_annealing_with_a_decay_of_its_own_if_it_has_one(own):
+    annealing = Annealing(40, 5, hold=0.1, decay="cosine", start=0.2, end=0.3)
+    options = {"hold": 0.1, "start": 0.2, "end": 0.3}
+    expected = learning_annealing(40, 5, decay=own or "cosine", **options)(np.arange(40))
+    np.testing.assert_allclose(annealing.rate(0.5, own)(np.arange(40)), 0.5 * expected, rtol=1e-6)
 
 
 PARAMS = {
@@ -86,7 +94,7 @@ def updates(scales=(1.0, 3.0, 0.5), rate=0.1, codebook_rate=None, **options):
     """All updates of a few steps with gradients of these sizes."""
     optimizer = make_optimizer(
         optax.constant_schedule(rate),
-        codebook_rate=None if codebook_rate is None else optax.constant_schedule(codebook_rate),
+        own_rates={} if codebook_rate is None else {"quantizer": optax.constant_schedule(codebook_rate)},
         **(ADAM | options),
     )
     state, every = optimizer.init(PARAMS), []
@@ -135,9 +143,9 @@ def test_a_separate_rate_moves_codebook_and_bridge_only():
 
 
 def test_a_separate_rate_has_its_own_decay():
-    falling = scaled(0.1, learning_annealing(3, 0, hold=0.0))
-    constant = scaled(0.1, learning_annealing(3, 0, decay="constant"))
-    optimizer = make_optimizer(falling, codebook_rate=constant, **ADAM)
+    annealing = Annealing(3, 0, hold=0.0)
+    falling, constant = annealing.rate(0.1), annealing.rate(0.1, "constant")
+    optimizer = make_optimizer(falling, own_rates={"quantizer": constant}, **ADAM)
     plain = make_optimizer(constant, **ADAM)
     state, plain_state = optimizer.init(PARAMS), plain.init(PARAMS)
     for i in range(3):
@@ -151,3 +159,13 @@ def test_a_separate_rate_has_its_own_decay():
 def test_clipping_counts_all_parameters_when_rates_differ():
     with_both = updates(clip_norm=1.0, codebook_rate=0.1)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), with_both, updates(clip_norm=1.0, rate=0.1))
+
+
+def test_several_parts_may_have_rates_of_their_own():
+    rates = {"quantizer": optax.constant_schedule(0.02), "encoder": optax.constant_schedule(0.05)}
+    optimizer = make_optimizer(optax.constant_schedule(0.1), own_rates=rates, **ADAM)
+    update, _ = optimizer.update(gradients(), optimizer.init(PARAMS), PARAMS)
+    (plain,) = updates((1.0,))
+    for name, factor in {"quantizer": 0.2, "encoder": 0.5}.items():
+        expected = jax.tree.map(lambda leaf, factor=factor: factor * leaf, plain[name])
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), update[name], expected)

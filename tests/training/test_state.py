@@ -12,7 +12,6 @@ from fvq_jax.runtime.names import path_name
 from fvq_jax.training.state import RULES, NetworkState, TrainState, abstract_state, create_state, with_params
 from tests.helpers.tiny import make_step, tiny_config
 
-
 LAYOUT = (("/quantizer/codebook$", P("codebook")), ("/encoder/", P()))
 
 

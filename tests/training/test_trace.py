@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import pytest
 
 from fvq_jax.runtime.errors import InputError
-from fvq_jax.training.trace import Profile, parse_steps
+from fvq_jax.training.trace import Trace, parse_steps
 
 
 def test_steps_are_read_from_the_flag():
@@ -14,27 +14,27 @@ def test_steps_are_read_from_the_flag():
             parse_steps(wrong)
 
 
-def run(profile, steps):
+def run(trace, steps):
     started = []
-    with profile:
+    with trace:
         for step in steps:
-            profile.before(step)
-            profile.after(step, jax.jit(jnp.sin)(float(step)))
-            started.append(profile._running)
+            trace.before(step)
+            trace.after(step, jax.jit(jnp.sin)(float(step)))
+            started.append(trace._running)
     return started
 
 
 def test_only_the_chosen_steps_are_traced(tmp_path):
-    assert run(Profile(tmp_path, (2, 3)), [1, 2, 3, 4]) == [False, True, False, False]
+    assert run(Trace(tmp_path, (2, 3)), [1, 2, 3, 4]) == [False, True, False, False]
     assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
 
 
 def test_nothing_is_traced_without_steps_or_after_them(tmp_path):
-    run(Profile(tmp_path, None), [1, 2])
-    run(Profile(tmp_path, (1, 2)), [3, 4])
+    run(Trace(tmp_path, None), [1, 2])
+    run(Trace(tmp_path, (1, 2)), [3, 4])
     assert not (tmp_path / "profile").exists()
 
 
 def test_a_run_that_ends_early_leaves_its_trace(tmp_path):
-    run(Profile(tmp_path, (2, 30)), [2, 3])
+    run(Trace(tmp_path, (2, 30)), [2, 3])
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
