@@ -18,13 +18,13 @@ from fvq_jax.data import pipeline
 from fvq_jax.data.prefetch import Prefetch
 from fvq_jax.runtime.errors import InputError, NonFiniteError
 from fvq_jax.runtime.mesh import make_mesh
-from fvq_jax.tasks.tokenizer.task import TokenizerTask
+from fvq_jax.tasks import task_of
+from fvq_jax.training import loop
 from fvq_jax.training.checkpoint import Checkpoints
-from fvq_jax.training.loop import train
 from fvq_jax.training.metric_files import read_metrics
-from fvq_jax.training.state import abstract_state
+from fvq_jax.training.step import TrainStep
 from fvq_jax.training.step_timer import StepTimer
-from tests.helpers.tiny import random_images, tiny_config
+from tests.helpers.tiny import make_step, random_images, tiny_config
 
 # Everything that has a state: discriminator, moving average, micro-batches, a rate of its own for the codebook.
 WHOLE = {
@@ -38,10 +38,14 @@ WHOLE = {
 }
 
 
+def train(config, workdir, **options):
+    return loop.train(task_of(config), config, workdir, **options)
+
+
 def restored(config, workdir):
-    task = TokenizerTask(config, make_mesh(config.mesh.data, config.mesh.codebook), config.steps, 1)
+    step = make_step(config, make_mesh(config.mesh.data, config.mesh.codebook), config.steps, 1)
     with Checkpoints(workdir) as checkpoints:
-        return checkpoints.restore(abstract_state(task.init, task.mesh))
+        return checkpoints.restore(step.abstract())
 
 
 def assert_same_bits(a, b):
@@ -132,7 +136,7 @@ def test_result_and_files_of_a_run(finished):
         "Losses",
     ):
         assert shown in page
-    assert json.loads((workdir / "config.json").read_text())["tokenizer"]["codebook_size"] == 64
+    assert json.loads((workdir / "config.json").read_text())["tokenizer"]["quantizer"]["codebook_size"] == 64
     record = restored(tiny_config(**WHOLE), workdir).record
     assert record["config"]["optim"]["ema_decay"] == 0.9
 
@@ -187,11 +191,10 @@ def test_evaluating_the_workdir_gives_the_scores_of_the_run(finished, tmp_path, 
 def test_evaluation_uses_the_moving_average(finished):
     config = tiny_config(**WHOLE)
     state = restored(config, finished[0]).state
-    task = TokenizerTask(config, make_mesh(-1, 1), 4, 1)
-    assert_same_bits(
-        task.eval_params(state)["encoder"],
-        state.ema["encoder"],
-    )
+    task = make_step(config, make_mesh(-1, 1)).task
+    scored = task.scored_variables(state)
+    assert scored.keys() == {"params"}
+    assert_same_bits(scored["params"], state.ema)
     with pytest.raises(AssertionError):
         assert_same_bits(state.ema["encoder"], state.networks["tokenizer"].params["encoder"])
 
@@ -225,7 +228,7 @@ def five_steps(tmp_path_factory):
 
     Its data are slow, see `slow_data`.
     """
-    traces, original = [], TokenizerTask.train_step
+    traces, original = [], TrainStep.__call__
 
     def counted(self, *args):
         traces.append(1)
@@ -235,7 +238,7 @@ def five_steps(tmp_path_factory):
     kept = {"checkpoint.every_steps": 1, "checkpoint.keep_last": 1, "checkpoint.keep_every": 2}
     workdir = tmp_path_factory.mktemp("five")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TokenizerTask, "train_step", counted)
+        patch.setattr(TrainStep, "__call__", counted)
         slow_data(patch)
         train(tiny_config(steps=5, **every, **kept), workdir)
     return workdir, len(traces)
@@ -294,7 +297,7 @@ def test_a_longer_run_continues_with_moved_pictures_and_not_with_others(tmp_path
     assert train(config(tmp_path / "new", 5), tmp_path / "run").summary["step"] == 5
     assert [row["data/skipped_files"] for row in read_metrics(tmp_path / "run") if "loss/total" in row] == [0] * 5
     (tmp_path / "new" / "train" / "0.png").rename(tmp_path / "new" / "train" / "00.png")
-    with pytest.raises(InputError, match="pictures to train on are not those"):
+    with pytest.raises(InputError, match="images to train on are not those"):
         train(config(tmp_path / "new", 6), tmp_path / "run")
 
 
