@@ -265,8 +265,13 @@ def test_a_worker_that_dies_is_reported(folder, tmp_path, capsys, monkeypatch):
         raise BrokenProcessPool
 
     monkeypatch.setattr(prepare, "_write_shard", die)
-    assert run(folder, tmp_path / "out") == 1
-    assert "start me again" in capsys.readouterr().err
+    monkeypatch.setattr(os, "_exit", sys.exit)  # the program ends at once, and must not take the tests with it
+    with pytest.raises(SystemExit) as caught:
+        run(folder, tmp_path / "out")
+    assert caught.value.code == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fvq_jax: ")]
+    assert "a worker process died" in line
+    assert "start me again" in line
 
 
 def test_unreadable_pictures_are_kept_or_left_out_by_name(tmp_path, capsys):

@@ -5,6 +5,7 @@ from fvq_jax.data.array_record import ArrayRecordSource
 from fvq_jax.data.record import Source
 from fvq_jax.data.sources import SOURCES, make_source
 from fvq_jax.runtime.errors import InputError
+from fvq_jax.tasks import task_of
 from fvq_jax.tasks.tokenizer.pictures import source_of
 from tests.data.test_prepare import run
 from tests.data.test_tfds import write_data_set
@@ -61,7 +62,7 @@ def test_a_config_names_its_source(fields, name):
         given |= {"train_dir": "", "eval_dir": ""}
     changes = {f"data.{field}": value for field, value in given.items()}
     config = tiny_config(**changes, **{"data.source": name, "data.image_size": 32, "eval.images": 7})
-    validate(config, 8)
+    validate(config, task_of(config), 8)
     assert tuple(len(source_of(config, split)) for split in ("train", "eval")) == SIZES[name]
 
 
