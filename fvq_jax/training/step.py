@@ -26,7 +26,7 @@ class StepMetrics:
     counts: dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class TrainStep:
     """A task's training step on one mesh.
 

@@ -20,9 +20,14 @@ def tiny_net(**changes) -> TokenizerNet:
 
 
 def random_tokenizer(seed: int = 0, **changes) -> SavedTokenizer:
-    """`tiny_net` with weights that keep activations at their scale."""
-    rng = np.random.default_rng(seed)
+    """`tiny_net` with random weights."""
     net = tiny_net(**changes)
+    return SavedTokenizer(net, random_params(net, seed))
+
+
+def random_params(net: TokenizerNet, seed: int = 0) -> dict:
+    """Weights of every kind that keep activations at their scale; codes differ."""
+    rng = np.random.default_rng(seed)
 
     def value(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -33,4 +38,4 @@ def random_tokenizer(seed: int = 0, **changes) -> SavedTokenizer:
             return 1 + np.float32(0.1) * noise
         return noise if "codebook" in name or "embedding" in name else np.float32(0.05) * noise
 
-    return SavedTokenizer(net, jax.tree.map_with_path(value, abstract_params(net)))
+    return jax.tree.map_with_path(value, abstract_params(net))

@@ -52,12 +52,12 @@ def test_the_weights_alone_are_the_folded_tokenizer(tmp_path):
     np.testing.assert_array_equal(weights["quantizer/codebook"], TABLE)
     (tmp_path / "bridge.safetensors").unlink()
     back = load(tmp_path)
-    assert back.net == saved.net.clone(bridge="none")
+    assert back.net == saved.net.clone(quantizer=saved.net.quantizer.folded())
     assert_same_params(back.params, {**saved.params, "quantizer": {"codebook": TABLE}})
     # And saved over the bridged one, it leaves no bridge behind.
     save_folder(tmp_path, saved)
     save_folder(tmp_path, back)
-    assert load(tmp_path).net.bridge == "none"
+    assert load(tmp_path).net.quantizer.bridge == "none"
 
 
 def workdir(path, *, ema_decay=0.0, dtype="bfloat16"):
@@ -112,6 +112,7 @@ def test_a_training_run_is_not_overwritten(tmp_path):
         (lambda path: (path / "config.json").write_text("{}"), "not the config of a tokenizer"),
         (lambda path: edit(path, "ch", None), r"config\.json does not describe a tokenizer: 'ch'"),
         (lambda path: edit(path, "bridge", "S/3"), "64 codes are not divisible by groups of 9"),
+        (lambda path: edit(path, "name", "fancy"), "unknown quantizer 'fancy'"),
         (
             lambda path: edit(path, "z_channels", 8),
             r"weights\.safetensors does not hold.*of another shape: .*\[1, 1, 16, 8\]",
@@ -130,9 +131,10 @@ def test_a_damaged_folder_is_refused_in_one_line(damage, message, tmp_path):
 
 def edit(path, field, value):
     config = json.loads((path / "config.json").read_text())
-    config["tokenizer"][field] = value
+    section = config["tokenizer"] if field in config["tokenizer"] else config["tokenizer"]["quantizer"]
+    section[field] = value
     if value is None:
-        del config["tokenizer"][field]
+        del section[field]
     (path / "config.json").write_text(json.dumps(config))
 
 
@@ -142,7 +144,7 @@ def test_other_paths_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"neither weights\.safetensors .* nor config\.json and checkpoints/"):
         load(tmp_path)
     save_folder(tmp_path, bridged())
-    assert load(tmp_path, l2_norm=False).net.l2_normalize is False
+    assert load(tmp_path, l2_norm=False).net.quantizer.l2_normalize is False
     with pytest.raises(InputError, match=r"l2_norm=True contradicts .*config\.json, which says False"):
         load(tmp_path, l2_norm=True)
     (tmp_path / "file").write_text("")

@@ -60,7 +60,7 @@ def test_codes_and_pictures_are_those_of_the_network(options):
 @pytest.mark.parametrize("options", [{}, {"bridge": "none", "l2_normalize": True}])
 def test_the_codebook_is_the_table_that_is_searched(options):
     tok = tokenizer(**options)
-    table = jax.jit(functools.partial(tok.trained_net.apply, method="bridged_codebook"))({"params": tok.trained_params})
+    table = jax.jit(functools.partial(tok.trained_net.apply, method="table"))({"params": tok.trained_params})
     assert tok.codebook.shape == (64, 8)
     np.testing.assert_allclose(tok.codebook, table, atol=1e-6)
     assert np.allclose(np.linalg.norm(tok.codebook, axis=1), 1, atol=1e-5) == bool(options)
@@ -129,7 +129,7 @@ def test_saved_and_loaded_it_gives_the_same_codes_and_pictures(name, layout, bri
     tok = tokenizer(l2_normalize=l2_normalize)
     tok.save_pretrained(tmp_path / name, layout)
     back = Tokenizer.from_pretrained(tmp_path / name)
-    assert back.trained_net == tok.trained_net.clone(bridge=bridge)
+    assert back.trained_net == tok.trained_net.clone(quantizer=tok.trained_net.quantizer.clone(bridge=bridge))
     images = pictures(3)
     np.testing.assert_array_equal(back.encode(images), tok.encode(images))
     np.testing.assert_allclose(back.decode(tok.encode(images)), tok.decode(tok.encode(images)), atol=1e-6)

@@ -89,12 +89,12 @@ def test_l2_norm_comes_from_args_unless_it_is_given(value, tmp_path, caplog):
     path = tmp_path / "x.pt"
     for args in (argparse.Namespace(codebook_l2_norm=value, lr=1e-4), {"l2_norm": value}):
         torch.save({"model": weights, "args": args}, path)
-        assert read_checkpoint(path)[0].l2_normalize is value
-        assert read_checkpoint(path, l2_norm=not value)[0].l2_normalize is not value
+        assert read_checkpoint(path)[0].quantizer.l2_normalize is value
+        assert read_checkpoint(path, l2_norm=not value)[0].quantizer.l2_normalize is not value
     assert not caplog.records
     torch.save({"model": weights, "args": argparse.Namespace(lr=1e-4)}, path)
     with caplog.at_level(logging.WARNING):
-        assert read_checkpoint(path)[0].l2_normalize is False
+        assert read_checkpoint(path)[0].quantizer.l2_normalize is False
     assert "pass l2_norm=True" in caplog.text
 
 
@@ -115,7 +115,7 @@ def test_from_published_to_published_is_bit_exact(case, ending, tmp_path):
     case = load_case(case)
     torch.save({"model": to_torch(case.weights), "args": argparse.Namespace(**case.config)}, tmp_path / "in.pt")
     net, params = read_checkpoint(tmp_path / "in.pt")
-    assert net.l2_normalize == case.config["l2_norm"]
+    assert net.quantizer.l2_normalize == case.config["l2_norm"]
     path = tmp_path / f"out.{ending}"
     write_checkpoint(path, net, params)
     if ending == "safetensors":

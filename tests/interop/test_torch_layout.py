@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from fvq_jax.interop.torch_layout import tokenizer_params, torch_name
+from fvq_jax.models.quantizers.vector import VectorQuantizer
 from fvq_jax.models.tokenizer import TokenizerNet
 from fvq_jax.runtime.errors import InputError
 from tests.helpers.golden_case import load_case, relative_error
@@ -19,15 +20,18 @@ SIZES = {"ch": 32, "z_channels": 16, "codebook_size": 64, "codebook_dim": 8}
 
 def net_of(config):
     bridge = config["bridge"].replace("dit:", "dit-").replace("vit:", "").replace("QBridge-", "")
-    return TokenizerNet(
-        ch=config["ch"],
-        ch_mult=tuple(config["ch_mult"]),
-        num_res_blocks=config["num_res_blocks"],
-        z_channels=config["z_channels"],
+    quantizer = VectorQuantizer(
         codebook_size=config["codebook_size"],
         code_dim=config["codebook_dim"],
         bridge=bridge,
         l2_normalize=config.get("l2_norm", False),
+    )
+    return TokenizerNet(
+        quantizer,
+        ch=config["ch"],
+        ch_mult=tuple(config["ch_mult"]),
+        num_res_blocks=config["num_res_blocks"],
+        z_channels=config["z_channels"],
     )
 
 
@@ -68,8 +72,8 @@ def test_outputs_equal_those_of_an_independent_module(name):
     np.testing.assert_array_equal(output.quantized.codes.reshape(2, -1), expected.indices)
     reconstruction = np.moveaxis(np.asarray(output.reconstruction), -1, 1)
     assert relative_error(reconstruction, expected.reconstruction) < 1e-4
-    np.testing.assert_allclose(output.quantized.codebook_loss, expected.vq, rtol=1e-5)
-    np.testing.assert_allclose(output.quantized.commitment_loss, expected.commit, rtol=1e-5)
+    np.testing.assert_allclose(output.quantized.losses["codebook"], expected.vq, rtol=1e-5)
+    np.testing.assert_allclose(output.quantized.losses["commitment"], expected.commit, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

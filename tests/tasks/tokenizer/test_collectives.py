@@ -13,9 +13,7 @@ from fvq_jax.models.quantizers.bridge import VQBridge, parse_bridge
 from fvq_jax.ops import entropy, nearest_xla
 from fvq_jax.runtime.mesh import BATCH, make_mesh, replicated
 from fvq_jax.runtime.names import path_name
-from fvq_jax.tasks.tokenizer.task import TokenizerTask
-from fvq_jax.training.state import abstract_state
-from tests.helpers.tiny import tiny_config
+from tests.helpers.tiny import make_step, tiny_config
 
 DATA, AXIS = 2, 4
 SIDE = 11  # of the grid: its square is a factor of no other size
@@ -84,13 +82,13 @@ def step():
         }
     )
     mesh = make_mesh(DATA, AXIS)
-    task = TokenizerTask(config, mesh, 10, 0)
-    state = abstract_state(task.init, mesh)
+    step = make_step(config, mesh)
+    state = step.abstract()
     images = jax.ShapeDtypeStruct((8, SIDE, SIDE, 3), jnp.uint8, sharding=NamedSharding(mesh, BATCH))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nearest_xla, "BLOCK_SIZE", BLOCK)
         patch.setattr(entropy, "BLOCK_SIZE", BLOCK)
-        lowered = task.jitted_step(state).lower(state, {"image": images}, {})
+        lowered = step.jitted(state).lower(state, {"image": images}, {})
     return state, lowered.compile(compiler_options=HARDLY_OPTIMISED).as_text()
 
 

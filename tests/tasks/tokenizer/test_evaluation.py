@@ -4,25 +4,27 @@ import pytest
 
 from fvq_jax.data.sample import Sample
 from fvq_jax.data.sources import make_source
-from fvq_jax.evals import reconstruction as suite
+from fvq_jax.evals import reconstruction
 from fvq_jax.evals.frechet import frechet_distance
 from fvq_jax.evals.networks import Networks
 from fvq_jax.models.frozen.inception import CLASSES
 from fvq_jax.ops.pixels import to_uint8
 from fvq_jax.runtime.errors import DataError, InputError
 from fvq_jax.runtime.mesh import make_mesh
-from fvq_jax.tasks.tokenizer.evaluation import Evaluator
-from fvq_jax.tasks.tokenizer.task import TokenizerTask
-from fvq_jax.tasks.tokenizer.task import evaluation as in_training
+from fvq_jax.tasks.tokenizer import evaluation
+from fvq_jax.tasks.tokenizer.evaluation import Evaluator, evaluation_networks
 from tests.helpers.hanging_source import HangingSource
-from tests.helpers.tiny import random_state, tiny_config
+from tests.helpers.tiny import make_step, random_state, tiny_config
 
 
-def parts(**changes):
+def parts(source=None, **changes):
+    """The evaluator of a run, the variables of a random tokenizer, and the pictures."""
     config = tiny_config(**changes)
-    mesh = make_mesh(data=2, codebook=4)
-    source = make_source("photos", "eval", image_size=16, eval_images=config.eval.images)
-    return config, mesh, TokenizerTask(config, mesh, 4, 1), source
+    step = make_step(config, make_mesh(data=2, codebook=4))
+    pictures = make_source("photos", "eval", image_size=16, eval_images=config.eval.images)
+    source = pictures if source is None else source(pictures)
+    evaluator = Evaluator(config, step.mesh, step.task.net, source, evaluation_networks(config))
+    return evaluator, step.task.scored_variables(random_state(step)), source
 
 
 def projected(images):
@@ -43,8 +45,8 @@ def seen(monkeypatch):
         seen["files"] = files
         return Networks(None if files["inception"] is None else features, {}, {})
 
-    monkeypatch.setattr(in_training, "load_networks", load)
-    monkeypatch.setattr(suite, "RFID_FEATURES", 8)
+    monkeypatch.setattr(evaluation, "load_networks", load)
+    monkeypatch.setattr(reconstruction, "RFID_FEATURES", 8)
     return seen
 
 
@@ -55,9 +57,7 @@ def test_a_state_is_scored_on_its_mesh_with_rfid_if_asked_for(seen, tmp_path):
         "loss.vgg16_path": "vgg.pth",
         "loss.lpips_path": "lin.pth",
     }
-    config, mesh, task, source = parts(**names)
-    state = random_state(task)
-    evaluator = Evaluator(config, mesh, task, source)
+    evaluator, variables, source = parts(**names)
     assert seen["files"] == {
         "inception": names["eval.inception"],
         "vgg16": "vgg.pth",
@@ -65,40 +65,43 @@ def test_a_state_is_scored_on_its_mesh_with_rfid_if_asked_for(seen, tmp_path):
         "alexnet": None,
         "lpips_alex": None,
     }
-    first = evaluator.evaluate(state)
+    metrics, _, found = evaluator.evaluate(variables)
     crops = np.stack([source[index]["image"] for index in range(24)])
-    params = jax.jit(task.eval_params)(state)
-    reconstructions, codes = jax.jit(task.eval_step)(params, crops)
+    folded = jax.jit(evaluator.folded)(variables)
+    reconstructions, codes = jax.jit(evaluator.reconstruct)(folded, crops)
     decoded = np.asarray(to_uint8(reconstructions))
-    np.testing.assert_array_equal(first.found.sums.code_counts, np.bincount(np.ravel(codes), minlength=64))
+    np.testing.assert_array_equal(found.sums.code_counts, np.bincount(np.ravel(codes), minlength=64))
     expected = frechet_distance(*(projected(images) for images in (crops, decoded)))
-    assert first.metrics["rfid"] == pytest.approx(expected, rel=1e-3)
-    assert first.metrics["l1"] == pytest.approx(np.mean(np.abs(decoded / 255 - crops / 255)), abs=1e-4)
+    assert metrics["rfid"] == pytest.approx(expected, rel=1e-3)
+    assert metrics["l1"] == pytest.approx(np.mean(np.abs(decoded / 255 - crops / 255)), abs=1e-4)
 
     batches = len(seen["batches"])
-    again = evaluator.evaluate(state)
+    again, _, _ = evaluator.evaluate(variables)
     assert len(seen["batches"]) - batches == batches // 2  # the crops are known
-    assert again.metrics == pytest.approx(first.metrics, rel=1e-6)
+    assert again == pytest.approx(metrics, rel=1e-6)
 
-    points, share = evaluator.plane(state)
-    table = np.asarray(params["quantizer"]["codebook"], np.float64)
+    points, share = evaluator.plane(variables)
+    table = np.asarray(folded["params"]["quantizer"]["codebook"], np.float64)
     variances = np.linalg.svd(table - table.mean(axis=0), compute_uv=False) ** 2
     np.testing.assert_allclose(share, (variances / variances.sum())[:2], rtol=1e-3)
     np.testing.assert_allclose(np.var(points, axis=0) * 64, variances[:2], rtol=1e-3)
 
 
 def test_without_its_file_there_is_no_rfid(seen):
-    Evaluator(*parts())
+    parts()
     assert set(seen["files"].values()) == {None}
     with pytest.raises(InputError, match=r"eval\.inception: there is no file 'none\.pth'"):
-        Evaluator(*parts(**{"eval.inception": "none.pth"}))
+        parts(**{"eval.inception": "none.pth"})
 
 
 def test_pictures_that_stop_coming_end_it_after_the_timeout_of_the_run(seen):
-    config, mesh, task, source = parts(**{"data.timeout": 0.5})
-    hanging = HangingSource(source, Sample(source, len(source)).index(20))  # after the first batch
+
+    def hang(source):
+        return HangingSource(source, Sample(source, len(source)).index(20))  # after the first batch
+
+    evaluator, variables, hanging = parts(hang, **{"data.timeout": 0.5})
     try:
         with pytest.raises(DataError, match=r"no batch for (0|2)\.5 s"):
-            Evaluator(config, mesh, task, hanging).evaluate(random_state(task))
+            evaluator.evaluate(variables)
     finally:
         hanging.release()

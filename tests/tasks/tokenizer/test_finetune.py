@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType
 
 from fvq_jax.config.checks import validate
-from fvq_jax.inference.saved import load, load_params
+from fvq_jax.inference.saved import load
 from fvq_jax.inference.tokenizer import Tokenizer
 from fvq_jax.models.discriminators.stylegan import StyleGANDiscriminator
 from fvq_jax.runtime.errors import InputError
@@ -19,9 +19,9 @@ from fvq_jax.runtime.names import flatten
 from fvq_jax.tasks.tokenizer.task import TokenizerTask
 from fvq_jax.training.checkpoint import Checkpoints
 from fvq_jax.training.loop import train
-from fvq_jax.training.state import abstract_state, create_state, state_shardings, with_params
+from fvq_jax.training.state import create_state, with_params
 from tests.helpers.random_tokenizer import random_tokenizer
-from tests.helpers.tiny import random_images, spread_codes, tiny_config
+from tests.helpers.tiny import make_step, random_images, spread_codes, tiny_config
 
 ONE_LEVEL = {"tokenizer.ch_mult": (1,), "tokenizer.z_channels": 16}
 QUICK = {"xla_backend_optimization_level": 0}  # to compile, for what runs once or twice
@@ -38,18 +38,18 @@ def one_device():
 def two_steps(**changes):
     """The state before and after two steps of 8 images, and the scalars of the second."""
     config = config_of(batch_size=8, **{"optim.warmup_steps": 0, **changes})
-    validate(config, 1)
-    mesh = one_device()
-    task = TokenizerTask(config, mesh, config.steps, 0)
-    state = create_state(task.init, 0, mesh)
+    validate(config, TokenizerTask, 1)
+    step = make_step(config, one_device(), config.steps)
+    state = create_state(step.init, 0, step.mesh, step.task.rules)
     network = state.networks["tokenizer"]
     params = spread_codes(network.params)
     ema = jax.tree.map(jnp.copy, params) if config.optim.ema_decay else {}
     state = state.replace(networks={**state.networks, "tokenizer": network.replace(params=params)}, ema=ema)
     before = jax.device_get(state)
-    step = jax.jit(task.train_step, out_shardings=(state_shardings(state, mesh), None), compiler_options=QUICK)
+    layout = jax.tree.map(lambda leaf: leaf.sharding, step.abstract())
+    run = jax.jit(step.__call__, out_shardings=(layout, None), compiler_options=QUICK)
     for seed in range(2):
-        state, metrics = step(state, {"image": random_images(8, 16, seed)}, task.frozen)
+        state, metrics = run(state, {"image": random_images(8, 16, seed)}, {})
     return before, jax.device_get(state), jax.device_get(metrics.scalars)
 
 
@@ -79,7 +79,7 @@ def test_only_what_is_asked_for_changes(train_only):
         assert not [name for name in scalars if "adversarial" in name or "discriminator" in name]
     else:
         critics = [state.networks["discriminator"] for state in (before, after)]
-        for part in ("params", "batch_stats", "opt_state"):
+        for part in ("params", "variables", "opt_state"):
             assert changed(*(getattr(critic, part) for critic in critics)), part
         assert scalars["loss/adversarial"] != 0
 
@@ -97,15 +97,15 @@ def test_a_training_step_takes_the_stylegan_discriminator():
     """Shapes only: with its 512 channels a step takes minutes to compile on a CPU. Its losses run in the next test."""
     mesh = make_mesh(2, 4)
     config = config_of(**{"adversarial.weight": 0.5, "adversarial.discriminator": "stylegan"})
-    validate(config, mesh.size)
-    task = TokenizerTask(config, mesh, config.steps, 1)
-    assert task.discriminator == StyleGANDiscriminator(config.data.image_size)
-    state = abstract_state(task.init, mesh)  # every array has its rule
+    validate(config, TokenizerTask, mesh.size)
+    step = make_step(config, mesh, config.steps, 1)
+    assert step.task.losses.discriminator == StyleGANDiscriminator(config.data.image_size)
+    state = step.abstract()  # every array has its rule
     network = state.networks["discriminator"]
-    assert network.batch_stats == {}
+    assert network.variables == {}
     assert {"block_0", "dense_0", "dense_1"} <= network.params.keys()
     images = jax.ShapeDtypeStruct((16, 16, 16, 3), jnp.uint8)
-    after, metrics = jax.eval_shape(task.train_step, state, {"image": images}, task.frozen)
+    after, metrics = jax.eval_shape(step, state, {"image": images}, {})
     shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (state, after)]
     assert shapes[0] == shapes[1]
     assert {"loss/discriminator", "grad_norm/discriminator"} <= metrics.scalars.keys()
@@ -115,10 +115,10 @@ def test_the_stylegan_discriminator_teaches_and_learns():
     """Both losses of the task through its 512 channels, at the smallest images it takes."""
     changes = {"weight": 0.5, "discriminator": "stylegan", "loss": "vanilla"}  # with hinge the last bias cancels out
     config = config_of(**{f"adversarial.{name}": value for name, value in changes.items()}, **{"data.image_size": 8})
-    task = TokenizerTask(config, one_device(), 1, 0)
+    losses = TokenizerTask(config, one_device()).losses
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.uniform(-1, 1, (2, 2, 8, 8, 3)), jnp.float32)
-    shapes = jax.eval_shape(lambda: task.discriminator.init(jax.random.key(0), images[0], train=True))["params"]
+    shapes = jax.eval_shape(lambda: losses.discriminator.init(jax.random.key(0), images[0], train=True))["params"]
 
     def start(leaf):
         bound = math.prod(leaf.shape[:-1]) ** -0.5
@@ -126,8 +126,8 @@ def test_the_stylegan_discriminator_teaches_and_learns():
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def gradients(params, real, fake):
-        learn, (loss, _) = jax.grad(task._discriminator_loss, has_aux=True)(params, {}, real, fake)
-        teach = jax.grad(lambda fake: task._fool({"params": params, "batch_stats": {}}, fake)[0])(fake)
+        learn, (loss, _) = jax.grad(losses.critic, has_aux=True)(params, {}, real, fake)
+        teach = jax.grad(lambda fake: losses.adversarial({"params": params}, fake)[0])(fake)
         return learn, teach, loss
 
     params = jax.tree.map(start, shapes)
@@ -142,9 +142,9 @@ def test_the_stylegan_discriminator_teaches_and_learns():
 def test_stylegan_takes_only_its_sizes():
     sizes = {"data.image_size": 24, "adversarial.discriminator": "stylegan"}
     with pytest.raises(InputError, match=r"data\.image_size 24 does not fit .*stylegan, which takes 8, 16, .*1024$"):
-        validate(config_of(**{"adversarial.weight": 0.5, **sizes}), 8)
-    validate(config_of(**sizes), 8)  # without any adversarial loss
-    validate(config_of(**{"adversarial.weight": 0.5, "optim.train_only": "tokenizer", **sizes}), 8)
+        validate(config_of(**{"adversarial.weight": 0.5, **sizes}), TokenizerTask, 8)
+    validate(config_of(**sizes), TokenizerTask, 8)  # without any adversarial loss
+    validate(config_of(**{"adversarial.weight": 0.5, "optim.train_only": "tokenizer", **sizes}), TokenizerTask, 8)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_stylegan_takes_only_its_sizes():
 )
 def test_unknown_choices_are_refused(field, message):
     with pytest.raises(InputError, match=f"{field} must be {message}, not 'encoder'"):
-        validate(config_of(**{field: "encoder"}), 8)
+        validate(config_of(**{field: "encoder"}), TokenizerTask, 8)
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def test_a_run_starts_where_a_saved_tokenizer_ended_and_goes_on_without_it(saved
     source.write_bytes((saved / "fvq.safetensors").read_bytes())
     changes = {"init_from": str(source), "optim.train_only": "decoder", "optim.ema_decay": 0.5, "eval.images": 16}
     config = config_of(**changes, steps=2)
-    train(config, tmp_path / "run")
+    train(TokenizerTask, config, tmp_path / "run")
     start, end = load(source), load(tmp_path / "run")
     assert end.net == start.net
     moved = {part.split("/")[0] for part in changed(start.params, end.params)}
@@ -187,7 +187,7 @@ def test_a_run_starts_where_a_saved_tokenizer_ended_and_goes_on_without_it(saved
     assert np.abs(before.decode(codes) - after.decode(codes)).max() > 1e-4
 
     source.unlink()
-    train(config, tmp_path / "run")
+    train(TokenizerTask, config, tmp_path / "run")
     assert not changed(end.params, load(tmp_path / "run").params)
     with Checkpoints(tmp_path / "run") as checkpoints:
         assert checkpoints.latest_step() == 2
@@ -196,15 +196,19 @@ def test_a_run_starts_where_a_saved_tokenizer_ended_and_goes_on_without_it(saved
 @pytest.mark.parametrize("name", ["native", "fvq.safetensors", "llamagen.safetensors"])
 def test_every_kind_of_saved_tokenizer_can_be_started_from(name, saved):
     bridge = "none" if "llamagen" in name else "XS/2"
-    params = load_params(config_of(**{"init_from": str(saved / name), "tokenizer.quantizer.bridge": bridge}))
-    assert not changed(params, load(saved / name).params)
+
+    def loaded(**changes):
+        config = config_of(**{"tokenizer.quantizer.bridge": bridge, **changes})
+        return TokenizerTask(config, one_device()).load(str(saved / name))
+
+    assert not changed(loaded(), load(saved / name).params)
     # Where there are no groups, the kind of groups is nothing that could differ.
-    groups = {"tokenizer.quantizer.bridge": bridge, "tokenizer.quantizer.bridge_groups": "1d"}
+    groups = {"tokenizer.quantizer.bridge_groups": "1d"}
     if bridge == "none":
-        load_params(config_of(**{"init_from": str(saved / name), **groups}))
+        loaded(**groups)
     else:
-        with pytest.raises(InputError, match="bridge_groups is '2d' there and '1d' here"):
-            load_params(config_of(**{"init_from": str(saved / name), **groups}))
+        with pytest.raises(InputError, match=r"quantizer\.bridge_groups is '2d' there and '1d' here"):
+            loaded(**groups)
 
 
 @pytest.mark.parametrize(
@@ -212,8 +216,8 @@ def test_every_kind_of_saved_tokenizer_can_be_started_from(name, saved):
     [
         (
             {"tokenizer.quantizer.code_dim": 16, "tokenizer.quantizer.bridge": "S/4"},
-            r"^init_from: .*native holds another network: tokenizer\.code_dim is 8 there and 16 here; "
-            r"tokenizer\.bridge is 'XS/2' there and 'S/4' here$",
+            r"^init_from: .*native holds another network: tokenizer\.quantizer\.code_dim is 8 there and 16 here; "
+            r"tokenizer\.quantizer\.bridge is 'XS/2' there and 'S/4' here$",
         ),
         ({"tokenizer.quantizer.l2_normalize": True}, "tokenizer.quantizer.l2_normalize is False there and True here"),
         ({"init_from": "nowhere"}, "^init_from: there is no tokenizer at nowhere"),
@@ -221,15 +225,15 @@ def test_every_kind_of_saved_tokenizer_can_be_started_from(name, saved):
 )
 def test_what_cannot_be_started_from_is_refused_before_the_workdir_is_claimed(changes, message, saved, tmp_path):
     with pytest.raises(InputError, match=message):
-        train(config_of(**{"init_from": str(saved / "native"), **changes}), tmp_path / "run")
+        train(TokenizerTask, config_of(**{"init_from": str(saved / "native"), **changes}), tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_given_parameters_keep_the_layout():
     config = config_of(**{"mesh.data": 2, "mesh.codebook": 4, "optim.ema_decay": 0.9})
     mesh = make_mesh(2, 4)
-    task = TokenizerTask(config, mesh, config.steps, 1)
-    state = create_state(task.init, 0, mesh)
+    step = make_step(config, mesh, config.steps, 1)
+    state = create_state(step.init, 0, mesh, step.task.rules)
     params = random_tokenizer(ch_mult=(1,), bridge="XS/2").params
     placed = with_params(state, "tokenizer", params)
     assert not changed(jax.device_get(placed.networks["tokenizer"].params), params)

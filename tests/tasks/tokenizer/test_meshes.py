@@ -3,16 +3,16 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from fvq_jax.runtime.mesh import global_batch
+from fvq_jax.ops.pixels import to_float
+from fvq_jax.runtime.mesh import global_batch, shardings
 from fvq_jax.runtime.names import path_name
 from fvq_jax.tasks.tokenizer.task import TokenizerTask
-from fvq_jax.training.state import NetworkState, TrainState, state_shardings
-from tests.helpers.random_tokenizer import random_tokenizer
+from fvq_jax.training.state import RULES, NetworkState, TrainState
+from tests.helpers.random_tokenizer import random_params
 from tests.helpers.tiny import tiny_config
 
 CODES, IMAGES = 256, 16
@@ -34,25 +34,27 @@ def results(data, codebook):
     devices = jax.devices()[: data * codebook]
     mesh = jax.make_mesh((data, codebook), ("data", "codebook"), axis_types=(AxisType.Auto,) * 2, devices=devices)
     config = tiny_config(**CONFIG)
-    task = TokenizerTask(config, mesh, 10, 0)
+    task = TokenizerTask(config, mesh)
     # Random weights of every kind: spread codes, and a last bridge layer that is not zero.
-    params = random_tokenizer(**config.tokenizer.to_dict() | {"dtype": jnp.float32}).params
+    params = random_params(task.net.clone(quantizer=task.net.quantizer.clone(mesh=None)))
     step = np.zeros((), np.int32)
     state = TrainState(step, step, {"tokenizer": NetworkState(params, {}, {})}, {})
     pixels = np.random.default_rng(1).integers(0, 256, (IMAGES, 8, 8, 3), dtype=np.uint8)
 
     def compute(state, images):
-        grads, terms, _, _ = task._gradients(state, {"tokenizer": {}}, images, {})
+        found = task.gradients(state, {"image": images}, jax.random.key(0), {})
         variables = {"params": state.networks["tokenizer"].params}
-        latents = task.net.apply(variables, images / 127.5 - 1, method="encode_latent")
-        table = task.net.apply(variables, method="bridged_codebook")
-        codes = task.net.apply(variables, images / 127.5 - 1, method="encode")
-        return grads["tokenizer"], terms, codes, latents, table
+        latents = task.net.apply(variables, to_float(images), method="encode_latent")
+        table = task.net.apply(variables, method="table")
+        codes = task.net.apply(variables, to_float(images), method="encode")
+        return found.grads["tokenizer"], found.scalars, codes, latents, table
 
     # Machine code that is hardly optimised compiles in half the time; how the work is divided stays the same.
     compiled = jax.jit(compute, compiler_options={"xla_backend_optimization_level": 0})
     images = global_batch({"image": pixels}, mesh)["image"]
-    return jax.tree.map(np.asarray, compiled(jax.device_put(state, state_shardings(state, mesh)), images))
+    return jax.tree.map(
+        np.asarray, compiled(jax.device_put(state, shardings(state, mesh, (*RULES, *task.rules))), images)
+    )
 
 
 def test_the_comparison_is_worth_making():
