@@ -1,6 +1,6 @@
 """The training step of the tokenizer in PyTorch, as its users write it: the peer of `train_step.py`.
 
-The network is the one of `tests/torch_reference.py`, which loads the weights that `fvq_jax` exports; here are LPIPS,
+The network is the one of `tests/helpers/torch_reference.py`, which loads the weights that `fvq_jax` exports; here are LPIPS,
 PatchGAN, the losses and both updates. The whole distance matrix is built, in float32. On a GPU encoder, decoder,
 bridge, LPIPS and discriminator run under bfloat16 autocast and are compiled; on a CPU everything is float32.
 """
