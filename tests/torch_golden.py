@@ -94,7 +94,7 @@ def tokenizer(case, weights, dtype):
 
 def lpips(case, weights, dtype):
     a, b = _pictures(case, dtype, "a"), _pictures(case, dtype, "b").requires_grad_()
-    shift, scale = (weights[f"scaling_layer.{name}"] for name in ("shift", "scale"))
+    shift, scale = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]]).to(dtype)[:, None, :, None, None]
 
     def features(x):
         x = (x - shift) / scale
