@@ -46,12 +46,22 @@ class PatchGAN(nn.Module):
         return self.main(images)
 
 
-def compute(name, dtype, noise_seed=None):
-    """The results of a case; with `noise_seed` after a relative change of all weights by less than float32 rounding."""
+def compute(name, dtype, noise_seed=None, **options):
+    """The results of a case; with `noise_seed` after a relative change of all weights by less than float32 rounding.
+
+    `options` are those of the case's own function below.
+    """
     case = load_case(name)
     program = {"lpips_vgg16": lpips, "training_run": training_run}.get(name, tokenizer)
-    results = program(case, _weights(case, dtype, noise_seed), dtype)
+    results = program(case, _weights(case, dtype, noise_seed), dtype, **options)
     return {key: np.asarray(value) for key, value in results.items()}
+
+
+def rounding(name, errors):
+    """Root mean square, over five roundings, of what `errors` finds between float32 and float64; a dict as it gives."""
+    exact = compute(name, torch.float64)
+    found = [errors(compute(name, torch.float32, seed), exact) for seed in (None, 0, 1, 2, 3)]
+    return {key: float(np.sqrt(np.mean([np.square(error[key]) for error in found]))) for key in found[0]}
 
 
 def _weights(case, dtype, noise_seed):
@@ -92,9 +102,13 @@ def tokenizer(case, weights, dtype):
     }
 
 
-def lpips(case, weights, dtype):
+def lpips(case, weights, dtype, kink=0.0):
+    """`kink`: where the slope of every ReLU changes, in multiples of its layer's root mean square."""
     a, b = _pictures(case, dtype, "a"), _pictures(case, dtype, "b").requires_grad_()
     shift, scale = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]]).to(dtype)[:, None, :, None, None]
+
+    def relu(x):
+        return F.relu(x) if kink == 0 else torch.where(x > kink * x.detach().square().mean().sqrt(), x, 0 * x)
 
     def features(x):
         x = (x - shift) / scale
@@ -102,7 +116,7 @@ def lpips(case, weights, dtype):
             x = F.max_pool2d(x, 2) if stage else x
             for index in convolutions:
                 key = f"net.slice{stage + 1}.{index}"
-                x = F.relu(F.conv2d(x, weights[f"{key}.weight"], weights[f"{key}.bias"], padding=1))
+                x = relu(F.conv2d(x, weights[f"{key}.weight"], weights[f"{key}.bias"], padding=1))
             yield x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
 
     distance = sum(
