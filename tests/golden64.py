@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-
 from fvq_jax.interop.discriminator import patchgan_from_torch
 from fvq_jax.interop.torch_layout import tokenizer_params, torch_tensors
 from fvq_jax.models.lpips import VGG16, lpips_distance, lpips_params
