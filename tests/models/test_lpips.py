@@ -20,7 +20,7 @@ from tests.golden64 import in_float32, in_float64, relative_norm
 from tests.golden_case import load_case, relative_error
 
 # How far the gradient moves when the kinks of all ReLUs move by eight float32 roundings, in Euclidean length (found by
-# PyTorch in float64). Four of the 3.3 million units lie that near to their kink, and rounding, which differs between
+# PyTorch in float64). Six of the 6.6 million units lie that near to their kink, and rounding, which differs between
 # processors, decides on which side of it each of them is; all other rounding is two hundred times smaller.
 MOVED_BY_KINKS = 1.0e-3
 
