@@ -5,8 +5,17 @@ import signal
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# A user's own flags stay, for instance --xla_cpu_max_isa=AVX, with which the suite runs as on an older processor.
 # Level 1 compiles a third faster, and the suite's programs are too small for higher ones to make them run faster.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
+os.environ["XLA_FLAGS"] = " ".join(
+    dict.fromkeys(  # each once, for the workers of pytest-xdist inherit them
+        [
+            *os.environ.get("XLA_FLAGS", "").split(),
+            "--xla_force_host_platform_device_count=8",
+            "--xla_backend_optimization_level=1",
+        ]
+    )
+)
 
 import jax
 

@@ -1,0 +1,291 @@
+"""What this package computes for the golden cases, in float32 as users have it and in float64 beside it.
+
+Float32 rounds differently on every kind of processor, and the published numbers are a float32 run themselves. So they
+are compared with our float64, where only the published run's own rounding is left, and our float32 with our float64.
+
+Float64 takes a process of its own, which imports `tests/widen.py` before anything else. Weights and pictures are the
+float32 numbers that the published run was given.
+"""
+
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fvq_jax.interop.discriminator import patchgan_from_torch
+from fvq_jax.interop.torch_layout import tokenizer_params, torch_tensors
+from fvq_jax.models.frozen.lpips import VGG16, lpips_distance
+from fvq_jax.interop.lpips import lpips_params
+from fvq_jax.models.tokenizer import TokenizerNet
+from fvq_jax.ops.adversarial import discriminator_loss, generator_loss
+from fvq_jax.training.state import state_shardings
+from fvq_jax.training.state import NetworkState, TrainState
+from fvq_jax.tasks.tokenizer.task import TokenizerTask
+from tests.helpers.golden_case import load_case
+from tests.helpers.tiny import tiny_config
+
+ROOT = pathlib.Path(__file__).parent.parent
+# Column of the published log, and the scalar it is here.
+COLUMNS = {
+    "lr": "learning_rate",
+    "rec": "loss/reconstruction",
+    "vq": "loss/codebook",
+    "commit": "loss/commitment",
+    "gen_adv": "loss/adversarial",
+    "gen_total": "loss/total",
+    "gen_grad_norm": "grad_norm/tokenizer",
+    "disc_total": "loss/discriminator",
+    "disc_grad_norm": "grad_norm/discriminator",
+}
+
+
+@functools.cache
+def in_float32(name: str) -> dict[str, np.ndarray]:
+    """The results of a case as everyone computes them, by published names and in PyTorch's layout."""
+    return compute(name)
+
+
+@functools.cache
+def in_float64(name: str) -> dict[str, np.ndarray]:
+    """The same results from a process in which float32 means float64."""
+    # One device; the other flags, a user's choice of instructions among them, are those of this process.
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=1"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "results.npz")
+        program = f"import tests.helpers.widen; from tests.helpers.golden64 import save; save({name!r}, {path!r})"
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+        )
+        if done.returncode:
+            raise RuntimeError(f"{name} in float64: {done.stderr}")
+        with np.load(path) as file:
+            return dict(file)
+
+
+def compute(name: str) -> dict[str, np.ndarray]:
+    """The results of a case in the precision of this process."""
+    results = PROGRAMS[name](name)
+    return {key: np.asarray(value) for key, value in results.items()}
+
+
+# How far PyTorch's float32 is from its own float64 by `rounding_errors`: the root mean square of five roundings
+# (`tests/torch_golden.py`; torch 2.13, AMD EPYC). Single roundings are a matter of luck: at fvq_vit the five gradients
+# are 0.5e-3 to 2.7e-3 away.
+PYTORCH_ROUNDING = {
+    "fvq_vit": {"forward": 1.9e-6, "gradients": 1.5e-3},
+    "fvq_dit": {"forward": 1.8e-6, "gradients": 0.8e-3},
+    "fvq_linear": {"forward": 1.9e-6, "gradients": 1.2e-3},
+    "llamagen_l2": {"forward": 2.0e-6, "gradients": 0.28e-3},
+}
+# What a float32 network may be away from its float64, as a multiple of that.
+ALLOWED = 4
+
+
+def rounding_errors(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> dict[str, float]:
+    """The largest `relative_norm` of a tokenizer's outputs, and of the gradients of its parameters."""
+    outputs = ("latent", "codebook", "quantized", "reconstruction")
+    gradients = {key: value for key, value in expected.items() if key.startswith("grad/") and value.any()}
+    errors = []
+    for key, value in gradients.items():
+        # Biases of keys, and those that a norm of one channel per group takes away again, have gradient zero in exact
+        # arithmetic: what is left is measured by the same layer's weights.
+        least = 1e-3 * np.linalg.norm(gradients[key.replace(".bias", ".weight")])
+        errors.append(np.linalg.norm(actual[key] - value) / max(np.linalg.norm(value), least))
+    return {
+        "forward": max(relative_norm(actual[key], expected[key]) for key in outputs),
+        "gradients": float(max(errors)),
+    }
+
+
+def summation_error(terms: int) -> float:
+    """Relative error to expect of a float32 sum of so many numbers, one after the other: a walk of random roundings."""
+    return terms**0.5 * 2**-24
+
+
+def save(name: str, path: str) -> None:
+    """Writes the results of a case, as `in_float64` reads them."""
+    np.savez(path, **compute(name))
+
+
+def relative_norm(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Euclidean length of the error over that of the expected array: unlike the largest error, an average."""
+    return float(np.linalg.norm(np.ravel(actual) - np.ravel(expected)) / np.linalg.norm(expected))
+
+
+def published_net(config):
+    return TokenizerNet(
+        ch=config["ch"],
+        ch_mult=tuple(config["ch_mult"]),
+        num_res_blocks=config["num_res_blocks"],
+        z_channels=config["z_channels"],
+        codebook_size=config["codebook_size"],
+        code_dim=config["codebook_dim"],
+        bridge=config["bridge"].replace("dit:", "dit-").replace("vit:", "").replace("QBridge-", ""),
+        l2_normalize=config["l2_norm"],
+        search_implementation=_search(),
+        entropy_temperature=config["entropy_temperature"],
+    )
+
+
+def _search():
+    # The kernels, which no CPU runs but which are traced all the same, have no float64.
+    return "xla" if jax.config.jax_enable_x64 else "auto"
+
+
+def _wide(tree):
+    """The same numbers in the precision of this process."""
+    dtype = np.float64 if jax.config.jax_enable_x64 else np.float32
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tree)
+
+
+def _channels_first(x):
+    return np.moveaxis(np.asarray(x), -1, 1)
+
+
+def tokenizer(name):
+    """Outputs and losses of a forward pass, and the gradient of the total loss by every parameter (`grad/*`)."""
+    case = load_case(name)
+    net, images = published_net(case.config), _wide(case.images())
+
+    def parts(net, images):
+        return net(images), net.encode_latent(images), net.bridged_codebook()
+
+    def loss(params):
+        output, latent, table = net.apply({"params": params}, images, method=parts)
+        losses = {
+            "vq_loss": output.quantized.codebook_loss,
+            "commit_loss": case.config["commit_loss_beta"] * output.quantized.commitment_loss,
+            "entropy_loss": case.config["entropy_loss_ratio"] * output.quantized.entropy_loss,
+        }
+        losses["loss"] = jnp.mean(jnp.square(output.reconstruction - images)) + sum(losses.values())
+        return losses["loss"], (output, losses, latent, table)
+
+    params = _wide(tokenizer_params(case.weights, net))
+    gradient, (output, losses, latent, table) = jax.jit(jax.grad(loss, has_aux=True))(params)
+    return {
+        "latent": _channels_first(latent),
+        "codebook": table,
+        "indices": output.quantized.codes.reshape(len(images), -1),
+        "quantized": _channels_first(output.quantized.vectors),
+        "reconstruction": _channels_first(output.reconstruction),
+        **losses,
+        **{f"grad/{key}": value for key, value in torch_tensors(net, gradient).items()},
+    }
+
+
+def lpips(name):
+    """Distances, and the gradient of their sum by the second images."""
+    case = load_case(name)
+    params = _wide(lpips_params(case.weights, VGG16, name, name))
+    a, b = _wide((case.images("a"), case.images("b")))
+
+    @jax.jit
+    def distance_and_gradient(params, a, b):
+        distance, pullback = jax.vjp(lambda b: lpips_distance(params, a, b, dtype=a.dtype), b)
+        return distance, pullback(jnp.ones_like(distance))[0]
+
+    distance, gradient = distance_and_gradient(params, a, b)
+    return {"distance": distance, "grad_b": _channels_first(gradient)}
+
+
+def adversarial(name):
+    """The losses of the discriminators."""
+    case = load_case(name)
+    real, fake = _wide((case.inputs["real"], case.inputs["fake"]))
+    return {
+        "hinge_d": discriminator_loss("hinge", real, fake),
+        "vanilla_d": discriminator_loss("vanilla", real, fake),
+        "hinge_g": generator_loss("hinge", fake),
+    }
+
+
+def published_task(case):
+    published, model = case.config, case.config["model"]
+    assert model["bridge"] == "vit:QBridge-S/4"
+    config = tiny_config(
+        **{
+            "batch_size": published["batch"],
+            "data.image_size": published["image_size"],
+            "tokenizer.ch": model["ch"],
+            "tokenizer.ch_mult": tuple(model["ch_mult"]),
+            "tokenizer.num_res_blocks": model["num_res_blocks"],
+            "tokenizer.z_channels": model["z_channels"],
+            "tokenizer.codebook_size": model["codebook_size"],
+            "tokenizer.code_dim": model["codebook_dim"],
+            "tokenizer.bridge": "S/4",
+            "tokenizer.dtype": _wide(0.0).dtype.name,
+            "tokenizer.search_implementation": _search(),
+            "loss.reconstruction": published["reconstruction"],
+            "loss.commitment_weight": model["commit_loss_beta"],
+            "adversarial.weight": published["disc_weight"],
+            "adversarial.start": published["disc_start"],
+            "adversarial.ndf": published["disc_ndf"],
+            "adversarial.layers": 3,
+            "optim.learning_rate": published["lr"],
+            "optim.b1": published["betas"][0],
+            "optim.b2": published["betas"][1],
+            "optim.clip_norm": published["max_grad_norm"],
+            "optim.hold": published["hold"],
+            "optim.ema_decay": published["ema_decay"],
+        }
+    )
+    mesh = jax.make_mesh(
+        (1, 1), ("data", "codebook"), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:1]
+    )
+    return TokenizerTask(config, mesh, published["steps"], published["warmup"])
+
+
+def published_state(task, case):
+    """The task's state at step 0 with the golden weights."""
+
+    def state(params, critic):
+        variables = {"tokenizer": {"params": params, "batch_stats": {}}, "discriminator": critic}
+        networks = {
+            name: NetworkState(v["params"], task.optimizers[name].init(v["params"]), v["batch_stats"])
+            for name, v in variables.items()
+        }
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, zero, networks, ema=jax.tree.map(jnp.copy, params))
+
+    params = tokenizer_params(case.weights_of("model."), task.net.clone(mesh=None))
+    critic = patchgan_from_torch(case.weights_of("discriminator."))
+    return jax.jit(state)(*_wide((params, critic)))
+
+
+def training_run(name):
+    """The published columns of every step, and what the last and the averaged weights reconstruct."""
+    case = load_case(name)
+    task = published_task(case)
+    start = published_state(task, case)
+    layout = state_shardings(start, task.mesh)
+    step = jax.jit(task.train_step, out_shardings=(layout, None))
+    weights = {"commit": case.config["model"]["commit_loss_beta"], "disc_total": case.config["disc_weight"]}
+    state, rows = jax.device_put(start, layout), []
+    for images in np.moveaxis(case.inputs["images"], 2, -1):
+        if jax.config.jax_enable_x64:
+            # The step turns pixels into [-1, 1] itself: these are the ones that become what float32 made of them.
+            images = (np.asarray(images.astype(np.float32) / 127.5 - 1, np.float64) + 1) * 127.5
+        state, metrics = step(state, {"image": images}, task.frozen)
+        rows.append([weights.get(column, 1) * metrics.scalars[scalar] for column, scalar in COLUMNS.items()])
+    x = _wide(case.images("images")[0, :1])
+    reconstruct = jax.jit(lambda params: task.net.clone(mesh=None).apply({"params": params}, x).reconstruction)
+    return {
+        "rows": jnp.array(rows),
+        "final_reconstruction": _channels_first(reconstruct(state.networks["tokenizer"].params)),
+        "ema_reconstruction": _channels_first(reconstruct(state.ema)),
+    }
+
+
+PROGRAMS = {
+    **dict.fromkeys(("fvq_vit", "fvq_dit", "fvq_linear", "llamagen_l2"), tokenizer),
+    "lpips_vgg16": lpips,
+    "adversarial_losses": adversarial,
+    "training_run": training_run,
+}
