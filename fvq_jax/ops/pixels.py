@@ -12,7 +12,7 @@ def to_float(images: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 def to_unit(pixels: UInt8[Array | np.ndarray, "*shape"]) -> Float32[Array, "*shape"]:
     """uint8 pixels in [0, 1], as the metrics of single pictures take them."""
-    return pixels.astype(jnp.float32) / 255
+    return jnp.asarray(pixels, jnp.float32) / 255
 
 
 def to_uint8(images: Float[Array | np.ndarray, "*shape"]) -> UInt8[Array, "*shape"]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fvq_jax.data.sample import Sample
-from fvq_jax.evals import reconstruction as suite
+from fvq_jax.evals import reconstruction
 from fvq_jax.evals.networks import Networks
 from fvq_jax.models.frozen.inception import CLASSES
 from fvq_jax.runtime.errors import DataError
@@ -45,7 +45,7 @@ def as_they_are(crops):
 
 
 def collect(source, reconstruct=as_they_are, networks=NO_NETWORKS, batch_size=64, **options):
-    return suite.collect(
+    return reconstruction.collect(
         reconstruct, source, networks, codebook_size=SHADES + 4, size=SIZE, batch_size=batch_size, **options
     )
 
@@ -68,7 +68,7 @@ def test_lpips_is_the_mean_over_the_pictures_alone():
         return a[:, 0, 0, 0] / np.float32(255) + (a != b).any(axis=(1, 2, 3))
 
     found = collect(Greys(), networks=Networks(None, {"lpips_vgg": distance}, {}), batch_size=300)
-    assert suite.summarise(found.sums, 1)["lpips_vgg"] == pytest.approx(95 / 255, rel=1e-6)
+    assert reconstruction.summarise(found.sums, 1)["lpips_vgg"] == pytest.approx(95 / 255, rel=1e-6)
     assert [example.scores["lpips_vgg"] for example in found.examples.best] == [0] * 6
     assert found.examples.ranked_by == "lpips_vgg"
 
@@ -76,7 +76,7 @@ def test_lpips_is_the_mean_over_the_pictures_alone():
 def test_when_each_code_came_up_first():
     found, sample = collect(Greys()), Sample(Greys(), 20 * SHADES)
     seen = [int(sample[position]["label"]) for position in range(len(sample))]
-    assert found.first_use.tolist() == [seen.index(shade) for shade in range(SHADES)] + [suite.NEVER] * 4
+    assert found.first_use.tolist() == [seen.index(shade) for shade in range(SHADES)] + [reconstruction.NEVER] * 4
     assert found.count == len(seen)
     np.testing.assert_array_equal(found.sums.code_counts, [20 * 64] * SHADES + [0] * 4)
 
@@ -89,7 +89,7 @@ def test_a_picture_without_a_number_does_not_score_as_black():
 
     found = collect(Greys(11), reconstruct, batch_size=16)
     assert found.sums.broken == 1
-    assert np.isnan(suite.summarise(found.sums, 2)["psnr"])
+    assert np.isnan(reconstruction.summarise(found.sums, 2)["psnr"])
     assert found.examples.worst[0].position == 0
     assert found.examples.best[0].scores["psnr"] == pytest.approx(120)
 

@@ -2,6 +2,8 @@
 
 from configs import fvq262k
 from fvq_jax.config.checks import validate
+from fvq_jax.runtime.names import dotted
+from fvq_jax.tasks import task_of
 
 
 def check_flags(flags, devices):
@@ -14,6 +16,6 @@ def check_flags(flags, devices):
     for name in values:
         if name.startswith("config."):
             field = name.removeprefix("config.")
-            config.update_from_flattened_dict({field: type(flatten(config)[field])(values[name])})
-    validate(config, devices)
+            config.update_from_flattened_dict({field: type(dotted(config)[field])(values[name])})
+    validate(config, task_of(config), devices)
     return config

@@ -9,7 +9,7 @@ import pytest
 
 from fvq_jax.report import figures
 from fvq_jax.report.published import RESULTS
-from fvq_jax.report.tokenizer import page, write_page
+from fvq_jax.report.tokenizer import page, write_report
 from fvq_jax.runtime.errors import InputError
 from tests.helpers.report_case import made_up_report
 
@@ -135,7 +135,7 @@ def test_a_large_codebook_makes_no_large_page():
 def test_where_it_cannot_be_written(report, tmp_path):
     (tmp_path / "report").write_text("")
     with pytest.raises(InputError, match=r"cannot write .*index.html"):
-        write_page(tmp_path, report)
+        write_report(tmp_path, report)
 
 
 @pytest.mark.usefixtures("no_drawing")
@@ -143,13 +143,13 @@ def test_names_that_are_no_text_stand_escaped(report, tmp_path):
     found = report.found
     named = dataclasses.replace(found.examples.spread[0], name=os.fsdecode(b"caf\xe9.png"))
     found = dataclasses.replace(found, examples=dataclasses.replace(found.examples, spread=[named]))
-    path = write_page(tmp_path, dataclasses.replace(report, found=found))
+    path = write_report(tmp_path, dataclasses.replace(report, found=found))
     assert r"<span>caf\udce9.png</span>" in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.usefixtures("no_drawing")
 def test_a_page_appears_once_it_is_whole(report, tmp_path, monkeypatch):
-    path = write_page(tmp_path, report)
+    path = write_report(tmp_path, report)
     before = path.read_text(encoding="utf-8")
 
     def full(self, text, **options):
@@ -159,5 +159,5 @@ def test_a_page_appears_once_it_is_whole(report, tmp_path, monkeypatch):
 
     monkeypatch.setattr(pathlib.Path, "write_text", full)
     with pytest.raises(InputError, match=r"cannot write .*index.html: No space left"):
-        write_page(tmp_path, report)
+        write_report(tmp_path, report)
     assert path.read_text(encoding="utf-8") == before
