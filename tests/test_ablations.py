@@ -13,9 +13,9 @@ from configs.ablations import base, mesh
 from fvq_jax.models.quantizers.bridge import make_bridge
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.mesh import make_mesh
+from fvq_jax.runtime.names import dotted
 from fvq_jax.sweep.points import make_points, read_sweep
-from fvq_jax.tasks.tokenizer.task import TokenizerTask
-from fvq_jax.training.state import abstract_state
+from tests.helpers.tiny import make_step
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / "configs" / "ablations"
@@ -82,7 +82,7 @@ def test_the_list_of_sweeps_is_complete():
 def test_a_sweep_changes_its_config_and_little_else(name, arg):
     configs = {str(point.config) for point in points_of(name, arg)}
     assert len(configs) == len(points_of(name, arg))
-    shared = flatten(config_of("mesh", arg)) if name == "mesh" else flatten(base.get_config(arg))
+    shared = dotted(config_of("mesh", arg)) if name == "mesh" else dotted(base.get_config(arg))
     for point in points_of(name, arg):
         changed = {field for field in shared if point.config[field] != shared[field]}
         assert changed <= point.overrides.keys()
@@ -99,9 +99,9 @@ def test_the_small_size_needs_no_data_and_is_short(name):
 
 @pytest.mark.parametrize("arg", SIZES)
 def test_the_training_state_of_the_base_can_be_made(arg):
-    config, devices = base.get_config(arg), make_mesh(-1, 1)
+    config = base.get_config(arg)
     config.loss.perceptual_weight = 0.0  # its weight files are not here, and it has no state
-    codebook = abstract_state(TokenizerTask(config, devices, 100, 10).init, devices).networks["tokenizer"].params
+    codebook = make_step(config, make_mesh(-1, 1)).abstract().networks["tokenizer"].params
     assert codebook["quantizer"]["codebook"].shape == ((256, 16) if arg else (16384, 256))
 
 

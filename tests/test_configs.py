@@ -14,9 +14,10 @@ from fvq_jax.config.checks import validate
 from fvq_jax.models.quantizers.bridge import make_bridge
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.mesh import make_mesh
+from fvq_jax.runtime.names import dotted
 from fvq_jax.sweep.points import make_points, read_sweep
-from fvq_jax.tasks.tokenizer.task import TokenizerTask
-from fvq_jax.training.state import abstract_state
+from fvq_jax.tasks import task_of
+from tests.helpers.tiny import make_step
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("common", "__init__"))
@@ -27,8 +28,12 @@ def get_config(name, arg=""):
     return importlib.import_module(f"configs.{name}").get_config(arg)
 
 
+def check(config, devices):
+    validate(config, task_of(config), devices)
+
+
 def differences(a, b):
-    a, b = flatten(a), flatten(b)
+    a, b = dotted(a), dotted(b)
     return {name: b[name] for name in a if a[name] != b[name]}
 
 
@@ -36,8 +41,7 @@ def differences(a, b):
 def state_of(name, arg="", codebook_axis=1):
     config = get_config(name, arg)
     config.loss.perceptual_weight = 0.0  # its weight files are not here, and it has no state
-    mesh = make_mesh(-1, codebook_axis)
-    return abstract_state(TokenizerTask(config, mesh, 100, 10).init, mesh)
+    return make_step(config, make_mesh(-1, codebook_axis)).abstract()
 
 
 def count(params):
@@ -56,7 +60,7 @@ def test_every_config_is_valid(name):
     if config.data.source == "folder":
         config.data.train_dir, config.data.eval_dir = "train", "eval"
     for devices in (1, 2, 8):
-        validate(config, devices)
+        check(config, devices)
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -65,9 +69,9 @@ def test_configs_of_the_paper_take_folders_once_told_so(name, source):
     config = get_config(name)
     config.update_from_flattened_dict({"data.train_dir": "train", "data.eval_dir": "eval"})
     with pytest.raises(InputError, match=r"train_dir is set, but data\.source=tfds .* --config\.data\.source=folder"):
-        validate(config, 8)
+        check(config, 8)
     config.data.source = source
-    validate(config, 8)
+    check(config, 8)
 
 
 def test_the_paper_is_trained_on_imagenet():
@@ -83,7 +87,7 @@ def test_the_smoke_size_is_valid_and_needs_no_data(name):
     assert config.loss.perceptual_weight == 0
     assert config.steps <= 10
     for devices in (1, 2, 8):
-        validate(config, devices)
+        check(config, devices)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -105,7 +109,7 @@ def test_the_training_state_of_every_config_can_be_made(name, arg):
 def test_the_smoke_size_keeps_the_kind_of_bridge_and_makes_it_small(bridge, small):
     config = importlib.import_module("configs.fvq16k").get_config("smoke", bridge=bridge)
     assert config.tokenizer.quantizer.bridge == small
-    validate(config, 8)
+    check(config, 8)
     codebook = jnp.zeros((config.tokenizer.quantizer.codebook_size, config.tokenizer.quantizer.code_dim))
     params = jax.eval_shape(make_bridge(small, "2d", jnp.float32).init, jax.random.key(0), codebook)
     assert 0 < count(params) < 1e6
@@ -115,7 +119,7 @@ def test_the_smoke_size_keeps_the_kind_of_bridge_and_makes_it_small(bridge, smal
 def test_codebooks_of_the_paper_can_be_cut_over_eight_devices(name):
     config = get_config(name)
     config.mesh.codebook = 8
-    validate(config, 8)
+    check(config, 8)
     codebook = state_of(name, codebook_axis=8).networks["tokenizer"].params["quantizer"]["codebook"]
     assert codebook.sharding.shard_shape(codebook.shape) == (codebook.shape[0] // 8, codebook.shape[1])
 
@@ -184,7 +188,7 @@ def test_quickstart_scales_from_its_own_batch():
 
 def test_a_batch_below_the_devices_is_refused_with_the_smallest_that_works():
     with pytest.raises(InputError, match="batch_size 4 is below 8 devices: the smallest that works is 8"):
-        validate(get_config("fvq16k", "smoke,batch=4"), 8)
+        check(get_config("fvq16k", "smoke,batch=4"), 8)
 
 
 def test_photographs_sweeps_over_the_bridge_alone():
@@ -193,7 +197,7 @@ def test_photographs_sweeps_over_the_bridge_alone():
         {"tokenizer.quantizer.bridge": name} for name in ("none", "linear", "S/2")
     ]
     assert {run.config["steps"] for run in runs} == {1000}
-    assert get_config("photographs", "bridge=none").tokenizer.bridge == "none"
+    assert get_config("photographs", "bridge=none").tokenizer.quantizer.bridge == "none"
 
 
 @pytest.mark.parametrize("bridge", ["none", "linear", "XL/8-d4", "dit-B/8"])
@@ -201,7 +205,7 @@ def test_photographs_sweeps_over_the_bridge_alone():
 def test_quickstart_takes_a_bridge(bridge, size):
     config = get_config("quickstart", f"bridge={bridge}{size}")
     assert config.tokenizer.quantizer.bridge == (bridge.replace("XL", "S").replace("B", "S") if size else bridge)
-    validate(config, 8)
+    check(config, 8)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -240,17 +244,17 @@ def from_command_line(monkeypatch, *overrides):
 def test_levels_can_be_given_on_the_command_line(monkeypatch, text):
     config = from_command_line(monkeypatch, f"--config.tokenizer.ch_mult={text}")
     assert config.tokenizer.ch_mult == (1, 2)
-    validate(config, 8)
+    check(config, 8)
 
 
 @pytest.mark.parametrize(("text", "named"), [("abc", "'abc'"), ("1.5,2", "1.5"), ("()", r"\(\)"), ("1,0", "0")])
 def test_levels_that_are_no_whole_numbers_are_refused(monkeypatch, text, named):
     config = from_command_line(monkeypatch, f"--config.tokenizer.ch_mult={text}")
     with pytest.raises(InputError, match=f"tokenizer.ch_mult must be positive whole numbers such as .*{named}"):
-        validate(config, 8)
+        check(config, 8)
 
 
 def test_numbers_on_the_command_line_keep_their_type(monkeypatch):
     config = from_command_line(monkeypatch, "--config.optim.learning_rate=1", "--config.optim.clip_norm=0")
     assert config.optim.learning_rate == 1.0
-    validate(config, 8)
+    check(config, 8)

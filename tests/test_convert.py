@@ -1,4 +1,3 @@
-import argparse
 import os
 import pathlib
 import subprocess
@@ -10,7 +9,6 @@ import safetensors.numpy
 
 from fvq_jax import convert
 from fvq_jax.inference.tokenizer import Tokenizer
-from fvq_jax.runtime.flags import Parser, true_or_false
 from tests.helpers.golden_case import load_case
 from tests.helpers.random_tokenizer import random_tokenizer
 
@@ -53,8 +51,8 @@ def test_l2_norm_can_be_said(tmp_path, capsys):
     tok = Tokenizer(random_tokenizer(ch_mult=(1,)))
     tok.save_pretrained(tmp_path / "a.safetensors", layout="llamagen")
     assert convert.main([f"{tmp_path}/a.safetensors", f"{tmp_path}/b", "--l2_norm=true"]) == 0
-    assert "64 x 8 unit-length codes" in capsys.readouterr().out
-    assert Tokenizer.from_pretrained(tmp_path / "b").net.l2_normalize
+    assert "64 x 8 codes, bridge none, unit-length codes, " in capsys.readouterr().out
+    assert Tokenizer.from_pretrained(tmp_path / "b").net.quantizer.l2_normalize
 
 
 @pytest.mark.parametrize("large", [False, True])
@@ -89,11 +87,3 @@ def test_bad_arguments_are_one_line(args, message, capsys):
     assert err.startswith(f"fvq_jax: {message}")
     assert err.endswith("(see python -m fvq_jax.convert --help)\n")
     assert err.count("\n") == 1
-
-
-def test_true_or_false():
-    parser = Parser()
-    parser.add_argument("--x", type=true_or_false)
-    assert parser.parse_args([]) == argparse.Namespace(x=None)
-    assert parser.parse_args(["--x=True"]).x is True
-    assert parser.parse_args(["--x=false"]).x is False

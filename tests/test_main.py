@@ -2,6 +2,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -100,7 +101,8 @@ def test_a_run_prints_its_result_last_and_exits_0(tmp_path):
     assert set(wanted) <= result.keys()
     assert result["step"] == 6
     assert "LPIPS is not used" in err
-    assert "step 6/6" in (tmp_path / "logs" / "host_000.log").read_text()
+    log = (tmp_path / "logs" / "host_000.log").read_text()
+    assert re.search(r"step 6/6, loss \d+\.\d{4}, usage \d+\.\d%, images/s \d+\.\d, ETA 00:00", log), log
     assert "orbax" not in err
 
 
@@ -123,11 +125,22 @@ def test_sigterm_saves_says_so_and_exits_75(tmp_path):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--config.optim.lerning_rate=1"], ["unknown config field lerning_rate", "learning_rate?"]),
+        (
+            ["--config.optim.lerning_rate=1"],
+            ["unknown config field optim.lerning_rate", "did you mean optim.learning_rate?"],
+        ),
+        (
+            ["--config.tokenizer.brigde=x"],
+            ["unknown config field tokenizer.brigde", "did you mean tokenizer.quantizer.bridge?"],
+        ),
+        (
+            ["--config.tokenizer.bridge=none"],
+            ["unknown config field tokenizer.bridge", "did you mean tokenizer.quantizer.bridge?"],
+        ),
         (["--config.optim.learning_rate=fast"], ["optim.learning_rate", "fast"]),
         (
             ["--config.tokenizer.quantizer.codebook_size=1000"],
-            ["tokenizer.quantizer.codebook_size 1000", "not a square", "1d"],
+            ["tokenizer.quantizer: codebook_size 1000", "not a square", "1d"],
         ),
         (["--config.mesh.codebook=3"], ["mesh.codebook 3", "does not divide", "allowed sizes: 1, 2, 4"]),
         (
@@ -201,8 +214,9 @@ import jax
 from fvq_jax import main
 from fvq_jax.training.loop import Result
 
-def train(config, workdir, profile_steps):
-    print(jax.config.jax_compilation_cache_dir, main.DISTRIBUTED_TIMEOUT.value, config.seed, workdir, *profile_steps)
+def train(task, config, workdir, profile_steps):
+    cache, timeout = jax.config.jax_compilation_cache_dir, main.DISTRIBUTED_TIMEOUT.value
+    print(cache, timeout, task.__name__, config.seed, workdir, *profile_steps)
     return Result({}, interrupted=True)
 
 main.train = train
@@ -213,4 +227,4 @@ raise SystemExit(main.main(main.parse_flags(__import__("sys").argv)))
         environment = ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": chosen}
         ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert ended.returncode == 75, ended.stderr
-        assert ended.stdout.split() == [cache, "120", "3", str(tmp_path), "2", "4"]
+        assert ended.stdout.split() == [cache, "120", "TokenizerTask", "3", str(tmp_path), "2", "4"]

@@ -24,13 +24,12 @@ from configs import fvq16k
 from fvq_jax.inference.tokenizer import Tokenizer
 from fvq_jax.runtime.mesh import make_mesh
 from fvq_jax.runtime.names import path_name
-from fvq_jax.tasks.tokenizer.task import TokenizerTask
+from fvq_jax.tasks import task_of
 from fvq_jax.training.checkpoint import Checkpoints
 from fvq_jax.training.loop import Result, train
 from fvq_jax.training.metric_files import read_metrics
-from fvq_jax.training.state import abstract_state
 from tests.helpers.random_tokenizer import random_tokenizer
-from tests.helpers.tiny import random_images
+from tests.helpers.tiny import make_step, random_images
 from tests.helpers.two_hosts import free_port
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -119,7 +118,7 @@ def runs(tmp_path_factory):
     one, two = folder / "one", folder / "two"
     jax.config.update("jax_disable_most_optimizations", True)
     try:
-        result = train(config, one)
+        result = train(task_of(config), config, one)
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
     shutil.copytree(one / "checkpoints" / "step_2", two / "checkpoints" / "step_2")
@@ -158,11 +157,11 @@ def test_losses_and_codebook_are_those_of_one_process(runs):
         for name in ("loss/total", "loss/reconstruction", "loss/codebook", "grad_norm/tokenizer"):
             assert our[name] == pytest.approx(their[name], rel=1e-5), (name, step)
 
-    task = TokenizerTask(runs.config, make_mesh(2, 4), 4, 0)
+    step = make_step(runs.config, make_mesh(2, 4))
     states = []
     for path in (runs.two, runs.one):
         with Checkpoints(path) as checkpoints:
-            states.append(checkpoints.restore(abstract_state(task.init, task.mesh), 4).state)
+            states.append(checkpoints.restore(step.abstract(), 4).state)
     compared = []
     for (path, our), their in zip(jax.tree.leaves_with_path(states[0]), jax.tree.leaves(states[1]), strict=True):
         if path_name(path).endswith("/codebook"):  # others hold biases that Adam moves by the sign of rounding errors

@@ -3,6 +3,7 @@ import re
 
 import numpy as np
 
+from fvq_jax.tasks import task_of
 from fvq_jax.training.loop import train
 from tests.helpers.tiny import tiny_config
 
@@ -11,7 +12,8 @@ README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 
 def test_the_example_runs_on_a_workdir(tmp_path, monkeypatch):
     """Exports to both PyTorch layouts, reads back, and gets the same codes and pictures."""
-    train(tiny_config(steps=2, **{"tokenizer.ch_mult": (1, 1, 1, 1)}), tmp_path / "runs" / "quickstart")
+    config = tiny_config(steps=2, **{"tokenizer.ch_mult": (1, 1, 1, 1)})
+    train(task_of(config), config, tmp_path / "runs" / "quickstart")
     monkeypatch.chdir(tmp_path)
     (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     names = {}
