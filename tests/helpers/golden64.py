@@ -3,7 +3,7 @@
 Float32 rounds differently on every kind of processor, and the published numbers are a float32 run themselves. So they
 are compared with our float64, where only the published run's own rounding is left, and our float32 with our float64.
 
-Float64 takes a process of its own, which imports `tests/widen.py` before anything else. Weights and pictures are the
+Float64 takes a process of its own, which imports `widen.py` before anything else. Weights and pictures are the
 float32 numbers that the published run was given.
 """
 
@@ -19,18 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from fvq_jax.interop.discriminator import patchgan_from_torch
+from fvq_jax.interop.lpips import lpips_params
 from fvq_jax.interop.torch_layout import tokenizer_params, torch_tensors
 from fvq_jax.models.frozen.lpips import VGG16, lpips_distance
-from fvq_jax.interop.lpips import lpips_params
+from fvq_jax.models.quantizers.vector import VectorQuantizer
 from fvq_jax.models.tokenizer import TokenizerNet
 from fvq_jax.ops.adversarial import discriminator_loss, generator_loss
-from fvq_jax.training.state import state_shardings
 from fvq_jax.training.state import NetworkState, TrainState
-from fvq_jax.tasks.tokenizer.task import TokenizerTask
 from tests.helpers.golden_case import load_case
-from tests.helpers.tiny import tiny_config
+from tests.helpers.tiny import make_step, tiny_config
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 # Column of the published log, and the scalar it is here.
 COLUMNS = {
     "lr": "learning_rate",
@@ -76,7 +75,7 @@ def compute(name: str) -> dict[str, np.ndarray]:
 
 
 # How far PyTorch's float32 is from its own float64 by `rounding_errors`: the root mean square of five roundings
-# (`tests/torch_golden.py`; torch 2.13, AMD EPYC). Single roundings are a matter of luck: at fvq_vit the five gradients
+# (`torch_golden.py`; torch 2.13, AMD EPYC). Single roundings are a matter of luck: at fvq_vit the five gradients
 # are 0.5e-3 to 2.7e-3 away.
 PYTORCH_ROUNDING = {
     "fvq_vit": {"forward": 1.9e-6, "gradients": 1.5e-3},
@@ -120,17 +119,22 @@ def relative_norm(actual: np.ndarray, expected: np.ndarray) -> float:
 
 
 def published_net(config):
-    return TokenizerNet(
-        ch=config["ch"],
-        ch_mult=tuple(config["ch_mult"]),
-        num_res_blocks=config["num_res_blocks"],
-        z_channels=config["z_channels"],
+    quantizer = VectorQuantizer(
         codebook_size=config["codebook_size"],
         code_dim=config["codebook_dim"],
         bridge=config["bridge"].replace("dit:", "dit-").replace("vit:", "").replace("QBridge-", ""),
         l2_normalize=config["l2_norm"],
         search_implementation=_search(),
+        commitment_weight=config["commit_loss_beta"],
+        entropy_weight=float(config["entropy_loss_ratio"]) or 1e-30,  # the term is wanted, whatever its weight
         entropy_temperature=config["entropy_temperature"],
+    )
+    return TokenizerNet(
+        quantizer,
+        ch=config["ch"],
+        ch_mult=tuple(config["ch_mult"]),
+        num_res_blocks=config["num_res_blocks"],
+        z_channels=config["z_channels"],
     )
 
 
@@ -155,14 +159,15 @@ def tokenizer(name):
     net, images = published_net(case.config), _wide(case.images())
 
     def parts(net, images):
-        return net(images), net.encode_latent(images), net.bridged_codebook()
+        return net(images), net.encode_latent(images), net.table()
 
     def loss(params):
         output, latent, table = net.apply({"params": params}, images, method=parts)
+        terms = output.quantized.losses
         losses = {
-            "vq_loss": output.quantized.codebook_loss,
-            "commit_loss": case.config["commit_loss_beta"] * output.quantized.commitment_loss,
-            "entropy_loss": case.config["entropy_loss_ratio"] * output.quantized.entropy_loss,
+            "vq_loss": terms["codebook"],
+            "commit_loss": case.config["commit_loss_beta"] * terms["commitment"],
+            "entropy_loss": case.config["entropy_loss_ratio"] * terms["entropy"],
         }
         losses["loss"] = jnp.mean(jnp.square(output.reconstruction - images)) + sum(losses.values())
         return losses["loss"], (output, losses, latent, table)
@@ -206,7 +211,7 @@ def adversarial(name):
     }
 
 
-def published_task(case):
+def published_step(case):
     published, model = case.config, case.config["model"]
     assert model["bridge"] == "vit:QBridge-S/4"
     config = tiny_config(
@@ -217,13 +222,13 @@ def published_task(case):
             "tokenizer.ch_mult": tuple(model["ch_mult"]),
             "tokenizer.num_res_blocks": model["num_res_blocks"],
             "tokenizer.z_channels": model["z_channels"],
-            "tokenizer.codebook_size": model["codebook_size"],
-            "tokenizer.code_dim": model["codebook_dim"],
-            "tokenizer.bridge": "S/4",
+            "tokenizer.quantizer.codebook_size": model["codebook_size"],
+            "tokenizer.quantizer.code_dim": model["codebook_dim"],
+            "tokenizer.quantizer.bridge": "S/4",
             "tokenizer.dtype": _wide(0.0).dtype.name,
-            "tokenizer.search_implementation": _search(),
+            "tokenizer.quantizer.search_implementation": _search(),
             "loss.reconstruction": published["reconstruction"],
-            "loss.commitment_weight": model["commit_loss_beta"],
+            "tokenizer.quantizer.commitment_weight": model["commit_loss_beta"],
             "adversarial.weight": published["disc_weight"],
             "adversarial.start": published["disc_start"],
             "adversarial.ndf": published["disc_ndf"],
@@ -239,43 +244,48 @@ def published_task(case):
     mesh = jax.make_mesh(
         (1, 1), ("data", "codebook"), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:1]
     )
-    return TokenizerTask(config, mesh, published["steps"], published["warmup"])
+    return make_step(config, mesh, published["steps"], published["warmup"])
 
 
-def published_state(task, case):
-    """The task's state at step 0 with the golden weights."""
+def published_state(step, case):
+    """The state at step 0 with the golden weights."""
 
     def state(params, critic):
-        variables = {"tokenizer": {"params": params, "batch_stats": {}}, "discriminator": critic}
+        variables = {"tokenizer": {}, "discriminator": {"batch_stats": critic["batch_stats"]}}
         networks = {
-            name: NetworkState(v["params"], task.optimizers[name].init(v["params"]), v["batch_stats"])
-            for name, v in variables.items()
+            name: NetworkState(params, step.optimizers[name].init(params), variables[name])
+            for name, params in (("tokenizer", params), ("discriminator", critic["params"]))
         }
         zero = jnp.zeros((), jnp.int32)
         return TrainState(zero, zero, networks, ema=jax.tree.map(jnp.copy, params))
 
-    params = tokenizer_params(case.weights_of("model."), task.net.clone(mesh=None))
+    params = tokenizer_params(case.weights_of("model."), on_one_device(step.task.net))
     critic = patchgan_from_torch(case.weights_of("discriminator."))
     return jax.jit(state)(*_wide((params, critic)))
+
+
+def on_one_device(net):
+    """The network without its mesh."""
+    return net.clone(quantizer=net.quantizer.clone(mesh=None))
 
 
 def training_run(name):
     """The published columns of every step, and what the last and the averaged weights reconstruct."""
     case = load_case(name)
-    task = published_task(case)
-    start = published_state(task, case)
-    layout = state_shardings(start, task.mesh)
-    step = jax.jit(task.train_step, out_shardings=(layout, None))
+    step = published_step(case)
+    net, start = on_one_device(step.task.net), published_state(step, case)
+    layout = jax.tree.map(lambda leaf: leaf.sharding, step.abstract())
+    run = jax.jit(step.__call__, out_shardings=(layout, None))
     weights = {"commit": case.config["model"]["commit_loss_beta"], "disc_total": case.config["disc_weight"]}
     state, rows = jax.device_put(start, layout), []
     for images in np.moveaxis(case.inputs["images"], 2, -1):
         if jax.config.jax_enable_x64:
             # The step turns pixels into [-1, 1] itself: these are the ones that become what float32 made of them.
             images = (np.asarray(images.astype(np.float32) / 127.5 - 1, np.float64) + 1) * 127.5
-        state, metrics = step(state, {"image": images}, task.frozen)
+        state, metrics = run(state, {"image": images}, {})
         rows.append([weights.get(column, 1) * metrics.scalars[scalar] for column, scalar in COLUMNS.items()])
     x = _wide(case.images("images")[0, :1])
-    reconstruct = jax.jit(lambda params: task.net.clone(mesh=None).apply({"params": params}, x).reconstruction)
+    reconstruct = jax.jit(lambda params: net.apply({"params": params}, x).reconstruction)
     return {
         "rows": jnp.array(rows),
         "final_reconstruction": _channels_first(reconstruct(state.networks["tokenizer"].params)),

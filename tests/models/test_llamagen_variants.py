@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from fvq_jax.models.quantizers.vector import VectorQuantizer
 from fvq_jax.models.tokenizer import TokenizerNet
 
 
@@ -14,9 +15,8 @@ from fvq_jax.models.tokenizer import TokenizerNet
     [((1, 2, 2, 4), 8, 70), ((1, 1, 2, 2, 4), 16, 72), ((1, 1, 2, 2, 4, 4), 32, None)],
 )
 def test_grid_and_parameters(ch_mult, factor, millions):
-    net = TokenizerNet(
-        ch=128, ch_mult=ch_mult, num_res_blocks=2, z_channels=256, codebook_size=16384, code_dim=8, l2_normalize=True
-    )
+    quantizer = VectorQuantizer(codebook_size=16384, code_dim=8, bridge="none", l2_normalize=True)
+    net = TokenizerNet(quantizer, ch=128, ch_mult=ch_mult, num_res_blocks=2, z_channels=256)
     images = jax.ShapeDtypeStruct((2, 256, 512, 3), jnp.float32)
     variables = jax.eval_shape(net.init, jax.random.key(0), images)
     output = jax.eval_shape(net.apply, variables, images)

@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from fvq_jax.interop.torch_layout import tokenizer_params
-from fvq_jax.models.tokenizer import TokenizerNet, fold_bridge
+from fvq_jax.models.quantizers.vector import VectorQuantizer
+from fvq_jax.models.tokenizer import TokenizerNet, fold
 from fvq_jax.runtime.names import path_name
 from tests.helpers.golden64 import (
     ALLOWED,
@@ -98,11 +99,11 @@ def test_a_folded_bridge_gives_the_published_codes_and_reconstruction():
     case = load_case("fvq_vit")
     net = published_net(case.config)
     params = jax.tree.map(jnp.asarray, tokenizer_params(case.weights, net))
-    plain, folded = fold_bridge(net, params)
-    assert plain.bridge == "none"
-    assert plain.entropy_temperature is None
-    assert set(folded["quantizer"]) == {"codebook"}
-    output = jax.jit(plain.apply)({"params": folded}, case.images())
+    plain, folded = fold(net, {"params": params})
+    assert plain.quantizer.bridge == "none"
+    assert set(plain.quantizer.loss_weights) == {"codebook", "commitment"}
+    assert set(folded["params"]["quantizer"]) == {"codebook"}
+    output = jax.jit(plain.apply)(folded, case.images())
     np.testing.assert_array_equal(output.quantized.codes.reshape(-1), case.outputs["indices"].reshape(-1))
     reconstruction = np.moveaxis(np.asarray(output.reconstruction), -1, 1)
     assert relative_error(reconstruction, case.outputs["reconstruction"]) < 1e-4
@@ -112,16 +113,11 @@ def test_a_folded_bridge_gives_the_published_codes_and_reconstruction():
 
 
 def tiny_net(**changes):
-    options = {
-        "ch": 32,
-        "ch_mult": (1,),
-        "num_res_blocks": 1,
-        "z_channels": 8,
-        "codebook_size": K,
-        "code_dim": 4,
-        "bridge": "XS/2",
-    }
-    return TokenizerNet(**(options | changes))
+    of_quantizer = {"codebook_size": K, "code_dim": 4, "bridge": "XS/2"}
+    of_network = {"ch": 32, "ch_mult": (1,), "num_res_blocks": 1, "z_channels": 8, "dtype": jnp.float32}
+    of_network |= {name: changes.pop(name) for name in ("dtype", "remat") if name in changes}
+    quantizer = VectorQuantizer(**(of_quantizer | changes), dtype=of_network["dtype"])
+    return TokenizerNet(quantizer, **of_network)
 
 
 def tiny_images():
@@ -146,7 +142,7 @@ def tiny_params(bridge="XS/2"):
 def program(net, params=None, method=None):
     """The equations of a method (the forward pass if None) as one flat list; those of loops and calls included."""
     params = tiny_params() if params is None else params
-    inputs = () if method == "bridged_codebook" else (tiny_images(),)
+    inputs = () if method == "table" else (tiny_images(),)
     equations = []
 
     def visit(jaxpr):
@@ -170,7 +166,7 @@ def test_each_method_agrees_with_the_forward_pass(bridge, l2_normalize):
         output = net.apply(variables, images)
         codes = net.apply(variables, images, method="encode")
         decoded = net.apply(variables, codes, method="decode")
-        return output, codes, decoded, net.apply(variables, method="bridged_codebook")
+        return output, codes, decoded, net.apply(variables, method="table")
 
     output, codes, decoded, table = methods(tiny_images())
     assert codes.shape == (2, 8, 8)
@@ -186,17 +182,16 @@ def test_each_method_agrees_with_the_forward_pass(bridge, l2_normalize):
 @pytest.mark.parametrize(("bridge", "l2_normalize"), [("linear", False), ("XS/2", True)])
 def test_folding_changes_neither_codes_nor_pictures(bridge, l2_normalize):
     net, params = tiny_net(bridge=bridge, l2_normalize=l2_normalize), tiny_params(bridge)
-    plain, folded = fold_bridge(net, params)
+    plain, folded = fold(net, {"params": params})
     before = jax.jit(net.apply)({"params": params}, tiny_images())
-    after = jax.jit(plain.apply)({"params": folded}, tiny_images())
+    after = jax.jit(plain.apply)(folded, tiny_images())
     np.testing.assert_array_equal(before.quantized.codes, after.quantized.codes)
     np.testing.assert_allclose(before.reconstruction, after.reconstruction, rtol=0, atol=1e-5)
 
 
 def test_groups_of_the_bridge_are_as_asked():
     tables = [
-        tiny_net(bridge_groups=groups).apply({"params": tiny_params()}, method="bridged_codebook")
-        for groups in ("2d", "1d")
+        tiny_net(bridge_groups=groups).apply({"params": tiny_params()}, method="table") for groups in ("2d", "1d")
     ]
     assert np.abs(tables[0] - tables[1]).max() > 1e-3
 
@@ -204,7 +199,7 @@ def test_groups_of_the_bridge_are_as_asked():
 def test_remat_recomputes_and_changes_no_number():
     def total(params, remat):
         output = tiny_net(remat=remat).apply({"params": params}, tiny_images())
-        return jnp.mean(jnp.square(output.reconstruction - tiny_images())) + output.quantized.commitment_loss
+        return jnp.mean(jnp.square(output.reconstruction - tiny_images())) + output.quantized.losses["commitment"]
 
     results = [
         jax.jit(jax.value_and_grad(functools.partial(total, remat=remat)))(tiny_params()) for remat in (False, True)
@@ -223,7 +218,7 @@ def test_remat_recomputes_and_changes_no_number():
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_what_must_be_exact_in_float32():
-    net = tiny_net(dtype=jnp.bfloat16, entropy_temperature=0.01)
+    net = tiny_net(dtype=jnp.bfloat16, entropy_weight=0.1)
     made = jax.eval_shape(net.init, jax.random.key(0), tiny_images())["params"]
     assert {leaf.dtype.name for leaf in jax.tree.leaves(made)} == {"float32"}
     output = jax.eval_shape(net.apply, {"params": made}, tiny_images())
@@ -238,7 +233,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_what_must_be_exact_in_float32()
     convolutions = operands("conv_general_dilated")
     assert convolutions.count("float32") == 3  # quant_conv, post_quant_conv, and the one that makes pixels
     assert convolutions.count("bfloat16") == len(convolutions) - 3 > 20
-    products = operands("dot_general", "bridged_codebook")
+    products = operands("dot_general", "table")
     assert products.count("float32") == 1  # recover
     assert products.count("bfloat16") == 1 + 2 * 6  # compress; in each block four layers and the attention's two
 
@@ -247,7 +242,7 @@ def test_bfloat16_moves_latents_codes_and_pictures_only_a_little():
     vectors = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
 
     def parts(net):
-        return net.encode_latent(tiny_images()), net.bridged_codebook(), net.decode_vectors(vectors)
+        return net.encode_latent(tiny_images()), net.table(), net.decode_vectors(vectors)
 
     exact, rounded = (
         jax.jit(functools.partial(tiny_net(dtype=dtype).apply, method=parts))({"params": tiny_params()})
@@ -259,12 +254,12 @@ def test_bfloat16_moves_latents_codes_and_pictures_only_a_little():
 
 
 def test_the_entropy_term_costs_nothing_when_it_is_off():
-    def softmax_over_codes(temperature):
-        equations = program(tiny_net(entropy_temperature=temperature))
+    def softmax_over_codes(weight):
+        equations = program(tiny_net(entropy_weight=weight))
         return any(e.primitive.name == "exp" and e.outvars[0].aval.shape[-1:] == (K,) for e in equations)
 
-    assert jax.jit(tiny_net().apply)({"params": tiny_params()}, tiny_images()).quantized.entropy_loss == 0
-    assert not softmax_over_codes(None)
+    assert "entropy" not in jax.eval_shape(tiny_net().apply, {"params": tiny_params()}, tiny_images()).quantized.losses
+    assert not softmax_over_codes(0.0)
     assert softmax_over_codes(0.01)
 
 

@@ -5,9 +5,9 @@ import pytest
 import safetensors.numpy
 import torch
 
-from fvq_jax.runtime.errors import InputError
-from fvq_jax.models.frozen.lpips import ALEXNET, SCALE, SHIFT, lpips_distance, lpips_shapes
 from fvq_jax.interop.lpips import load_lpips, lpips_params
+from fvq_jax.models.frozen.lpips import ALEXNET, SCALE, SHIFT, lpips_distance, lpips_shapes
+from fvq_jax.runtime.errors import InputError
 from tests.helpers import torch_golden
 from tests.helpers.golden64 import in_float32, in_float64, relative_norm
 from tests.helpers.golden_case import load_case, relative_error

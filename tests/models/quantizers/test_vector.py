@@ -7,11 +7,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fvq_jax.models.quantizers.vector import Quantizer
+from fvq_jax.models.quantizers.vector import VectorQuantizer
 from fvq_jax.ops.entropy import entropy_loss
 from fvq_jax.ops.nearest import nearest_code
 from fvq_jax.ops.vectors import l2_normalize
-from fvq_jax.training.state import state_shardings
+from fvq_jax.runtime.mesh import shardings
 from tests.helpers.golden_case import relative_error
 from tests.helpers.tiny import spread_codes
 
@@ -20,11 +20,11 @@ WEIGHTS = np.random.default_rng(9).normal(size=(8, 2, 3, D)).astype(np.float32)
 
 
 def bridged(params):
-    return jax.jit(lambda params: make().apply({"params": params}, method="bridged_codebook"))(params)
+    return jax.jit(lambda params: make().apply({"params": params}, method="table"))(params)
 
 
 def make(**options):
-    return Quantizer(K, D, **{"bridge": "XS/2-d1", **options})
+    return VectorQuantizer(**{"codebook_size": K, "code_dim": D, "bridge": "XS/2-d1", **options})
 
 
 @functools.cache
@@ -45,8 +45,8 @@ def results(mesh=None, **options):
 
     def loss(latent, params):
         output = quantizer.apply({"params": params}, latent)
-        total = output.codebook_loss + 0.25 * output.commitment_loss + jnp.sum(WEIGHTS * output.vectors)
-        return total + 0.1 * output.entropy_loss, output
+        terms = {name: weight * output.losses[name] for name, weight in quantizer.loss_weights.items()}
+        return sum(terms.values()) + jnp.sum(WEIGHTS * output.vectors), output
 
     gradients, output = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(*placed(mesh))
     return output, gradients
@@ -56,7 +56,7 @@ def placed(mesh):
     latent, params = latents_and_params()
     if mesh is None:
         return latent, params
-    layout = state_shardings({"quantizer": {"quantizer": params}}, mesh)["quantizer"]["quantizer"]
+    layout = shardings(params, mesh, VectorQuantizer.rules)
     return jax.device_put(latent, NamedSharding(mesh, P(("data", "codebook")))), jax.device_put(params, layout)
 
 
@@ -71,8 +71,9 @@ def test_on_a_mesh_codes_losses_and_gradients_are_those_of_one_device(sizes):
     output, gradients = results(mesh_of(*sizes))
     np.testing.assert_array_equal(output.codes, expected.codes)
     np.testing.assert_allclose(output.vectors, expected.vectors, atol=1e-5)
-    for name in ("codebook_loss", "commitment_loss"):
-        np.testing.assert_allclose(getattr(output, name), getattr(expected, name), rtol=1e-5)
+    assert list(output.losses) == ["codebook", "commitment"]
+    for name, loss in output.losses.items():
+        np.testing.assert_allclose(loss, expected.losses[name], rtol=1e-5)
     errors = jax.tree.map(relative_error, gradients, expected_gradients)
     assert max(jax.tree.leaves(errors)) < 1e-4, errors
 
@@ -87,9 +88,9 @@ def test_output_is_the_nearest_bridged_code():
     np.testing.assert_array_equal(output.codes.ravel(), codes)
     np.testing.assert_allclose(output.vectors.reshape(-1, D), table[codes], atol=1e-6)
     error = np.mean(np.square(latent.reshape(-1, D) - table[codes]))
-    np.testing.assert_allclose([output.codebook_loss, output.commitment_loss], error, rtol=1e-5)
-    np.testing.assert_array_equal(make().apply({"params": params}, latent, method="nearest"), output.codes)
-    looked_up = make().apply({"params": params}, output.codes, method="look_up")
+    np.testing.assert_allclose(list(output.losses.values()), error, rtol=1e-5)
+    np.testing.assert_array_equal(make().apply({"params": params}, latent, method="encode"), output.codes)
+    looked_up = make().apply({"params": params}, output.codes, method="decode")
     np.testing.assert_allclose(looked_up.reshape(-1, D), table[codes], atol=1e-6)
 
 
@@ -112,7 +113,7 @@ def test_l2_normalize_searches_and_returns_directions(sizes):
     assert np.any(np.asarray(output.codes) != np.asarray(results()[0].codes))
     np.testing.assert_allclose(np.linalg.norm(output.vectors, axis=-1), 1, rtol=1e-5)
     difference = l2_normalize(latent).reshape(-1, D) - l2_normalize(table)[codes]
-    np.testing.assert_allclose(output.commitment_loss, np.mean(np.square(difference)), rtol=1e-4)
+    np.testing.assert_allclose(output.losses["commitment"], np.mean(np.square(difference)), rtol=1e-4)
     errors = jax.tree.map(relative_error, gradients, results(**options)[1])
     assert max(jax.tree.leaves(errors)) < 1e-4
 
@@ -120,21 +121,21 @@ def test_l2_normalize_searches_and_returns_directions(sizes):
 @pytest.mark.parametrize(("sizes", "normalize"), [(None, False), (None, True), ((2, 4), True)])
 def test_entropy_term(sizes, normalize):
     latent, params = latents_and_params()
-    options = {"entropy_temperature": 0.5, "l2_normalize": normalize}
+    options = {"entropy_weight": 0.1, "entropy_temperature": 0.5, "l2_normalize": normalize}
     output, gradients = results(None if sizes is None else mesh_of(*sizes), **options)
     table = bridged(params)
     if normalize:
         latent, table = l2_normalize(latent), l2_normalize(table)
     expected = entropy_loss(latent.reshape(-1, D), table, temperature=0.5)
-    np.testing.assert_allclose(output.entropy_loss, expected, rtol=1e-4)
+    np.testing.assert_allclose(output.losses["entropy"], expected, rtol=1e-4)
     without = results(l2_normalize=normalize)[1]
     assert relative_error(gradients[0], without[0]) > 1e-5
     errors = jax.tree.map(relative_error, gradients, results(**options)[1])
     assert max(jax.tree.leaves(errors)) < 1e-4
 
 
-def test_without_a_temperature_the_entropy_term_is_zero_and_costs_nothing():
-    assert results()[0].entropy_loss == 0
+def test_without_a_weight_the_entropy_term_is_left_out_and_costs_nothing():
+    assert "entropy" not in results()[0].losses
     latent, params = latents_and_params()
 
     def exponentials(**options):
@@ -142,7 +143,7 @@ def test_without_a_temperature_the_entropy_term_is_zero_and_costs_nothing():
         return str(program).count("log")
 
     assert exponentials() == 0
-    assert exponentials(entropy_temperature=1.0) > 0
+    assert exponentials(entropy_weight=0.1) > 0
 
 
 @pytest.mark.parametrize("sizes", [None, (2, 4)])
@@ -166,3 +167,48 @@ def test_a_fresh_codebook_is_uniform_within_one_over_k():
     assert np.abs(codebook).max() <= 1 / K
     assert np.abs(codebook).max() > 0.98 / K
     np.testing.assert_allclose(np.std(codebook), 2 / K / np.sqrt(12), rtol=0.1)
+
+
+def test_it_is_described_by_its_sizes_bridge_and_shapes():
+    quantizer = make(l2_normalize=True)
+    assert (quantizer.size, quantizer.latent_dim, quantizer.code_shape(2, 3)) == (K, D, (2, 3))
+    assert quantizer.description == "bridge XS/2-d1, unit-length codes"
+    assert make(bridge="none").architecture() == {
+        **{"codebook_size": K, "code_dim": D, "bridge": "none", "l2_normalize": False},
+    }
+    assert "bridge_groups" in quantizer.architecture()
+    counts = quantizer.apply({}, np.array([[[0, 1, 1]]]), method="counts")
+    np.testing.assert_array_equal(counts[0, :3], [1, 2, 0])
+    assert counts.shape == (1, K)
+
+
+def test_decoding_only_some_levels_is_refused_since_there_is_one():
+    latent, params = latents_and_params()
+    codes = np.zeros(latent.shape[:-1], np.int32)
+    with pytest.raises(ValueError, match="single level"):
+        make().apply({"params": params}, codes, 1, method="decode")
+
+
+@pytest.mark.parametrize(
+    ("options", "axis", "message"),
+    [
+        ({"bridge": "M/4"}, 1, "unknown bridge 'M/4'"),
+        ({"codebook_size": 60}, 1, "codebook_size 60 does not fit bridge XS/2-d1 .*use 36 or 64 codes"),
+        ({"codebook_size": 62, "bridge_groups": "1d"}, 1, "use 60 or 64 codes"),
+        ({}, 8, "mesh.codebook 8 does not divide the 4 rows of groups .*allowed sizes: 1, 2, 4"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_with_what_would(options, axis, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options).check(axis)
+    make().check(4)
+
+
+@pytest.mark.parametrize(("implementation", "platform"), [("auto", "tpu"), ("auto", "cpu"), ("xla", "tpu")])
+def test_flops_that_are_not_counted(implementation, platform):
+    """Of a kernel all of the search, of the scan all blocks of 512 codes but two."""
+    quantizer = make(codebook_size=4096, search_implementation=implementation, search_precision="bf16_3x")
+    flops, passes = quantizer.uncounted_flops(100, platform)
+    kernel = implementation == "auto" and platform == "tpu"
+    assert flops == pytest.approx(2 * 100 * 4096 * D * (1 if kernel else 6 / 8))
+    assert passes == 3

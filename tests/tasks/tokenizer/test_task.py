@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from fvq_jax.runtime.mesh import global_batch, make_mesh, replicated
-from fvq_jax.tasks.tokenizer.task import TokenizerTask
 from tests.helpers.golden64 import COLUMNS, in_float32, in_float64, summation_error
 from tests.helpers.golden_case import load_case, relative_error
-from tests.helpers.tiny import abstract_state_of, random_images, random_state, tiny_config
+from tests.helpers.tiny import abstract_state_of, make_step, random_images, random_state, tiny_config
 
+SIZE = 16  # of the images
 QUICK = {"xla_backend_optimization_level": 0}  # to compile, and slower to run
 
 
@@ -20,49 +20,46 @@ def one_device_mesh():
     )
 
 
-def make_task(mesh=None, total_steps=100, warmup_steps=0, **changes):
-    config = tiny_config(**changes)
-    return TokenizerTask(config, mesh or one_device_mesh(), total_steps, warmup_steps)
+def step_of(mesh=None, **changes):
+    return make_step(tiny_config(**changes), mesh or one_device_mesh())
 
 
 @functools.cache
 def compiled(full_mesh=False, **changes):
-    """A task and its jitted step, quick to compile; tests that differ only in their state share one program."""
-    task = make_task(make_mesh(data=2, codebook=4) if full_mesh else None, **changes)
-    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state_of(task))
-    options = None if task.optim.accumulate > 1 else QUICK  # with which the loop over micro-batches takes seconds
-    step = jax.jit(task.train_step, out_shardings=(layout, replicated(task.mesh)), compiler_options=options)
-    return task, step
+    """A step, and the step jitted, quick to compile; tests that differ only in their state share one program."""
+    step = step_of(make_mesh(data=2, codebook=4) if full_mesh else None, **changes)
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state_of(step))
+    options = None if step.accumulate > 1 else QUICK  # with which the loop over micro-batches takes seconds
+    return step, jax.jit(step.__call__, out_shardings=(layout, replicated(step.mesh)), compiler_options=options)
 
 
 def run(state, steps=1, batch=16, **changes):
     """The state after so many steps from `state`, and each step's scalars."""
-    task, step = compiled(**changes)
+    step, jitted = compiled(**changes)
     rows = []
     for i in range(steps):
-        images = random_images(batch, task.image_shape[1], i)
-        state, metrics = step(state, global_batch({"image": images}, task.mesh), task.frozen)
+        images = random_images(batch, SIZE, i)
+        state, metrics = jitted(state, global_batch({"image": images}, step.mesh), step.task.frozen)
         rows.append({name: float(value) for name, value in metrics.scalars.items()})
     return state, rows
 
 
 def first_step(at=0, batch=16, **changes):
     """The state before and after one step that counts as step `at`, and the scalars."""
-    before = random_state(compiled(**changes)[0], step=at)
+    before = random_state(compiled(**changes)[0], at=at)
     after, rows = run(before, batch=batch, **changes)
     return before, after, rows[0]
 
 
 def forward(**changes):
     """The tokenizer's loss terms at random codes; no gradients, which take most of the time to compile."""
-    task = make_task(**changes)
-    state = random_state(task)
+    step = step_of(**changes)
+    state = random_state(step)
     critic = state.networks.get("discriminator")
-    variables = critic and {"params": critic.params, "batch_stats": critic.batch_stats}
-    images = as_float(random_images(16, task.image_shape[1]))
-    params = state.networks["tokenizer"].params
-    _, (_, terms, _, _) = jax.jit(task._tokenizer_loss, compiler_options=QUICK)(
-        params, variables, images, True, task.frozen
+    images = as_float(random_images(16, SIZE))
+    params, key = state.networks["tokenizer"].params, jax.random.key(0)
+    _, (_, terms, *_) = jax.jit(step.task.losses.tokenizer, compiler_options=QUICK)(
+        params, {}, critic and critic.all_variables(), images, True, key, step.task.frozen
     )
     return {name: float(value) for name, value in terms.items()}
 
@@ -155,7 +152,7 @@ def test_eight_devices_give_the_loss_curve_of_one():
     """From codes that differ and are used, over 5 steps, with the discriminator and its global BatchNorm."""
     curves = []
     for mesh in ({}, {"full_mesh": True}):
-        state = random_state(compiled(**mesh, **CRITIC)[0], step=ACTIVE)
+        state = random_state(compiled(**mesh, **CRITIC)[0], at=ACTIVE)
         curves.append(run(state, steps=5, **mesh, **CRITIC)[1])
     assert curves[0][0]["usage/batch"] > 0.2
     assert all(row["loss/discriminator"] > 0 for row in curves[0])
@@ -169,7 +166,7 @@ def test_each_network_learns_from_its_own_loss_only():
     row = first_step(ACTIVE, **CRITIC)[-1]
     at_once = CRITIC | {"adversarial.start": 1}
     # How the tokenizer's losses are weighted is nothing to the discriminator ...
-    other = first_step(**at_once, **{"loss.codebook_weight": 7.0, "loss.reconstruction_weight": 3.0})[-1]
+    other = first_step(**at_once, **{"tokenizer.quantizer.codebook_weight": 7.0, "loss.reconstruction_weight": 3.0})[-1]
     assert other["grad_norm/discriminator"] == pytest.approx(row["grad_norm/discriminator"], rel=1e-5)
     assert other["grad_norm/tokenizer"] != pytest.approx(row["grad_norm/tokenizer"], rel=1e-2)
     # ... and the tokenizer does not see the discriminator's loss: hinge and vanilla share the generator's term.
@@ -204,24 +201,23 @@ def test_batch_norm_sees_the_micro_batch():
 
 def test_the_adaptive_weight_balances_the_gradients_of_the_last_layer():
     changes = {"adversarial.weight": 0.5, "adversarial.adaptive": True}
-    task, _ = compiled(**changes)
+    losses = compiled(**changes)[0].task.losses
     before, _, row = first_step(**changes)
-    images = as_float(random_images(16, 16))
+    images = as_float(random_images(16, SIZE))
     params, critic = before.networks["tokenizer"].params, before.networks["discriminator"]
-    variables = {"params": critic.params, "batch_stats": critic.batch_stats}
 
     def of_last_layer(loss):
         def value(kernel):
             conv = {"conv": {**params["decoder"]["conv_out"]["conv"], "kernel": kernel}}
             changed = {**params, "decoder": {**params["decoder"], "conv_out": conv}}
-            return loss(task.net.apply({"params": changed}, images).reconstruction)
+            return loss(losses.net.apply({"params": changed}, images).reconstruction)
 
         return jnp.linalg.norm(jax.grad(value)(params["decoder"]["conv_out"]["conv"]["kernel"]).ravel())
 
     @jax.jit
     def both():
-        image = of_last_layer(lambda r: task._image_loss(r, images, {})[0])
-        return image, of_last_layer(lambda r: task._fool(variables, r)[0])
+        image = of_last_layer(lambda r: losses.image(r, images, {})[0])
+        return image, of_last_layer(lambda r: losses.adversarial(critic.all_variables(), r)[0])
 
     image, adversary = both()
     assert row["adversarial_weight"] == pytest.approx(0.5 * float(image) / (float(adversary) + 1e-4), rel=1e-4)
@@ -232,14 +228,14 @@ def test_the_adaptive_weight_balances_the_gradients_of_the_last_layer():
     [
         {"loss.reconstruction": "l1"},
         {"loss.reconstruction_weight": 2.0},
-        {"loss.codebook_weight": 2.0},
-        {"loss.commitment_weight": 2.0},
-        {"loss.entropy_weight": 0.1},
+        {"tokenizer.quantizer.codebook_weight": 2.0},
+        {"tokenizer.quantizer.commitment_weight": 2.0},
+        {"tokenizer.quantizer.entropy_weight": 0.1},
         {"adversarial.weight": 0.3, "adversarial.start": 1},
-        {"tokenizer.l2_normalize": True},
+        {"tokenizer.quantizer.l2_normalize": True},
         {"tokenizer.dtype": "bfloat16"},
-        {"tokenizer.bridge": "linear"},
-        {"tokenizer.bridge_groups": "1d"},
+        {"tokenizer.quantizer.bridge": "linear"},
+        {"tokenizer.quantizer.bridge_groups": "1d"},
     ],
     ids=str,
 )
@@ -249,7 +245,9 @@ def test_every_loss_option_changes_the_loss(changes):
 
 def test_the_entropy_term_needs_its_weight_and_temperature():
     terms = [
-        forward(**{"loss.entropy_weight": 0.1, "loss.entropy_temperature": temperature})["loss/entropy"]
+        forward(**{"tokenizer.quantizer.entropy_weight": 0.1, "tokenizer.quantizer.entropy_temperature": temperature})[
+            "loss/entropy"
+        ]
         for temperature in (0.01, 1.0)
     ]
     assert terms[0] != terms[1]
@@ -273,7 +271,7 @@ def test_lpips_is_part_of_the_loss(tmp_path):
         tensors[f"lin{stage}.model.1.weight"] = np.full((1, width, 1, 1), 0.1, np.float32)
     save_file(tensors, tmp_path / "lpips.safetensors")
     changes = {"loss.perceptual_weight": 0.5, "loss.lpips_path": str(tmp_path / "lpips.safetensors")}
-    task, _ = compiled(**changes)
+    task = compiled(**changes)[0].task
     before, _, row = first_step(batch=2, **changes)
     images = as_float(random_images(2, 16))
 
@@ -307,7 +305,7 @@ def test_the_moving_average_follows_the_weights():
 
 
 def test_a_step_that_is_not_finite_keeps_everything_but_the_step():
-    state = random_state(compiled(**CRITIC)[0], step=ACTIVE)
+    state = random_state(compiled(**CRITIC)[0], at=ACTIVE)
     network = state.networks["tokenizer"]
     broken = {**network.params, "quant_conv": jax.tree.map(lambda x: x * jnp.nan, network.params["quant_conv"])}
     before = state.replace(networks={**state.networks, "tokenizer": network.replace(params=broken)})
@@ -324,22 +322,23 @@ def test_a_step_that_is_not_finite_keeps_everything_but_the_step():
 
 @functools.cache
 def evaluation():
-    task = make_task()
-    state = random_state(task)
-    return task, state, jax.jit(task.eval_params)(state), jax.jit(task.eval_step)
+    step = step_of()
+    state, evaluator = random_state(step), step.task.evaluator
+    folded = jax.jit(evaluator.folded)(step.task.scored_variables(state))
+    return step.task, state, folded, jax.jit(evaluator.reconstruct)
 
 
 def test_evaluation_sees_the_same_codes_as_training():
-    task, state, params, step = evaluation()
-    images = random_images(8, 16)
-    reconstruction, codes = step(params, images)
+    task, state, folded, reconstruct = evaluation()
+    images = random_images(8, SIZE)
+    reconstruction, codes = reconstruct(folded, images)
     output = jax.jit(task.net.apply)({"params": state.networks["tokenizer"].params}, as_float(images))
     np.testing.assert_array_equal(codes, output.quantized.codes)
     np.testing.assert_allclose(reconstruction, np.clip(output.reconstruction, -1, 1), atol=1e-5)
 
 
 def test_evaluation_computes_in_float32():
-    task = make_task(**{"tokenizer.dtype": "bfloat16"})
-    images = jax.ShapeDtypeStruct((8, 16, 16, 3), np.uint8)
-    params = jax.eval_shape(task.eval_params, jax.eval_shape(task.init, jax.random.key(0)))
-    assert "bf16" not in str(jax.make_jaxpr(task.eval_step)(params, images))
+    step = step_of(**{"tokenizer.dtype": "bfloat16"})
+    images, evaluator = jax.ShapeDtypeStruct((8, SIZE, SIZE, 3), np.uint8), step.task.evaluator
+    folded = jax.eval_shape(evaluator.folded, step.task.scored_variables(step.abstract()))
+    assert "bf16" not in str(jax.make_jaxpr(evaluator.reconstruct)(folded, images))
