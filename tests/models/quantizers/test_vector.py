@@ -177,14 +177,14 @@ def test_it_is_described_by_its_sizes_bridge_and_shapes():
         **{"codebook_size": K, "code_dim": D, "bridge": "none", "l2_normalize": False},
     }
     assert "bridge_groups" in quantizer.architecture()
-    counts = quantizer.apply({}, np.array([[[0, 1, 1]]]), method="counts")
+    counts = quantizer.counts(jnp.array([[[0, 1, 1]]]))
     np.testing.assert_array_equal(counts[0, :3], [1, 2, 0])
     assert counts.shape == (1, K)
 
 
 def test_decoding_only_some_levels_is_refused_since_there_is_one():
     latent, params = latents_and_params()
-    codes = np.zeros(latent.shape[:-1], np.int32)
+    codes = jnp.zeros(latent.shape[:-1], jnp.int32)
     with pytest.raises(ValueError, match="single level"):
         make().apply({"params": params}, codes, 1, method="decode")
 
