@@ -1,7 +1,7 @@
 """The training step of the tokenizer in PyTorch, as its users write it: the peer of `train_step.py`.
 
-The network is the one of `tests/helpers/torch_reference.py`, which loads the weights that `fvq_jax` exports; here are LPIPS,
-PatchGAN, the losses and both updates. The whole distance matrix is built, in float32. On a GPU encoder, decoder,
+The network is the one of `tests/helpers/torch_reference.py`, which loads the weights that `fvq_jax` exports; here are
+LPIPS, PatchGAN, the losses and both updates. The whole distance matrix is built, in float32. On a GPU encoder, decoder,
 bridge, LPIPS and discriminator run under bfloat16 autocast and are compiled; on a CPU everything is float32.
 """
 
@@ -17,10 +17,12 @@ from torch import nn
 from benchmarks.train_step import VGG16
 from fvq_jax.models.quantizers.bridge import parse_bridge
 from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.names import dotted
 from tests.helpers.torch_reference import Tokenizer
 
 # What this step does not know, by the only value that it takes.
 FIXED = {
+    "tokenizer.quantizer.name": "vector",
     "tokenizer.quantizer.entropy_weight": 0.0,
     "adversarial.discriminator": "patchgan",
     "adversarial.loss": "hinge",
@@ -35,19 +37,19 @@ FIXED = {
 def published_network(config: ConfigDict) -> dict[str, Any]:
     """The arguments of `torch_reference.Tokenizer`. InputError if the step here lacks something of this config."""
     for name, value in FIXED.items():
-        section, field = name.split(".")
-        if config[section][field] != value:
-            raise InputError(f"the PyTorch step has no {name}={config[section][field]!r}: set it to {value!r}")
-    model = config.tokenizer
-    spec = parse_bridge(model.bridge)
+        given = dotted(config)[name]
+        if given != value:
+            raise InputError(f"the PyTorch step has no {name}={given!r}: set it to {value!r}")
+    model, quantizer = config.tokenizer, config.tokenizer.quantizer
+    spec = parse_bridge(quantizer.bridge)
     if spec.kind == "mlp5" or spec.depth not in (0, 2):
-        raise InputError(f"the PyTorch step has no bridge {model.bridge}: take none, linear or SIZE/P")
-    size = model.bridge.removeprefix("dit-")
-    shared = ("ch", "ch_mult", "num_res_blocks", "z_channels", "codebook_size")
-    return {name: model[name] for name in shared} | {
-        "codebook_dim": model.code_dim,
+        raise InputError(f"the PyTorch step has no bridge {quantizer.bridge}: take none, linear or SIZE/P")
+    size = quantizer.bridge.removeprefix("dit-")
+    return {name: model[name] for name in ("ch", "ch_mult", "num_res_blocks", "z_channels")} | {
+        "codebook_size": quantizer.codebook_size,
+        "codebook_dim": quantizer.code_dim,
         "bridge": f"{spec.kind}:QBridge-{size}" if spec.patch else spec.kind,
-        "l2_norm": model.l2_normalize,
+        "l2_norm": quantizer.l2_normalize,
     }
 
 
@@ -102,8 +104,9 @@ class TorchStep:
     """Networks, optimizers and one training step; `step` takes uint8 images [b, H, W, 3] on the device."""
 
     def __init__(self, config: ConfigDict, folder: str, device: str):
-        self.loss, self.weight, self.clip = config.loss, config.adversarial.weight, config.optim.clip_norm
-        self.device, self.codes, self.usage = device, config.tokenizer.quantizer.codebook_size, None
+        self.loss, self.settings = config.loss, config.tokenizer.quantizer
+        self.weight, self.clip = config.adversarial.weight, config.optim.clip_norm
+        self.device, self.codes, self.usage = device, self.settings.codebook_size, None
         self.net = Tokenizer(published_network(config))
         self.net.load_state_dict(safetensors.torch.load_file(f"{folder}/tokenizer.safetensors"))
         self.net.to(device, memory_format=torch.channels_last).train()
@@ -151,7 +154,7 @@ class TorchStep:
     def quantizer(self, latent: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Gradients of bridge, search, look-up and losses alone, for latents [b, d, h, w]."""
         vectors, _, codebook, commitment = self._quantize(latent)
-        loss = self.loss.codebook_weight * codebook + self.loss.commitment_weight * commitment + vectors.sum()
+        loss = self.settings.codebook_weight * codebook + self.settings.commitment_weight * commitment + vectors.sum()
         return torch.autograd.grad(loss, [latent, *self.net.quantize.parameters()], allow_unused=True)
 
     def _half(self):
@@ -181,7 +184,7 @@ class TorchStep:
             distance = F.mse_loss if self.loss.reconstruction == "l2" else F.l1_loss
             terms = {"reconstruction": distance(reconstruction, images), "codebook": codebook, "commitment": commitment}
             total = self.loss.reconstruction_weight * terms["reconstruction"]
-            total = total + self.loss.codebook_weight * codebook + self.loss.commitment_weight * commitment
+            total = total + self.settings.codebook_weight * codebook + self.settings.commitment_weight * commitment
             if self.lpips is not None:
                 terms["perceptual"] = self.lpips(images, reconstruction)
                 total = total + self.loss.perceptual_weight * terms["perceptual"]

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.processes import DoesNotFitError, Worker, alternate, machine, markdown_table, median_ratio
 from fvq_jax.config.checks import validate
 from fvq_jax.runtime.errors import InputError
+from fvq_jax.tasks import task_of
 from fvq_jax.tasks.tokenizer.fields import downsampling
 
 FLAGS = flags.FlagValues()  # not absl's own: the program fvq_jax.main has flags of the same names
@@ -66,26 +67,25 @@ def load_jax(config: ConfigDict, folder: str) -> Any:
 
     from fvq_jax.interop.tokenizer_checkpoint import write_checkpoint
     from fvq_jax.runtime.mesh import global_batch
-    from fvq_jax.tasks.tokenizer.task import TokenizerTask
-    from fvq_jax.training.state import abstract_state
+    from fvq_jax.training.step import TrainStep
 
     if jax.default_backend() == "cpu":
         config.tokenizer.dtype = "float32"
     mesh = jax.make_mesh((1, 1), ("data", "codebook"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
-    task = TokenizerTask(config, mesh, total_steps=1000, warmup_steps=100)
+    task = task_of(config)(config, mesh)
+    train_step = TrainStep.of(task, config, mesh, total_steps=1000, warmup_steps=100)
     images, latent = inputs(config)
     batch, latent = global_batch({"image": images}, mesh), jax.device_put(latent)
 
     def quantizer_loss(params, latent):
         found = task.net.apply({"params": {"quantizer": params}}, latent, method=lambda net, x: net.quantizer(x))
-        weighted = config.tokenizer.quantizer.codebook_weight * found.codebook_loss
-        # The sum stands for what the decoder makes of the vectors.
-        return weighted + config.tokenizer.quantizer.commitment_weight * found.commitment_loss + jnp.sum(found.vectors)
+        weighted = sum(weight * found.losses[name] for name, weight in task.net.quantizer.loss_weights.items())
+        return weighted + jnp.sum(found.vectors)  # the sum stands for what the decoder makes of the vectors
 
-    abstract = abstract_state(task.init, mesh)
+    abstract = train_step.abstract()
     key, layout = jax.random.key(config.seed), jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    init = jax.jit(task.init, out_shardings=layout).lower(key).compile()
-    step = task.jitted_step(abstract).lower(abstract, batch, task.frozen).compile()
+    init = jax.jit(train_step.init, out_shardings=layout).lower(key).compile()
+    step = train_step.jitted(abstract).lower(abstract, batch, task.frozen).compile()
     quantizer = jax.jit(jax.grad(quantizer_loss, argnums=(0, 1)))
     quantizer = quantizer.lower(abstract.networks["tokenizer"].params["quantizer"], latent).compile()
     parameters = {name: _size(network.params) for name, network in abstract.networks.items()}
@@ -242,7 +242,7 @@ def main() -> None:
         config.loss.lpips_path = f"{folder}/lpips.safetensors"
         config.data.source = "photos"  # none is read
         try:
-            validate(config, devices=1)
+            validate(config, task_of(config), devices=1)
         except InputError as error:
             sys.exit(str(error))
         config = with_batch(config, FLAGS.batch or largest_batch(config, folder))

@@ -17,7 +17,7 @@ from fvq_jax.config.checks import validate
 from fvq_jax.data.decode import open_image
 from fvq_jax.data.transforms import random_resize_crop
 from fvq_jax.runtime.errors import InputError
-from fvq_jax.tasks import default_config
+from fvq_jax.tasks import default_config, task_of
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -133,7 +133,7 @@ def test_growth_measures_and_draws(monkeypatch, tmp_path):
 
     def step(config, folder, methods, rounds, budget):
         config.data.source = "photos"  # none is read
-        validate(config, devices=1)
+        validate(config, task_of(config), devices=1)
         codes, dim = config.tokenizer.quantizer.codebook_size, config.tokenizer.quantizer.code_dim
         row = {"method": methods[0], "codes": codes, "dim": dim, "batch": config.batch_size, "seconds": 1.0}
         return [row | {"quantizer_share": 0.5, "peak_mib": 100}]
