@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-from tests.test_saved_tokenizer import workdir
 
 from fvq_jax import evaluate
 from fvq_jax.data.decode import open_image
@@ -18,17 +17,19 @@ from fvq_jax.data.folder import FolderSource
 from fvq_jax.data.prepare import main as prepare
 from fvq_jax.data.sample import Sample
 from fvq_jax.data.transforms import center_no_resize, resize_center
-from fvq_jax.evals import reconstruction as suite
+from fvq_jax.evals import reconstruction
 from fvq_jax.evals.frechet import frechet_distance
 from fvq_jax.evals.networks import Networks
 from fvq_jax.evals.protocol import as_scored
 from fvq_jax.inference.tokenizer import Tokenizer
 from fvq_jax.models.frozen.inception import CLASSES
-from fvq_jax.report.tokenizer import write_page
+from fvq_jax.report.tokenizer import write_report
 from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.processes import Place
 from fvq_jax.tasks import default_config
 from tests.helpers.random_tokenizer import random_tokenizer
 from tests.helpers.two_hosts import ROOT, free_port, on_two_hosts, start_host
+from tests.inference.test_saved import workdir
 
 TOKENIZERS = functools.cache(Tokenizer.from_pretrained)
 SIZE = 16
@@ -46,7 +47,7 @@ def saved(tmp_path_factory):
 def compiled_once(monkeypatch):
     """The tokenizer of an earlier test, with its compiled programs; no page, which takes seconds to draw."""
     monkeypatch.setattr(evaluate.Tokenizer, "from_pretrained", TOKENIZERS)
-    monkeypatch.setattr(evaluate, "write_page", lambda folder, report: None)
+    monkeypatch.setattr(evaluate, "write_report", lambda folder, report: None)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def with_inception(monkeypatch, tmp_path):
         return Networks(None if files["inception"] is None else features, {}, {})
 
     monkeypatch.setattr(evaluate, "load_networks", load)
-    monkeypatch.setattr(suite, "RFID_FEATURES", 64)
+    monkeypatch.setattr(reconstruction, "RFID_FEATURES", 64)
     (tmp_path / "inception.pth").write_bytes(b"weights")
     return [f"--inception={tmp_path / 'inception.pth'}", f"--reference-cache={tmp_path / 'cache'}"]
 
@@ -110,7 +111,7 @@ def order_of(folder):
 @pytest.mark.parametrize("protocol", ["direct", "published"])
 def test_pixel_metrics_and_code_statistics(protocol, saved, folder, tmp_path, capsys, monkeypatch):
     """Eleven pictures in batches of eight: five rows of padding that must not count."""
-    monkeypatch.setattr(evaluate, "write_page", write_page)
+    monkeypatch.setattr(evaluate, "write_report", write_report)
     report, err = run(
         capsys,
         f"--tokenizer={saved}",
@@ -184,7 +185,7 @@ def test_rfid_and_its_cached_reference(with_inception, saved, folder, tmp_path, 
 
 
 def test_scores_are_kept_if_the_page_cannot_be_written(saved, folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "write_page", write_page)
+    monkeypatch.setattr(evaluate, "write_report", write_report)
     (tmp_path / "report").write_text("not a folder")
     assert evaluate.main([f"--tokenizer={saved}", f"--data={folder}", f"--out={tmp_path}", f"--size={SIZE}"]) == 2
     assert "report" in capsys.readouterr().err.splitlines()[-1]
@@ -272,13 +273,13 @@ def test_pictures_that_a_workdir_names_are_cropped_and_counted_as_asked(folder):
 
 
 def test_processes_are_joined_if_asked_for(saved, folder, tmp_path, monkeypatch, capsys):
-    def join():
-        raise InputError("no others")
+    def join(place):
+        raise InputError(f"no others at {place.coordinator} for {place.timeout} s")
 
-    monkeypatch.setattr(evaluate, "join_processes", join)
-    options = [f"--workdir={saved}", f"--data={folder}", f"--out={tmp_path}", "--distributed"]
-    assert evaluate.main(options) == 2
-    assert "no others" in capsys.readouterr().err
+    monkeypatch.setattr(Place, "join", join)
+    options = [f"--workdir={saved}", f"--data={folder}", f"--out={tmp_path}"]
+    assert evaluate.main([*options, "--distributed", "--coordinator=host:1", "--distributed_timeout=7"]) == 2
+    assert capsys.readouterr().err == "fvq_jax: no others at host:1 for 7 s\n"
 
 
 def test_two_hosts_share_the_pictures_and_find_what_one_finds(saved, with_inception, folder, tmp_path, monkeypatch):
@@ -289,7 +290,7 @@ def test_two_hosts_share_the_pictures_and_find_what_one_finds(saved, with_incept
         return evaluate._parse([*options, *with_inception, "--save-npz"])
 
     reports = {}
-    monkeypatch.setattr(evaluate, "write_page", lambda folder, report: reports.update({folder.name: report}))
+    monkeypatch.setattr(evaluate, "write_report", lambda folder, report: reports.update({folder.name: report}))
     whole = evaluate.evaluate(arguments(tmp_path / "one"))
     shutil.rmtree(tmp_path / "cache")  # so that the statistics are collected again
     results = on_two_hosts(monkeypatch, lambda index: evaluate.evaluate(arguments(tmp_path / f"host{index}")))
