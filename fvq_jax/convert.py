@@ -8,7 +8,7 @@ safetensors or PyTorch, seconds per GB, and cannot. Exit codes: 0, and 2 for inp
 import argparse
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
@@ -69,7 +69,7 @@ def _variant(quantizer: Quantizer) -> str:
     return f"{quantizer_settings(quantizer)['name']} tokenizer"
 
 
-def _progress(source: Path):
+def _progress(source: Path) -> Callable[[Iterable[str]], Iterable[str]]:
     """A bar over the tensors of a large file, nothing for small ones."""
     small = not source.is_file() or source.stat().st_size < LARGE
 

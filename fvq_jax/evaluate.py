@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     """Evaluates; returns the exit code."""
     args = _parse(argv)
     where = place(args)
-    return exits.run(lambda: _evaluate(args), where and where.join)
+    return exits.run(lambda: _evaluate(args), where.join if where else None)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -119,7 +119,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     sums, moments = found.sums, known
     if sums.real is not None and sums.images >= 2:
         moments = sums.real.moments()
-        if not sums.skipped:  # what cannot be read now may be readable the next time
+        if reference and not sums.skipped:  # what cannot be read now may be readable the next time
             reference.save(moments)
     facts = {"tokenizer": repr(tokenizer), "path": str(path)}
     facts |= conditions(found, source, data=prepared.data, protocol=args.protocol, size=size) | {
@@ -143,7 +143,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     metrics = {
         **facts,
         **report.metrics,
-        "reference": None if moments is None else {"path": str(reference.path), "cached": known is not None},
+        "reference": {"path": str(reference.path), "cached": known is not None} if reference and moments else None,
         "not_computed": report.not_computed,
     }
     _write(args.out / METRICS, json.dumps(metrics, indent=2) + "\n")  # first: the page only shows it
@@ -189,8 +189,8 @@ def _prepare(args: argparse.Namespace) -> _Prepared:
     images = args.images or (trained.eval.images if trained and args.data is None else 0)
     source, data = _source(args.data, size, images, copy.deepcopy(trained))
     if args.crops:
-        resize = (trained.data.resize_min, trained.data.resize_max) if trained else (0, 0)
-        source, images = RandomCrops(source, args.crops, size, *resize, seed=args.seed), 0
+        low, high = (trained.data.resize_min, trained.data.resize_max) if trained else (0, 0)
+        source, images = RandomCrops(source, args.crops, size, low, high, seed=args.seed), 0
     networks = load_networks({name: getattr(args, name) for name in FILES}, size)
     return _Prepared(path, trained, tokenizer, networks, source, data, images, size)
 

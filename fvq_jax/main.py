@@ -64,8 +64,10 @@ def _run(argv: list[str]) -> int:
     if not DISTRIBUTED.value and any(flag.present for flag in where):
         return exits.fail("--coordinator, --num_processes and --process_id do nothing without --distributed")
     set_up_logging()
-    place = Place(DISTRIBUTED_TIMEOUT.value, *(flag.value for flag in where)) if DISTRIBUTED.value else None
-    return exits.run(lambda: main(argv), place and place.join)
+    if not DISTRIBUTED.value:
+        return exits.run(lambda: main(argv))
+    place = Place(DISTRIBUTED_TIMEOUT.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    return exits.run(lambda: main(argv), place.join)
 
 
 if __name__ == "__main__":

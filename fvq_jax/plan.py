@@ -63,7 +63,7 @@ def topology_devices(name: str, slices: int = 1) -> list[Any]:
     os.environ.update(LIBTPU_ENVIRONMENT)
     jax.config.update("jax_platforms", "cpu")
     try:
-        devices = topologies.get_topology_desc(name, "tpu", num_slices=slices).devices
+        devices: list[Any] = topologies.get_topology_desc(name, "tpu", num_slices=slices).devices
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--topology={name} is no TPU slice such as v5e:4x4 or v5p:2x4x4: {reason}") from None
@@ -111,7 +111,7 @@ def _with_mesh(config: ConfigDict, mesh: list[str] | None) -> ConfigDict:
     return config
 
 
-def _logged(make: Callable, task_class: type[Task], config: ConfigDict, devices: Sequence[Any]) -> Plan:
+def _logged(make: Callable[..., Plan], task_class: type[Task], config: ConfigDict, devices: Sequence[Any]) -> Plan:
     """Makes a plan, and says so."""
     logging.info("compiling batch %d for %d x %s", config.batch_size, len(devices), devices[0].device_kind)
     began = time.monotonic()

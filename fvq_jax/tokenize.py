@@ -31,6 +31,7 @@ from fvq_jax.runtime import exits
 from fvq_jax.runtime.arguments import Parser, true_or_false
 from fvq_jax.runtime.errors import InputError
 
+Crop = UInt8[np.ndarray, "s s 3"] | None  # None of what cannot be read
 _THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -113,18 +114,16 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _crops(
-    files: FolderSource, size: int, batch: int
-) -> Iterator[tuple[list[str], list[UInt8[np.ndarray, "s s 3"] | None]]]:
-    """Names and crops in batches, None for what cannot be read; one batch is read ahead."""
+def _crops(files: FolderSource, size: int, batch: int) -> Iterator[tuple[list[str], list[Crop]]]:
+    """Names and crops in batches; one batch is read ahead."""
 
-    def load(name: str) -> UInt8[np.ndarray, "s s 3"] | None:
+    def load(name: str) -> Crop:
         try:
             return resize_center(open_image(name), size)
         except UnreadableImageError:
             return None
 
-    waiting: collections.deque[tuple[list[str], list[Future]]] = collections.deque()
+    waiting: collections.deque[tuple[list[str], list[Future[Crop]]]] = collections.deque()
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(files), batch):
             names = [files.name(index) for index in range(start, min(start + batch, len(files)))]
@@ -135,7 +134,7 @@ def _crops(
             yield _results(*waiting.popleft())
 
 
-def _results(names: list[str], futures: list[Future]) -> tuple[list[str], list]:
+def _results(names: list[str], futures: list[Future[Crop]]) -> tuple[list[str], list[Crop]]:
     return names, [future.result() for future in futures]
 
 

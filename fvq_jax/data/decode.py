@@ -65,8 +65,8 @@ def open_image(file: str | os.PathLike[str] | bytes, min_side: int = 0) -> Image
                 image.draft(None, (min_side, min_side))
             image.load()
             turn = _UPRIGHT.get(_orientation(image))
-            image = to_rgb(image)
-            return image if turn is None else image.transpose(turn)
+            picture = to_rgb(image)
+            return picture if turn is None else picture.transpose(turn)
     except UnreadableImageError:
         raise
     except UnidentifiedImageError as error:

@@ -13,6 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO, TypeVar
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -21,6 +22,7 @@ from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.files import replace_whole
 
 _BUFFER = 1 << 20
+_Writer = TypeVar("_Writer", bound="_RowWriter")
 _Array = tuple[str, np.dtype, tuple[int, ...], Iterable[bytes]]  # name, type, shape of a row, content
 
 
@@ -44,7 +46,7 @@ class _RowWriter:
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
-    def __enter__(self) -> "_RowWriter":
+    def __enter__(self: _Writer) -> _Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
@@ -173,7 +175,7 @@ class CodeReader:
                 rows = self._read(codes, self._type, (count, *self.shape[1:]))
                 yield rows, self._read(names, self._name_type, (count,)).tolist()
 
-    def _read(self, member: io.BufferedIOBase, dtype: np.dtype, shape: Iterable[int]) -> np.ndarray:
+    def _read(self, member: IO[bytes] | io.BufferedIOBase, dtype: np.dtype, shape: Iterable[int]) -> np.ndarray:
         shape = tuple(shape)
         needed = dtype.itemsize * int(np.prod(shape))
         try:
@@ -185,7 +187,7 @@ class CodeReader:
         return np.frombuffer(content, dtype).reshape(shape)
 
 
-def _read_header(member: io.BufferedIOBase) -> tuple[tuple[int, ...], np.dtype]:
+def _read_header(member: IO[bytes] | io.BufferedIOBase) -> tuple[tuple[int, ...], np.dtype]:
     version = np.lib.format.read_magic(member)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran_order, dtype = read(member)

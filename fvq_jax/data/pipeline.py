@@ -192,10 +192,11 @@ def _load_to_train(
         except _UNREADABLE:
             failed.append(candidate)
             if len(failed) > _UNREADABLE_LIMIT * len(source):
-                raise _too_many([source.name(number) for number in failed], len(source)) from None
+                break
             continue
         crop = random_resize_crop(image, rng, image_size, resize_min, resize_max)
         return _row(random_flip(crop, rng) if flip else crop, label, failed[0] if failed else -1)
+    raise _too_many([source.name(number) for number in failed], len(source))
 
 
 def _load_to_score(

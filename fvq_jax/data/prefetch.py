@@ -38,25 +38,25 @@ class Prefetch(Iterator[T]):
         self._timeout = timeout
         self._patience = _START * timeout
         self._others = set(multiprocessing.active_children())  # not ours to end: an evaluation goes on while training
-        self._placed: queue.Queue[tuple[T | None, Exception | None]] = queue.Queue(1)  # and one waits to be put there
+        self._placed: queue.Queue[tuple[T] | Exception] = queue.Queue(1)  # and one waits to be put there
         self._closed = threading.Event()
         self._filling = threading.Thread(target=self._fill, name="prefetch", daemon=True)
         self._filling.start()
 
     def __next__(self) -> T:
         try:
-            placed, error = self._placed.get(timeout=self._patience or None)
+            placed = self._placed.get(timeout=self._patience or None)
         except queue.Empty:
             raise DataError(
                 f"no batch for {self._patience:g} s: a picture cannot be read, or its file system does not answer; "
                 "start again when it does (if it is only slow: a training run waits as long as its data.timeout)"
             ) from None
         self._patience = self._timeout
-        if isinstance(error, InputError | StopIteration):
-            raise error
-        if error is not None:
-            raise DataError(f"no more batches: {str(error).strip().splitlines()[0]}") from error
-        return placed
+        if isinstance(placed, InputError | StopIteration):
+            raise placed
+        if isinstance(placed, Exception):
+            raise DataError(f"no more batches: {str(placed).strip().splitlines()[0]}") from placed
+        return placed[0]
 
     def ready(self) -> bool:
         """Whether the next batch, or what ends them, is there."""
@@ -82,9 +82,9 @@ class Prefetch(Iterator[T]):
     def _fill(self) -> None:
         try:
             for batch in self._batches:
-                self._placed.put((self._place(batch), None))
+                self._placed.put((self._place(batch),))
                 if self._closed.is_set():
                     return
-            self._placed.put((None, StopIteration()))
+            self._placed.put(StopIteration())
         except Exception as error:  # raised again where the batch is asked for
-            self._placed.put((None, error))
+            self._placed.put(error)

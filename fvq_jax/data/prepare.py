@@ -53,7 +53,7 @@ def _prepare(args: argparse.Namespace) -> int:
         raise RunError(
             "a worker process died, perhaps for want of memory; start me again, with fewer --workers"
         ) from None
-    if not message:
+    if interrupt.signal and not message:
         return exits.fail(f"interrupted by {interrupt.signal.name}: start me again", exits.INTERRUPTED)
     sys.stdout.write(f"{message}\n")
     return 0
@@ -254,7 +254,7 @@ class _StoppedError(Exception):
     """Leaves a shard unfinished, since the main process waits for no more of them."""
 
 
-_worker: _Worker | None = None
+_worker: _Worker  # there from `_start_worker` on
 
 
 def _start_worker(*shared: Any) -> None:

@@ -15,8 +15,9 @@ def follow_parent(*_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def wait():
-        multiprocessing.parent_process().join()
-        os._exit(1)
+    def wait() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
+            os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -13,7 +13,8 @@ from jaxtyping import Float, Float64
 
 from fvq_jax.runtime.errors import InputError
 
-Vector, Matrix = Float64[np.ndarray, "d"], Float64[np.ndarray, "d d"]
+Vector = Float64[np.ndarray, "d"]
+Matrix = Float64[np.ndarray, "d d"]
 
 
 @jax.tree_util.register_dataclass
@@ -93,7 +94,9 @@ def _gaussian(given: Any) -> tuple[Vector, Float64[np.ndarray, "r d"]]:
     _check_finite(features)
     mean = features.mean(axis=0)
     factor = (features - mean) / np.sqrt(len(features) - 1)
-    return mean, factor if len(factor) <= len(mean) else np.linalg.qr(factor, mode="r")
+    if len(factor) > len(mean):
+        factor = np.linalg.qr(factor, mode="r")
+    return mean, factor
 
 
 def _of_moments(mean: Vector, covariance: Float64[np.ndarray, "_ _"]) -> tuple[Vector, Matrix]:

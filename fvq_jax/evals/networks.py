@@ -49,24 +49,25 @@ def load_networks(files: Mapping[str, File], size: int) -> Networks:
     Raises:
       InputError: a file is there and damaged, or holds something else.
     """
-    missing = {}
+    there = {name: path for name, path in files.items() if path is not None and os.path.isfile(path)}
+    missing: dict[str, str] = {}
     inception = None
-    if _is_file(files["inception"]):
-        inception = load_inception(files["inception"])
+    if "inception" in there:
+        inception = load_inception(there["inception"])
     else:
         missing |= dict.fromkeys(("rfid", "inception_score"), _advice("inception", files["inception"]))
-    lpips = {}
+    lpips: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {}
     for metric, (backbone, weights, heads) in LPIPS.items():
         if size < backbone.least:
             missing[metric] = f"needs pictures of at least {backbone.least} pixels, not {size}"
             continue
-        absent = [name for name in (weights, heads) if not _is_file(files[name])]
-        tensors = {} if heads in absent else read_tensors(files[heads])
+        absent = [name for name in (weights, heads) if name not in there]
+        tensors = {} if heads in absent else read_tensors(there[heads])
         source = files[heads]
         if "net.slice1.0.weight" in tensors:  # heads and backbone in one file
             absent = []
         elif not absent:
-            source = files[weights]
+            source = there[weights]
             tensors |= read_tensors(source)
         if absent:
             missing[metric] = "; ".join(_advice(name, files[name]) for name in absent)
@@ -83,10 +84,6 @@ def option(name: str) -> str:
 
 def _distance(backbone: Backbone, params: Any, a: Any, b: Any) -> Any:
     return lpips_distance(params, to_float(a), to_float(b), backbone=backbone)
-
-
-def _is_file(path: File) -> bool:
-    return path is not None and os.path.isfile(path)
 
 
 def _advice(name: str, path: File) -> str:

@@ -157,7 +157,7 @@ def collect(
             sums.code_counts += np.bincount(codes.reshape(-1), minlength=codebook_size)
             np.minimum.at(first_use, codes, positions[:, None])
             examples.add(positions, scores, real[mask], decoded[mask])
-            if networks.inception is not None:
+            if networks.inception and sums.decoded and sums.inception_score:
                 # Before the mask, so that the last batch has the shape of the others.
                 outputs = networks.inception(decoded)
                 sums.decoded.add(outputs[str(RFID_FEATURES)][mask])

@@ -7,13 +7,15 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
+from numpy.typing import ArrayLike
 
 from fvq_jax.inference.saved import SavedTokenizer, load, save_folder
 from fvq_jax.interop.tokenizer_checkpoint import ENDINGS, write_checkpoint
@@ -69,7 +71,7 @@ class Tokenizer:
         return self._saved.net
 
     @property
-    def trained_params(self) -> dict:
+    def trained_params(self) -> dict[str, Any]:
         """The parameters of `trained_net`, with the bridge and the codebook before it."""
         return self._saved.params
 
@@ -84,7 +86,7 @@ class Tokenizer:
         table = jax.jit(functools.partial(self.net.apply, method="table"))
         return np.asarray(table({"params": {"quantizer": self.params["quantizer"]}}))
 
-    def encode(self, images) -> Int[np.ndarray, "b h w"]:
+    def encode(self, images: ArrayLike) -> Int[np.ndarray, "b h w"]:
         """Images to codes: a numpy array, int32 [b, h, w], in [0, k).
 
         Args:
@@ -117,7 +119,7 @@ class Tokenizer:
         codes = (0, height // factor, width // factor)
         return self._in_parts(self._encode, images, np.zeros(codes, np.int32))
 
-    def decode(self, codes) -> Float[np.ndarray, "b H W 3"]:
+    def decode(self, codes: ArrayLike) -> Float[np.ndarray, "b H W 3"]:
         """Codes to images: a numpy array, float32 [b, H, W, 3], in [-1, 1].
 
         Args:
@@ -168,7 +170,7 @@ class Tokenizer:
             f"down-sampling {self.downsampling})"
         )
 
-    def _in_parts(self, program: Callable, rows: np.ndarray, nothing: np.ndarray) -> np.ndarray:
+    def _in_parts(self, program: Callable[[Any, Any], Any], rows: np.ndarray, nothing: np.ndarray) -> np.ndarray:
         """`program` over a batch of any size, `nothing` for an empty one."""
         results = [nothing]
         for start in range(0, len(rows), MAX_PER_DEVICE * self._devices):
@@ -182,16 +184,17 @@ class Tokenizer:
         return np.concatenate(results)
 
 
-def _encode(net: TokenizerNet, params, images):
+def _encode(net: TokenizerNet, params: dict[str, Any], images: Array) -> Any:
     images = to_float(images) if images.dtype == jnp.uint8 else images
     return net.apply({"params": params}, images, method="encode")
 
 
-def _decode(net: TokenizerNet, params, codes):
-    return jnp.clip(net.apply({"params": params}, codes, method="decode"), -1, 1)
+def _decode(net: TokenizerNet, params: dict[str, Any], codes: Array) -> Array:
+    images: Any = net.apply({"params": params}, codes, method="decode")
+    return jnp.clip(images, -1, 1)
 
 
-def _folded_codebook(net: TokenizerNet, params: dict) -> np.ndarray:
+def _folded_codebook(net: TokenizerNet, params: dict[str, Any]) -> np.ndarray:
     """The codebook that replaces codebook and bridge."""
     table = jax.jit(functools.partial(net.apply, method="table"))
     return np.asarray(table({"params": {"quantizer": params["quantizer"]}}))

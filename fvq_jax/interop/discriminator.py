@@ -49,7 +49,7 @@ def stylegan_from_torch(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     The number of blocks follows from the keys. InputError if tensors are missing.
     """
     n_blocks = sum(key.endswith(".conv_res.weight") for key in tensors)
-    layers = {("conv_in",): "blocks.0", ("conv_out",): "final_conv.0"}
+    layers: dict[tuple[str, ...], str] = {("conv_in",): "blocks.0", ("conv_out",): "final_conv.0"}
     layers |= {("dense_0",): "final_linear.0", ("dense_1",): "final_linear.2"}
     parts = {"shortcut": "conv_res", "conv_0": "net.0", "conv_1": "net.2", "downsample": "downsample.1"}
     for i in range(n_blocks):  # blocks.1 is an activation

@@ -32,7 +32,7 @@ def read_checkpoint(
     *,
     l2_norm: bool | None = None,
     track: Callable[[Iterable[str]], Iterable[str]] = iter,
-) -> tuple[TokenizerNet, dict]:
+) -> tuple[TokenizerNet, dict[str, Any]]:
     """The network of a published tokenizer checkpoint (FVQ or LlamaGen) and its parameters, float32 on the host.
 
     The weights may lie in wrappers (`model`, `ema`, `state_dict`; a moving average is preferred) and carry the
@@ -62,7 +62,7 @@ def read_checkpoint(
     return net, tokenizer_params(tensors, net, str(path), track)
 
 
-def write_checkpoint(path: str | os.PathLike[str], net: TokenizerNet, params: dict) -> None:
+def write_checkpoint(path: str | os.PathLike[str], net: TokenizerNet, params: dict[str, Any]) -> None:
     """Writes a network with its bridge, if any, in the published layout.
 
     .pt and .pth hold `{"model": tensors, "args": {"codebook_l2_norm": ...}}`, which is how published programs load them

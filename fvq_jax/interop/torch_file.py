@@ -12,7 +12,7 @@ import pickle
 import types
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
@@ -156,7 +156,7 @@ def _load_legacy(path: str | os.PathLike[str], file: io.BufferedReader) -> Any:
     for key in unpickle():  # their bytes follow the pickles, in this order
         values = storages[key]
         count = int.from_bytes(file.read(8), "little")
-        if count != values.size or file.readinto(values.view(np.uint8)) != values.nbytes:
+        if count != values.size or file.readinto(values.view(np.uint8).data) != values.nbytes:
             raise ValueError(f"storage {key} is cut off")
     return result
 
@@ -164,7 +164,9 @@ def _load_legacy(path: str | os.PathLike[str], file: io.BufferedReader) -> Any:
 class _Unpickler(pickle.Unpickler):
     """Rebuilds tensors and plain containers, and refuses every other name."""
 
-    def __init__(self, file: io.BufferedIOBase, path: Any, storage: Callable[[str, np.dtype, int], np.ndarray]):
+    def __init__(
+        self, file: IO[bytes] | io.BufferedIOBase, path: Any, storage: Callable[[str, np.dtype, int], np.ndarray]
+    ):
         super().__init__(file, encoding="utf-8")
         self._path = path
         self._storage = storage
@@ -217,10 +219,10 @@ class _Unpickler(pickle.Unpickler):
 class _Parameter(np.ndarray):
     """A parameter as PyTorch before 0.4 pickled it: its tensor, then a state about gradients that has no use here."""
 
-    def __new__(cls, data: np.ndarray, *_: Any):
+    def __new__(cls, data: np.ndarray, *_: Any) -> "_Parameter":
         return np.asarray(data).view(cls)
 
-    def __setstate__(self, state: tuple) -> None:
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
         del state
 
 

@@ -100,7 +100,7 @@ def tokenizer_params(
     net: TokenizerNet | None = None,
     source: str = "the checkpoint",
     track: Callable[[Iterable[str]], Iterable[str]] = iter,
-) -> dict:
+) -> dict[str, Any]:
     """Parameters of `net` (None: the network the tensors are inferred to belong to), float32.
 
     The usage buffer is left out. All or nothing: InputError that lists every tensor that is missing, extra or of

@@ -16,9 +16,9 @@ GROUPS = 32
 def fan_in_uniform(fan_in: int) -> Initializer:
     """Uniform within 1/sqrt(fan_in), for kernels and biases alike, as the published models start."""
 
-    def init(key, shape, dtype=jnp.float32):
+    def init(key, shape, dtype=jnp.float32, out_sharding=None):
         bound = fan_in**-0.5
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
+        return jax.random.uniform(key, shape, dtype, -bound, bound, out_sharding=out_sharding)
 
     return init
 

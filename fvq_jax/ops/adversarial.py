@@ -53,7 +53,7 @@ ADVERSARIAL_LOSSES = {
 }
 
 
-def _losses(kind: str) -> tuple[Callable, Callable]:
+def _losses(kind: str) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
     if kind not in ADVERSARIAL_LOSSES:
         raise ValueError(f"unknown adversarial loss {kind!r}; known: {', '.join(ADVERSARIAL_LOSSES)}")
     return ADVERSARIAL_LOSSES[kind]

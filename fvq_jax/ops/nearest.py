@@ -56,8 +56,16 @@ def nearest_code(
     """
     z, codebook = jax.lax.stop_gradient((z, codebook))
     center = mean_code(codebook, l2_normalize)
-    options = {"block_size": block_size, "precision": precision, "implementation": implementation}
-    return search(z, codebook, center, l2_normalize=l2_normalize, **options)[1]
+    _, index = search(
+        z,
+        codebook,
+        center,
+        block_size=block_size,
+        l2_normalize=l2_normalize,
+        precision=precision,
+        implementation=implementation,
+    )
+    return index
 
 
 def runs_kernel(implementation: str, platform: str) -> bool:
@@ -99,7 +107,11 @@ def search(
     classes = nearest_tpu.LANES if rescored else 1
 
     def best(program, **more):
-        return lambda *arrays: _lowest(*program.candidates(*arrays, **options, **more), count)
+        def lowest(*arrays):
+            score, index = program.candidates(*arrays, **options, **more)
+            return _lowest(score, index, count)
+
+        return lowest
 
     scan = best(nearest_xla, classes=classes, block_size=block_size)
     on_tpu, on_gpu = best(nearest_tpu), best(nearest_gpu)

@@ -34,12 +34,18 @@ def sharded_nearest_code(
     every shard comes back to the token's owner. n must be a multiple of the devices, k of the `codebook` axis.
     """
 
-    options = {"block_size": block_size, "precision": precision, "implementation": implementation}
-
     def nearest(z, rows):
         z = jax.lax.all_gather(z, "codebook", tiled=True)
         center = jax.lax.pmean(mean_code(rows, l2_normalize), "codebook")
-        score, index = search(z, rows, center, l2_normalize=l2_normalize, **options)
+        score, index = search(
+            z,
+            rows,
+            center,
+            block_size=block_size,
+            l2_normalize=l2_normalize,
+            precision=precision,
+            implementation=implementation,
+        )
         index = index + jax.lax.axis_index("codebook") * rows.shape[0]
         exchange = functools.partial(jax.lax.all_to_all, axis_name="codebook", split_axis=0, concat_axis=0, tiled=False)
         shards = mesh.shape["codebook"]

@@ -9,11 +9,12 @@ import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import matplotlib
 import numpy as np
 from jaxtyping import Float, Float64, Int, Int64
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, to_rgb
@@ -25,32 +26,36 @@ from fvq_jax.ops.code_usage import usage_if_uniform
 
 Rows = Sequence[Mapping[str, Any]]
 Counts = Int[np.ndarray, "k"]
+Arguments = ParamSpec("Arguments")
+Drawing = TypeVar("Drawing", bound=Figure | None)
 
 # Matplotlib knows no CSS variables: these greys, which no figure uses otherwise, stand for them.
 _INK, _GRID, _FIRST, _SECOND, _MUTED = "#010101", "#020202", "#030303", "#040404", "#050505"
 _VARIABLES = {_INK: "--ink", _GRID: "--line", _FIRST: "--first", _SECOND: "--second", _MUTED: "--muted"}
-_STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _MUTED,
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.6,
-    "figure.facecolor": "none",
-    "legend.frameon": False,
-    "text.color": _INK,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "svg.fonttype": "none",
-}
+_STYLE = matplotlib.RcParams(
+    {
+        "font.size": 9,
+        "axes.titlesize": 9,
+        "axes.titlelocation": "left",
+        "axes.labelcolor": _INK,
+        "axes.edgecolor": _MUTED,
+        "axes.facecolor": "none",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": _GRID,
+        "grid.linewidth": 0.6,
+        "figure.facecolor": "none",
+        "legend.frameon": False,
+        "text.color": _INK,
+        "xtick.color": _MUTED,
+        "ytick.color": _MUTED,
+        "xtick.labelcolor": _INK,
+        "ytick.labelcolor": _INK,
+        "svg.fonttype": "none",
+    }
+)
 _WIDTH, _HEIGHT = 5.4, 3.4  # inches of 72 units
 _SKY, _DEAD = "#10131c", "#ff5a4f"  # of the map, whose colours are those of the picture in both themes
 MOST_POINTS = 1 << 17  # more codes than this are drawn as a density
@@ -63,11 +68,11 @@ _BELOW_TOP = 0.99  # of the cells have colours of their own; those above share t
 _CURVE_POINTS = 50
 
 
-def styled(draw: Callable[..., Figure | None]) -> Callable[..., Figure | None]:
+def styled(draw: Callable[Arguments, Drawing]) -> Callable[Arguments, Drawing]:
     """Lets a function draw in the style of the page, which `to_svg` needs."""
 
     @functools.wraps(draw)
-    def drawn(*args: Any, **kwargs: Any) -> Figure | None:
+    def drawn(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Drawing:
         with matplotlib.rc_context(_STYLE):
             return draw(*args, **kwargs)
 
@@ -148,6 +153,7 @@ def codebook_map_figure(
     how many codes there are.
     """
     figure, axes = new_axes(height=4.4)
+    extend = None
     axes.set_facecolor(_SKY)
     axes.grid(False)
     alive = counts > 0
@@ -155,15 +161,21 @@ def codebook_map_figure(
     if len(points) <= most_points:
         area = float(np.clip(20_000 / len(points), 1.0, 26.0))
         order = np.flatnonzero(alive)[np.argsort(counts[alive], kind="stable")]  # the most frequent on top
-        dead = {"s": area * 1.6, "marker": "x", "linewidths": 0.8, "color": _DEAD}
-        dead_handle = axes.scatter(*points[~alive].T, **dead, rasterized=True, label=dead_label)
-        style = {"s": area, "linewidths": 0, "cmap": "viridis", "norm": LogNorm(1, max(2, counts.max()))}
-        colours = axes.scatter(*points[order].T, c=counts[order], rasterized=True, **style)
+        x, y = points[~alive].T
+        dead_handle: Artist = axes.scatter(
+            x, y, s=area * 1.6, marker="x", linewidths=0.8, color=_DEAD, rasterized=True, label=dead_label
+        )
+        x, y = points[order].T
+        norm = LogNorm(1, max(2, counts.max()))
+        colours: ScalarMappable = axes.scatter(
+            x, y, s=area, c=counts[order], cmap="viridis", norm=norm, linewidths=0, rasterized=True
+        )
     else:
         dead_handle = Patch(color=_DEAD, label=dead_label)
         colours = _density(axes, points, counts)
+        extend = "max"
     ticks = LogLocator(subs=(1.0, 2.0, 5.0))
-    bar = figure.colorbar(colours, ax=axes, label="times chosen", ticks=ticks, pad=0.02, aspect=30)
+    bar = figure.colorbar(colours, ax=axes, label="times chosen", ticks=ticks, extend=extend, pad=0.02, aspect=30)
     bar.outline.set_visible(False)
     _thousands(bar.ax.yaxis)
     if not alive.all():
@@ -176,20 +188,20 @@ def codebook_map_figure(
 def _density(axes: Axes, points: Float[np.ndarray, "k 2"], counts: Counts) -> ScalarMappable:
     """Draws the cells; returns which colour stands for how many times chosen."""
     edges = [np.linspace(low, high, _CELLS + 1) for low, high in zip(points.min(0), points.max(0), strict=True)]
+    x, y = points.T
     codes, uses, used = (
-        np.histogram2d(*points.T, bins=edges, weights=weights)[0].T for weights in (None, counts, counts > 0)
+        np.histogram2d(x, y, bins=edges, weights=weights)[0].T for weights in (None, counts, counts > 0)
     )
     mean = np.maximum(uses / np.maximum(used, 1), 1)
     # A few frequent codes, alone in their cells, would leave all others one colour.
     top = np.quantile(mean[used > 0], _BELOW_TOP) if used.any() else 2
     colours = ScalarMappable(LogNorm(1, max(2, top)), "viridis")
-    colours.cmap.colorbar_extend = "max"
     dead = 1 - (used / np.maximum(codes, 1))[..., None]
     blended = (1 - dead) * colours.to_rgba(mean)[..., :3] + dead * np.array(to_rgb(_DEAD))
     opacity = np.where(codes > 0, 0.4 + 0.6 * np.log1p(codes) / np.log1p(codes.max()), 0)
     extent = (edges[0][0], edges[0][-1], edges[1][0], edges[1][-1])
-    style = {"extent": extent, "origin": "lower", "aspect": "auto", "interpolation": "nearest"}
-    axes.imshow(np.dstack([blended, opacity]), **style)
+    pixels = np.dstack([blended, opacity])
+    axes.imshow(pixels, extent=extent, origin="lower", aspect="auto", interpolation="nearest")
     return colours
 
 

@@ -284,7 +284,7 @@ def _training(report: Report) -> str:
             "with what even use would show in a window of its size.",
         ),
     )
-    drawn = [plot for plot in plots if plot[1] is not None]
+    drawn = [(title, figure, caption) for title, figure, caption in plots if figure is not None]
     return f"<h2>Training</h2>\n{_plots(drawn)}" if drawn else ""
 
 

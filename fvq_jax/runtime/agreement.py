@@ -26,7 +26,7 @@ def everywhere(action: Callable[[], T]) -> T:
     """
     if jax.process_count() == 1:
         return action()
-    result, own = None, None
+    own: InputError | RunError | None = None
     try:
         result = action()
     except (InputError, RunError) as error:
@@ -43,9 +43,9 @@ def everywhere(action: Callable[[], T]) -> T:
     # One exit code for all: a run that ends is not bad input, even where another process sees it as such.
     if 2 not in kinds:
         raise InputError(text) from own
-    error = RunError(text)
-    error.shared = True
-    raise error from own
+    ending = RunError(text)
+    ending.shared = True
+    raise ending from own
 
 
 def check_same(values: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +20,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 BETWEEN_SLICES = "between-slices"
 # bfloat16 products that a TPU multiplies for one float32 product at that precision.
 _PASSES = {"high": 3, "highest": 6}
+Amount = TypeVar("Amount", int, float)
 
 
 class Instruction(NamedTuple):
@@ -64,7 +65,7 @@ class Program:
                 current.append(Instruction(shape, opcode, tuple(operands), called, rest))
                 self.shapes[name] = shape
 
-    def total(self, amount: Callable[[Instruction], int | float]) -> int | float:
+    def total(self, amount: Callable[[Instruction], Amount]) -> Amount:
         """The sum of `amount` over all instructions that one run executes.
 
         A loop's body counts as often as it runs, where the program says how often (once otherwise); of a
@@ -91,7 +92,7 @@ class Program:
         """How often a while loop runs: as XLA noted it, or from a condition `counter < constant`, else 1."""
         if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text):
             return int(noted[1])
-        condition = self.computations[re.search(r"condition=%?([\w.\-]+)", loop.text)[1]]
+        condition = self.computations[_found(r"condition=%?([\w.\-]+)", loop.text)]
         limits = [re.match(r"(\d+)\)", i.text) for i in condition if i.opcode == "constant"]
         counted = any(i.opcode == "compare" and "direction=LT" in i.text for i in condition)
         return int(limits[0][1]) if counted and len(limits) == 1 and limits[0] else 1
@@ -123,7 +124,7 @@ def collective_bytes(program: Program, devices: int) -> dict[str, int]:
             chains.add(chain[1])
         return program.operand_bytes(instruction) * factors[kind](_group_size(instruction.text, devices))
 
-    def handed_over(instruction):
+    def handed_over(instruction: Instruction) -> int:
         crosses = instruction.opcode == "send" and "_xla_megascale_target" in instruction.text
         return program.operand_bytes(instruction) if crosses else 0
 
@@ -138,17 +139,17 @@ def repeated_pass_flops(program: Program) -> int:
     XLA counts every product once. Convolutions over padding are counted as if padding were pixels.
     """
 
-    def extra(instruction):
+    def extra(instruction: Instruction) -> int:
         precision = re.search(r"operand_precision=\{(\w+)", instruction.text)
         passes = _PASSES.get(precision[1], 1) if precision else 1
         if passes == 1 or not all(program.shapes[name].startswith("f32") for name in instruction.operands):
             return 0
         if instruction.opcode == "convolution":
-            labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.text)[1]
+            labels = _found(r"dim_labels=\w+_(\w+)->", instruction.text)
             sizes = _dimensions(program.shapes[instruction.operands[1]])
             summed = [size for size, label in zip(sizes, labels, strict=True) if label != "o"]
         elif instruction.opcode == "dot":
-            axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.text)[1]
+            axes = _found(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.text)
             sizes = _dimensions(program.shapes[instruction.operands[0]])
             summed = [sizes[int(axis)] for axis in axes.split(",") if axis]
         else:
@@ -161,6 +162,8 @@ def repeated_pass_flops(program: Program) -> int:
 def total_bytes(executable: jax.stages.Compiled) -> int:
     """Bytes that a program occupies while it runs: what it takes, returns in new buffers, needs between, and itself."""
     memory = executable.memory_analysis()
+    if memory is None:
+        raise NotImplementedError("this backend does not say how much memory a program takes")
     return (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -186,14 +189,16 @@ def least_time(
     twice counts at face value, the body of a loop once, and what a kernel reads again not at all.
     """
     chip = published_chip(device_kind)
-    if chip is None or chip.memory_bandwidth is None:
+    if chip is None or chip.memory_bandwidth is None or chip.network is None:
         return None, None
     between = sent.get(BETWEEN_SLICES, 0)
     network = (sum(sent.values()) - between) / chip.network
     if between:
+        if chip.between_slices is None:
+            return None, None
         network += between / chip.between_slices
     seconds = {"compute": flops / chip.bfloat16, "memory": memory_bytes / chip.memory_bandwidth, "network": network}
-    bound = max(seconds, key=seconds.get)
+    bound = max(seconds, key=seconds.__getitem__)
     return bound, seconds[bound]
 
 
@@ -205,6 +210,14 @@ def out_of_memory(message: str) -> tuple[int, int] | None:
         return None
     needed, available = (round(float(number) * 1024 ** (1 + "KMGT".index(unit))) for number, unit in sizes[:2])
     return needed, available
+
+
+def _found(pattern: str, text: str) -> str:
+    """The pattern's group where the text first matches it; ValueError if it does not, which no program should do."""
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"no {pattern} in {text!r}")
+    return match[1]
 
 
 def _called(text: str) -> Iterator[str]:
@@ -230,7 +243,7 @@ def _group_size(text: str, devices: int) -> int:
 
 def _dimensions(shape: str) -> list[int]:
     """f32[8,256]{1,0} -> [8, 256]."""
-    return [int(size) for size in re.search(r"\[([\d,]*)\]", shape)[1].split(",") if size]
+    return [int(size) for size in _found(r"\[([\d,]*)\]", shape).split(",") if size]
 
 
 def _bytes(shape: str) -> int:

@@ -38,14 +38,14 @@ class Field:
     def check(self, name: str, value: Any) -> None:
         """Raises InputError, which calls the setting `name`, unless it can have this value."""
         want = type(self.default)
-        kinds = {float: (int, float), tuple: (tuple, list)}.get(want, want)
+        kinds: tuple[type, ...] = {float: (int, float), tuple: (tuple, list)}.get(want, (want,))
         # A bool counts as an int in Python, and not here.
         if not isinstance(value, kinds) or isinstance(value, bool) != (want is bool):
             raise InputError(f"config field {name} must be {TYPES[want]}, not {value!r}")
         if self.choices and value not in self.choices:
             names = ", ".join(str(choice) or "nothing" for choice in self.choices)
             raise InputError(f"config field {name} must be one of {names}, not {value!r}")
-        if want in (int, float):
+        if isinstance(value, int | float) and want is not bool:
             self._check_range(name, value)
 
     def _check_range(self, name: str, value: float | int) -> None:

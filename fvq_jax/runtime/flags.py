@@ -33,7 +33,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def keep_compiled(workdir: str) -> None:
     """Compiled programs stay in the workdir, so that a restart begins at once; JAX_COMPILATION_CACHE_DIR goes first."""
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.abspath(workdir), "compilation_cache"))
 
 

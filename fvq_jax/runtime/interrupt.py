@@ -1,6 +1,11 @@
 """SIGTERM and SIGINT as a flag that the training loop reads between steps, so that it can save and stop."""
 
 import signal
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+Handler = Callable[[int, FrameType | None], Any] | int | None  # what `signal.signal` takes and returns
 
 
 class Interrupt:
@@ -13,7 +18,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Handler] = {}
 
     def __enter__(self) -> "Interrupt":
         for number in self.SIGNALS:

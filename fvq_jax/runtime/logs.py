@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 
 from absl import logging
 
@@ -32,7 +33,7 @@ def set_up_logging() -> None:
 
     threading.excepthook = note
 
-    def show(kind, error, trace) -> None:
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if threading.current_thread() is threading.main_thread():
             sys.__excepthook__(kind, error, trace)
         else:  # a thread of a library, which raises what went wrong where its result is waited for

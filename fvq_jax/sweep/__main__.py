@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from fvq_jax.runtime import exits
 from fvq_jax.runtime.arguments import Parser
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> int:
         raise InputError("--config=FILE and --workdir=DIR are both needed, see --help")
     logging.set_verbosity(logging.INFO)
     config_flag = flags.FLAGS["config"]
-    config_file, given = config_flag.config_filename, config_flag.override_values
+    config_file, given = config_flags.get_config_filename(config_flag), config_flags.get_override_values(config_flag)
 
     def command_of(point: Point) -> list[str]:
         return command(point, config_file, given)

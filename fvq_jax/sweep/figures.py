@@ -33,8 +33,9 @@ def steps_figure(rows: Sequence[Row], column: str) -> Figure | None:
     for place, row in enumerate(rows):
         steps, values = scalar_series(row.curves, f"eval/{column}")
         if steps.size:
-            style = {"marker": "o", "markersize": 3.5, "markerfacecolor": None if _done(row) else "none"}
-            axes.plot(steps, values, color=_colour(place, rows), linewidth=1.5, label=label(row, fields), **style)
+            colour, face = _colour(place, rows), None if _done(row) else "none"
+            (curve,) = axes.plot(steps, values, color=colour, linewidth=1.5, label=label(row, fields))
+            curve.set(marker="o", markersize=3.5, markerfacecolor=face)
     if not axes.lines:
         return None
     step_axis(axes)
@@ -51,28 +52,30 @@ def swept_figure(rows: Sequence[Row], column: str) -> Figure | None:
     field, lines = series(rows)
     value_of = {id(row): _plain(swept_values(row, [field])[0]) for row in rows}
     order = list(dict.fromkeys(value_of.values()))
-    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in order)
-    order = sorted(order) if numeric else order
+    numbers = sorted(value for value in order if isinstance(value, int | float) and not isinstance(value, bool))
+    numeric = len(numbers) == len(order)
+    order = [*numbers] if numeric else order
+    positions: Sequence[float | int] = numbers if numeric else range(len(order))
+    position_of = dict(zip(order, positions, strict=True))
     figure, axes = new_axes(height=3.4 + 0.17 * (len(lines) - 1))
     for place, (text, members) in enumerate(lines):
         colour = _COLOURS[place % len(_COLOURS)]
         scored = [row for row in members if column in row.values]
-        scored.sort(key=lambda row: order.index(value_of[id(row)]))
+        scored.sort(key=lambda row: position_of[value_of[id(row)]])
         y = [row.values[column] / METRICS[column].divisor for row in scored]
+        # Words have nothing between them, and room beside them.
+        aside = 0 if numeric else 0.1 * (place - (len(lines) - 1) / 2)
+        x = [position_of[value_of[id(row)]] + aside for row in scored]
         if numeric:
-            x = [value_of[id(row)] for row in scored]
             axes.plot(x, y, color=colour, linewidth=1.5)
-        else:  # words have nothing between them, and room beside them
-            aside = 0.1 * (place - (len(lines) - 1) / 2)
-            x = [order.index(value_of[id(row)]) + aside for row in scored]
-        for row, *at in zip(scored, x, y, strict=True):
-            _marker(axes, *at, colour, row)
+        for row, across, up in zip(scored, x, y, strict=True):
+            _marker(axes, across, up, colour, row)
         axes.plot([], [], color=colour, marker="o", linestyle="-" if numeric else "none", label=text)
     if not numeric:
         axes.set_xlim(-0.5, len(order) - 0.5)
-    if numeric and order[0] > 0 and order[-1] >= 8 * order[0]:
+    if numeric and positions[0] > 0 and positions[-1] >= 8 * positions[0]:
         axes.set_xscale("log")
-    axes.xaxis.set_major_locator(FixedLocator(order if numeric else range(len(order))))
+    axes.xaxis.set_major_locator(FixedLocator(positions))
     axes.xaxis.set_minor_locator(NullLocator())
     names = {value: f"{value:,}" if numeric else str(value) for value in order}
     axes.set_xticks(axes.get_xticks(), [names[value] for value in order], rotation=30 if len(order) > 6 else 0)
@@ -110,7 +113,7 @@ def _done(row: Row) -> bool:
     return row.record.status == "finished"
 
 
-def _plain(value: object) -> object:
+def _plain(value: object) -> float | int | str:
     """A value that can be looked up: lists (of a field such as ch_mult) as text."""
     return value if isinstance(value, int | float | str) else str(value)
 
@@ -121,7 +124,7 @@ def _colour(place: int, rows: Sequence[Row]) -> str | tuple[float, ...]:
     return matplotlib.colormaps["turbo"](0.06 + 0.88 * place / (len(rows) - 1))
 
 
-def _marker(axes: Axes, x: float | int, y: float | int, colour: object, row: Row) -> None:
+def _marker(axes: Axes, x: float | int, y: float | int, colour: str | tuple[float, ...], row: Row) -> None:
     face = colour if _done(row) else "none"
     axes.plot([x], [y], marker="o", markersize=6, markeredgecolor=colour, markerfacecolor=face, linestyle="none")
 

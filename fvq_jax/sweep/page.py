@@ -45,7 +45,7 @@ def write_report(folder: Path) -> dict[str, Any]:
                 unfinished.write_text(text, encoding="utf-8")
         except OSError as error:
             raise InputError(f"cannot write {folder / name}: {error.strerror or error}") from error
-    counts = collections.Counter(row.record.status for row in rows)
+    counts: collections.Counter[str] = collections.Counter(row.record.status for row in rows)
     return {"points": len(rows), **counts, "files": [str(folder / name) for name in texts]}
 
 

@@ -51,7 +51,7 @@ class _Running:
     """A process, and what it was given."""
 
     point: Point
-    process: subprocess.Popen
+    process: subprocess.Popen[bytes]
     lock: int
     log_start: int
 
@@ -72,7 +72,9 @@ def run_points(points: Sequence[Point], command: Callable[[Point], list[str]], p
     Raises:
       InputError: a workdir cannot be written.
     """
-    waiting, running, outcomes = collections.deque(points), [], []
+    waiting = collections.deque(points)
+    running: list[_Running] = []
+    outcomes: list[Outcome] = []
     for point in points:
         _announce(point)
     with Interrupt() as interrupt, _Progress(len(points)) as progress:
@@ -143,7 +145,8 @@ def _begin(point: Point, command: Callable[[Point], list[str]]) -> _Running | Ou
 def _end(run: _Running, stopping: bool) -> Outcome:
     point, code = run.point, run.process.returncode
     summary, error = _summary((point.workdir / OUTPUT).read_text(errors="replace")), ""
-    status: Status = {0: "finished", BAD_INPUT: "refused", INTERRUPTED: "interrupted"}.get(code, "failed")
+    meanings: dict[int, Status] = {0: "finished", BAD_INPUT: "refused", INTERRUPTED: "interrupted"}
+    status = meanings.get(code, "failed")
     if stopping and code in (-signal.SIGINT, -signal.SIGTERM):
         status = "interrupted"  # before it could begin
     if status == "finished" and not summary:
@@ -152,10 +155,10 @@ def _end(run: _Running, stopping: bool) -> Outcome:
         error = _last_error(point.workdir / LOG, run.log_start)
         if code < 0:
             error = f"killed by {signal.Signals(-code).name}" + (f" after: {error}" if error else "")
-    outcome = {"exit_code": code, "error": error, "summary": summary if status == "finished" else {}}
-    write_record(point, status, **outcome)
+    summary = summary if status == "finished" else {}
+    write_record(point, status, exit_code=code, error=error, summary=summary)
     os.close(run.lock)
-    return Outcome(point, status, ran=True, **outcome)
+    return Outcome(point, status, ran=True, exit_code=code, error=error, summary=summary)
 
 
 def _summary(text: str) -> dict[str, Any]:

@@ -36,6 +36,10 @@ _READ_ERRORS = (ValueError, KeyError, TypeError, OSError)
 T = TypeVar("T")
 
 
+class _DamagedError(Exception):
+    """How a checkpoint is damaged, as all processes agree."""
+
+
 @struct.dataclass
 class Checkpoint:
     """What was read back: the state, laid out as asked for, and the record saved beside it (plain JSON)."""
@@ -156,9 +160,10 @@ class Checkpoints:
             raise InputError(f"no checkpoint in {self._folder}")
         damaged = {}
         for candidate in steps:
-            result, damage = self._read(read, like, candidate)
-            if damage:
-                damaged[candidate] = damage
+            try:
+                result = self._read(read, like, candidate)
+            except _DamagedError as error:
+                damaged[candidate] = str(error)
                 continue
             for number, reason in damaged.items():
                 self._set_aside(number, reason)
@@ -168,18 +173,20 @@ class Checkpoints:
         found = "; ".join(f"step {number}: {reason}" for number, reason in damaged.items())
         raise InputError(f"no undamaged checkpoint in {self._folder} ({found}): start again in another workdir")
 
-    def _read(self, read: Callable[[int], T], like: Any, step: int) -> tuple[T | None, str]:
-        """What `read` returns, or in all processes how the checkpoint is damaged."""
+    def _read(self, read: Callable[[int], T], like: Any, step: int) -> T:
+        """What `read` returns; raises _DamagedError in all processes if the checkpoint is damaged."""
         folder = self._folder / f"step_{step}"
         if damage := _first_text(find_damage(folder) if jax.process_index() == 0 else ""):
-            return None, damage
+            raise _DamagedError(damage)
         if differences := self._differences(step, like):
             raise InputError(f"the checkpoint of step {step} in {self._folder} does not fit: {differences}")
         try:
             result, failure = read(step), ""
         except _READ_ERRORS as error:
-            result, failure = None, brief(error)
-        return result, _first_text(failure)
+            failure = brief(error)
+        if damage := _first_text(failure):
+            raise _DamagedError(damage)
+        return result
 
     def _differences(self, step: int, like: Any) -> str:
         """Which arrays of `like` have another shape there, or are missing; empty also if its list cannot be read."""

@@ -219,12 +219,13 @@ class _Loop:
             with self._timer.data():
                 batch, skipped_files = next(batches)
 
-    def _compile(self, batch: dict[str, jax.Array]):
+    def _compile(self, batch: dict[str, jax.Array]) -> jax.stages.Compiled:
         run = self._run
         began = time.monotonic()
         self._heartbeat.beat(self.step, "compiling")
         compiled = run.step.jitted(self.state).lower(self.state, batch, run.task.frozen).compile()
-        flops = compiled.cost_analysis().get("flops", 0.0) * run.mesh.size * self._config.optim.accumulate
+        counted = compiled.cost_analysis() or {}
+        flops = counted.get("flops", 0.0) * run.mesh.size * self._config.optim.accumulate
         self._flops = flops + run.task.uncounted_flops(run.mesh.devices.flat[0].platform)[0]
         logging.info("compiled the step in %.1f s: %.3g flops", time.monotonic() - began, self._flops)
         return compiled

@@ -1,5 +1,6 @@
 """The training state, one pytree for every task, and how it comes to life already laid out on the mesh."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -50,7 +51,7 @@ class TrainState:
     def with_variables(self, variables: dict[str, Any]) -> "TrainState":
         """The same with other variables (all but the parameters) of the networks that are named."""
         changed = {name: self.networks[name].replace(variables=value) for name, value in variables.items()}
-        return self.replace(networks={**self.networks, **changed})
+        return dataclasses.replace(self, networks={**self.networks, **changed})
 
 
 def with_params(state: TrainState, name: str, params: Any) -> TrainState:
@@ -63,7 +64,7 @@ def with_params(state: TrainState, name: str, params: Any) -> TrainState:
     network = state.networks[name]
     network = network.replace(params=jax.tree.map(place, params, network.params))
     ema = jax.tree.map(place, params, state.ema) if state.ema else state.ema
-    return state.replace(networks={**state.networks, name: network}, ema=ema)
+    return dataclasses.replace(state, networks={**state.networks, name: network}, ema=ema)
 
 
 def abstract_state(init: Callable[[jax.Array], TrainState], mesh: Mesh, rules: Rules) -> TrainState:

@@ -1,7 +1,7 @@
 """One training step of any task: micro-batches, guard against what is not finite, update, moving average."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -79,7 +79,9 @@ class TrainStep:
         """Shapes, dtypes and layout of the state."""
         return abstract_state(self.init, self.mesh, self.task.rules)
 
-    def __call__(self, state: TrainState, batch: dict[str, Array], frozen: dict) -> tuple[TrainState, StepMetrics]:
+    def __call__(
+        self, state: TrainState, batch: dict[str, Array], frozen: dict[str, Any]
+    ) -> tuple[TrainState, StepMetrics]:
         """One update of all networks, whose gradients are taken at the parameters before the step.
 
         A step in which any scalar or gradient norm is not finite changes nothing but the step count; its scalars tell
@@ -109,7 +111,7 @@ class TrainStep:
         scalars["skipped_steps"] = skipped.astype(jnp.float32)
         return TrainState(state.step + 1, skipped, networks, ema), StepMetrics(scalars, counts)
 
-    def jitted(self, state: TrainState) -> Callable:
+    def jitted(self, state: TrainState) -> jax.stages.Wrapped:
         """The step under jit: `state` (or one of this layout) is donated, the next one is laid out as it is."""
         layout = (jax.tree.map(lambda leaf: leaf.sharding, state), replicated(self.mesh))
         return jax.jit(self.__call__, donate_argnums=0, out_shardings=layout)

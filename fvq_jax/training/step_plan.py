@@ -82,7 +82,7 @@ def compile_step(task_class: type[Task], config: ConfigDict, devices: Sequence[A
     hbm_bytes = chips.memory_bytes(devices[0])
     lowered = step.jitted(state).lower(state, batch, frozen)
     try:
-        executable = lowered.compile()
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         found = compiled_cost.out_of_memory(str(error))
         if found is None:
@@ -90,7 +90,7 @@ def compile_step(task_class: type[Task], config: ConfigDict, devices: Sequence[A
         total, hbm_bytes = found
         executable = None
     else:
-        total = compiled_cost.total_bytes(executable)
+        total, executable = compiled_cost.total_bytes(compiled), compiled
     needs |= {"temporaries": total - sum(needs.values()), "total": total}
     fits = executable is not None and total <= hbm_bytes
     return task, Plan(fits, len(devices), config.batch_size, hbm_bytes, needs), executable

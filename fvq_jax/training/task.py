@@ -39,13 +39,12 @@ class Source(Protocol):
 
 @runtime_checkable
 class Batches(Protocol):
-    """The endless batches of this process.
+    """The endless batches of this process."""
 
-    Attributes:
-      skipped: the files that could not be read so far.
-    """
-
-    skipped: Mapping[str, Any]
+    @property
+    def skipped(self) -> Mapping[str, Any]:
+        """The files that could not be read so far."""
+        ...
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]: ...
 

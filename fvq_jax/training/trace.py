@@ -45,7 +45,7 @@ class Trace:
 
     def after(self, step: int, result: Any) -> None:
         """Call when `step` was started; waits for its `result` if it is the last one, so that the trace holds it."""
-        if self._running and step >= self._steps[1]:
+        if self._steps and self._running and step >= self._steps[1]:
             jax.block_until_ready(result)
             self._stop()
 

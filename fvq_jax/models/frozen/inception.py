@@ -6,6 +6,8 @@ Every BatchNorm is folded into the convolution before it, which is all that is l
 files is left to `evals.inception`. Architecture: arXiv 1512.00567.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,7 +117,7 @@ def _block_17_to_8(name: str, x: Features) -> Features:
     return jnp.concatenate([three, seven, _halve(x)], axis=-1)
 
 
-def _block_8(name: str, x: Features, pool) -> Features:
+def _block_8(name: str, x: Features, pool: Callable[[Features], Features]) -> Features:
     """On 8 x 8 pixels; the two blocks differ in their pooling."""
     one = _conv(f"{name}.branch1x1", x, 320)
     three = _conv(f"{name}.branch3x3_1", x, 384)

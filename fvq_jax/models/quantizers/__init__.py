@@ -25,7 +25,8 @@ def make_quantizer(settings: Mapping[str, Any], **runtime: Any) -> Quantizer:
     kind = _kind(given.pop("name"))
     # An int is fine where a float is expected.
     floats = {name for name, field in settings_of(kind).items() if isinstance(field.default, float)}
-    return kind(**{name: float(value) if name in floats else value for name, value in given.items()}, **runtime)
+    values: dict[str, Any] = {name: float(value) if name in floats else value for name, value in given.items()}
+    return kind(**values, **runtime)
 
 
 def quantizer_settings(quantizer: Quantizer) -> dict[str, Any]:

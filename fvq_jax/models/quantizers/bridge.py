@@ -21,6 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -130,7 +131,7 @@ def _waves(position: Int[np.ndarray, "g"], width: int) -> Float[np.ndarray, "g c
     return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
 
 
-def _dense(features: int, dtype: DTypeLike, name: str, kernel_init=XAVIER) -> nn.Dense:
+def _dense(features: int, dtype: DTypeLike, name: str, kernel_init: Initializer = XAVIER) -> nn.Dense:
     return nn.Dense(features, dtype=dtype, precision=matmul_precision(dtype), kernel_init=kernel_init, name=name)
 
 

@@ -188,11 +188,11 @@ class VectorQuantizer(Quantizer):
         flat = latent.reshape(-1, self.code_dim)
         if self.l2_normalize:  # as the table is already
             flat = l2_normalize(flat)
-        options = {"precision": self.search_precision, "implementation": self.search_implementation}
+        precision, implementation = self.search_precision, self.search_implementation
         if self.mesh is None:
-            codes = nearest_code(flat, table, **options)
+            codes = nearest_code(flat, table, precision=precision, implementation=implementation)
         else:
-            codes = sharded_nearest_code(flat, table, self.mesh, **options)
+            codes = sharded_nearest_code(flat, table, self.mesh, precision=precision, implementation=implementation)
         return codes.reshape(latent.shape[:-1])
 
     def _rows(self, table: Any, codes: Any) -> Any:

@@ -97,7 +97,7 @@ class Evaluator:
         self, folded: dict[str, Any], images: UInt8[Array, "b H W 3"]
     ) -> tuple[Float[Array, "b H W 3"], Int[Array, "b ..."]]:
         """Reconstructions, in [-1, 1], and codes, by what `folded` returned. A pure function."""
-        output = self._plain_net.apply(folded, to_float(images))
+        output: Any = self._plain_net.apply(folded, to_float(images))
         return jnp.clip(output.reconstruction, -1, 1), output.quantized.codes
 
     @functools.cached_property
@@ -117,7 +117,7 @@ class Evaluator:
     @functools.cached_property
     def _plane(self):
         def plane(folded):
-            table = self._plain_net.apply(
+            table: Any = self._plain_net.apply(
                 {**folded, "params": {"quantizer": folded["params"]["quantizer"]}}, method="table"
             )
             return None if table is None else principal_plane(table)

@@ -74,9 +74,10 @@ class Losses:
         """
         if self.decoder_only:
             params = {n: p if n in DECODER else jax.lax.stop_gradient(p) for n, p in params.items()}
-        output, changed = self.net.apply(
+        output, mutated = self.net.apply(
             {"params": params, **variables}, images, train=True, key=key, mutable=["intermediates", *variables]
         )
+        changed = dict(mutated)
         captured = changed.pop("intermediates", {})
         quantized, total, terms = output.quantized, jnp.float32(0), {}
         for name, weight in self.net.quantizer.loss_weights.items():
@@ -162,13 +163,15 @@ class Losses:
         term = discriminator_loss(self.adversarial_loss, real, fake)
         return self.adversarial_weight * term, (term, variables)
 
-    def if_active(self, active: Any, yes: Callable, no: Callable, operand: Any) -> Any:
+    def if_active(self, active: Any, yes: Callable[[Any], Any], no: Callable[[Any], Any], operand: Any) -> Any:
         """A choice between two branches: before its first step the discriminator costs nothing."""
         if self.adversarial_start <= 1:  # no choice; in a branch XLA's convolutions on a CPU are 50 times slower
             return yes(operand)
         return jax.lax.cond(active, yes, no, operand)
 
     def _logits(self, variables, images):
+        if self.discriminator is None:
+            raise ValueError("without a discriminator there is no adversarial loss")
         logits, changed = self.discriminator.apply(
             variables, images, train=True, mutable=list(_all_but_params(variables))
         )
