@@ -22,6 +22,7 @@ faults: $(VENV)/test
 lint: $(VENV)/test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 format: $(VENV)/test
 	$(BIN)/ruff format .
@@ -41,4 +42,4 @@ $(VENV)/test: pyproject.toml Makefile $(VENV)/runtime
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
