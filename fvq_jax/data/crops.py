@@ -1,4 +1,4 @@
-"""Many random crops of few pictures as a source of their own: the usage of many codes needs many tokens."""
+"""Many random crops of few pictures, as a source: measuring the usage of many codes needs many tokens."""
 
 import dataclasses
 
@@ -11,9 +11,10 @@ from fvq_jax.data.transforms import random_resize_crop
 
 @dataclasses.dataclass(frozen=True)
 class RandomCrops:
-    """`count` square crops of `size` pixels, of all pictures equally often (by one); crop i always the same.
+    """`count` square crops of `size` pixels; every picture is cropped equally often, give or take one.
 
-    Resized and placed as in training, see `transforms.random_resize_crop`; not mirrored. `seed` draws others.
+    Crop i is always the same for a `seed`. Crops are resized and placed as in training, see
+    `transforms.random_resize_crop`, and not mirrored.
     """
 
     source: Source

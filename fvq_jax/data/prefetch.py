@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from fvq_jax.runtime.errors import DataError, InputError
 
-_START = 5  # times the patience of later batches has the first: its workers start, each importing what it needs
+_START = 5  # the first batch may take so many times the timeout, since workers start and import first
 _CLOSING = 3.0  # seconds, after which what does not close is left behind
 T = TypeVar("T", covariant=True)
 

@@ -2,7 +2,7 @@
 
 XLA's own counts (`memory_analysis`, `cost_analysis`) know neither what is sent nor how often a float32 product
 passes through a TPU: both are read from the program's text, the optimised HLO of `compiled.as_text()` for one
-device. Compiling the training step is left to `fvq_jax.plan`.
+device. Compiling the training step is left to `training.step_plan`.
 """
 
 import functools
@@ -205,7 +205,7 @@ def least_time(
 def out_of_memory(message: str) -> tuple[int, int] | None:
     """(needed, available) bytes that the TPU compiler's out-of-memory message names; None if it is no such message."""
     sizes = re.findall(r"([\d.]+)([KMGT])\b", message)
-    # Other memories than HBM are those of a kernel: that one is too large is no question of the batch.
+    # Only HBM counts: another memory is that of a kernel, which does not depend on the batch.
     if "RESOURCE_EXHAUSTED" not in message or not re.search(r"\bhbm\b", message, re.IGNORECASE) or len(sizes) < 2:
         return None
     needed, available = (round(float(number) * 1024 ** (1 + "KMGT".index(unit))) for number, unit in sizes[:2])

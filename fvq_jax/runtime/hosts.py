@@ -1,4 +1,4 @@
-"""Putting together what every host has found. All hosts must call these functions, in the same order."""
+"""Sum, minimum and gather over hosts. All hosts must call these functions, in the same order."""
 
 from collections.abc import Callable
 from typing import TypeVar

@@ -1,4 +1,4 @@
-"""What a disk that is full, or fails, does to a run: one error that says what was lost and what is safe."""
+"""Turns errors of the disk (full, read-only, broken) into one error that names the last good checkpoint."""
 
 import contextlib
 import errno

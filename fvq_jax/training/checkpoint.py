@@ -27,8 +27,8 @@ from fvq_jax.training.state import TrainState
 DAMAGED = "checkpoints_damaged"  # what is found damaged goes there, so that its step can be saved again
 STAMP = "_CHECKPOINT_METADATA"  # in which Orbax notes the time when it renames the folder; tells nothing else of use
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder, until all that belongs in it is there
-# Of arrays that several devices hold, each writes a part, if that has at least so many bytes. Cutting small arrays
-# compiles a program for every part: 200 of them, and most of the time of a first save, for a tiny network.
+# Arrays that several devices hold (replicated arrays) are written in parts, one by each device, if a part has at least
+# so many bytes. Cutting small arrays costs more than it saves: a program is compiled for every part.
 SMALLEST_PART = 2**20
 # What Orbax raises at files that it cannot read, and at files that are not what it was asked for.
 _READ_ERRORS = (ValueError, KeyError, TypeError, OSError)
