@@ -3,7 +3,6 @@ import argparse
 import pytest
 
 from fvq_jax.runtime.arguments import Parser, add_place, place, true_or_false
-from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.processes import TIMEOUT, Place
 
 
@@ -55,6 +54,10 @@ def test_the_place_among_several_processes(arguments, expected):
 
 
 @pytest.mark.parametrize("argument", ["--coordinator=a:1", "--num_processes=4", "--process_id=0"])
-def test_a_place_without_other_processes_is_refused(argument):
-    with pytest.raises(InputError, match="do nothing without --distributed"):
+def test_a_place_without_other_processes_is_refused(capsys, argument):
+    with pytest.raises(SystemExit) as caught:
         place(parser().parse_args([argument]))
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fvq_jax: ")
+    assert line.endswith("do nothing without --distributed")

@@ -1,0 +1,56 @@
+import contextlib
+import json
+
+import pytest
+
+from fvq_jax.runtime.errors import InputError
+from fvq_jax.tasks import task_of
+from fvq_jax.training.loop import train as run_loop
+from fvq_jax.training.run import CONFIG_FILE, prepare
+from tests.helpers.tiny import tiny_config
+
+
+def train(config, workdir):
+    return run_loop(task_of(config), config, workdir)
+
+
+def test_a_bucket_is_no_workdir(tmp_path):
+    with pytest.raises(InputError, match="not a local path"):
+        train(tiny_config(), "gs://bucket/run")
+
+
+def test_a_file_is_no_workdir(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"workdir .*file cannot be used"):
+        train(tiny_config(), tmp_path / "file")
+
+
+def test_a_warm_up_longer_than_the_run_is_refused(tmp_path):
+    with pytest.raises(InputError, match="warm-up of 9 steps leaves nothing of the 4 steps"):
+        train(tiny_config(**{"optim.warmup_steps": 9}), tmp_path)
+
+
+def test_what_is_refused_leaves_no_config_behind(tmp_path):
+    with pytest.raises(InputError, match="init_from"):
+        train(tiny_config(init_from=str(tmp_path / "nothing")), tmp_path / "run")
+    assert not (tmp_path / "run" / CONFIG_FILE).exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_a_damaged_config_of_the_workdir_is_refused(tmp_path, content):
+    (tmp_path / CONFIG_FILE).write_text(content)
+    with pytest.raises(InputError, match=r"config\.json is not a config"):
+        train(tiny_config(), tmp_path)
+
+
+def test_a_prepared_run_counts_epochs_in_steps_and_notes_its_config(tmp_path):
+    """The bundled photographs are 28,800 crops of this size, 1,800 batches of 16."""
+    changes = {"steps": 0, "epochs": 0.5, "optim.warmup_steps": 0, "optim.warmup_epochs": 0.1}
+    config = tiny_config(**changes)
+    with contextlib.ExitStack() as stack:
+        run = prepare(task_of(config), config, tmp_path, stack)
+    assert run.total_steps == 900
+    assert float(run.step.rate(180)) == pytest.approx(config.optim.learning_rate)
+    assert float(run.step.rate(179)) < config.optim.learning_rate
+    assert run.data_position(7)["next_step"] == 7
+    assert json.loads((tmp_path / CONFIG_FILE).read_text())["epochs"] == 0.5
