@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812
 from ml_collections import ConfigDict
 from torch import nn
 
-from benchmarks.train_step import VGG16
+from fvq_jax.models.frozen.lpips import STAGES, WIDTHS
 from fvq_jax.models.quantizers.bridge import parse_bridge
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.names import dotted
@@ -66,7 +66,7 @@ class Lpips(nn.Module):
     def features(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Unit-length activations of the five stages."""
         x, found = (x - self.shift) / self.scale, []
-        for stage, (_, indices) in enumerate(VGG16):
+        for stage, (_, indices) in enumerate(zip(WIDTHS, STAGES, strict=True)):
             x = F.max_pool2d(x, 2) if stage else x
             for index in indices:
                 key = f"net_slice{stage + 1}_{index}"

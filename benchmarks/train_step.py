@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.processes import DoesNotFitError, Worker, alternate, machine, markdown_table, median_ratio
 from fvq_jax.config.checks import validate
+from fvq_jax.models.frozen.lpips import STAGES, WIDTHS
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.tasks import task_of
 from fvq_jax.tasks.tokenizer.fields import downsampling
@@ -43,8 +44,6 @@ flags.DEFINE_integer("rounds", 7, "timed rounds", **own)
 flags.DEFINE_float("budget", 240, "seconds for them; at least two rounds are run", **own)
 flags.DEFINE_bool("help", False, "this text", **own)
 flags.DEFINE_bool("markdown", False, "a table after the rows", **own)
-# Stages of VGG16: channels, and torchvision's indices of the convolutions.
-VGG16 = ((64, (0, 2)), (128, (5, 7)), (256, (10, 12, 14)), (512, (17, 19, 21)), (512, (24, 26, 28)))
 LOSSES = ("reconstruction", "codebook", "commitment", "perceptual")  # compared between the programs
 COLUMNS = {
     "method": "method",
@@ -137,7 +136,7 @@ def inputs(config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
 def write_lpips(path: Path) -> None:
     """Random weights of LPIPS in its published layout: the time of a step does not depend on them."""
     rng, tensors, before = np.random.default_rng(0), {}, 3
-    for stage, (width, indices) in enumerate(VGG16):
+    for stage, (width, indices) in enumerate(zip(WIDTHS, STAGES, strict=True)):
         for index in indices:
             name, deviation = f"net.slice{stage + 1}.{index}", (2 / (9 * before)) ** 0.5
             tensors[f"{name}.weight"] = deviation * rng.standard_normal((width, before, 3, 3), np.float32)

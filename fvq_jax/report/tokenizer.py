@@ -110,7 +110,8 @@ def _header(report: Report) -> str:
 def _tiles(report: Report) -> Iterable[tuple[str, str]]:
     """(metric, note) of the figures at the top."""
     yield "rfid", "biased upwards" if _few_pictures(report) else ""
-    yield "inception_score", f"{PLUS_MINUS} {_number(report.metrics.get('inception_score_std'), '.1f')}"
+    deviation = METRICS["inception_score_std"].text(report.metrics.get("inception_score_std"), NONE)
+    yield "inception_score", f"{PLUS_MINUS} {deviation}"
     for metric in ("psnr", "ssim", *_LPIPS):
         yield metric, ""
     even = usage_if_uniform(report.facts["tokens"], report.tokenizer.codes)
@@ -131,11 +132,7 @@ def _comparison(report: Report) -> str:
             f"Codes {TIMES} dim.",
             "Down.",
             "Epochs",
-            "Codes used",
-            "rFID",
-            "PSNR",
-            "SSIM",
-            "LPIPS",
+            *(METRICS[name].name for name in ("usage", "rfid", "psnr", "ssim", "lpips_vgg")),
         )
     )
     lines = [_row("This run", _own_result(report), "own")]
@@ -184,11 +181,11 @@ def _row(name: str, result: Published, kind: str = "") -> str:
         f"{result.codes:,} {TIMES} {result.code_dim or NONE}",
         f"{result.downsampling}{TIMES}",
         _number(result.epochs, ""),
-        _number(result.usage, ".1%" if result.usage is None or result.usage >= 0.01 else ".2%"),
-        _number(result.rfid, ".2f"),
-        _number(result.psnr, ".2f"),
-        _number(result.ssim, ".3f"),
-        f"{_number(result.lpips, '.3f')} {result.lpips_network}".strip(),
+        _number(result.usage, METRICS["usage"].format if result.usage is None or result.usage >= 0.01 else ".2%"),
+        METRICS["rfid"].text(result.rfid, NONE),
+        METRICS["psnr"].text(result.psnr, NONE),
+        METRICS["ssim"].text(result.ssim, NONE),
+        f"{METRICS['lpips_vgg'].text(result.lpips, NONE)} {result.lpips_network}".strip(),
     )
     return f'<tr class="{kind}">{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
 
