@@ -29,7 +29,7 @@ _SPARE_FILES, _MANY_FILES = 256, 65536
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One ArrayRecord file. `left_out` names pictures of its range that could not be read."""
+    """One ArrayRecord file. `left_out` names the pictures that belong in this file but could not be read."""
 
     file: str
     records: int
@@ -38,7 +38,7 @@ class Shard:
     left_out: tuple[str, ...] = ()
 
     def check(self, folder: Path) -> str:
-        """What is wrong with the file, as far as its size tells; empty if nothing."""
+        """What is wrong with the file, judged by its size alone; empty if nothing is."""
         path = folder / self.file
         try:
             size = path.stat().st_size
@@ -49,14 +49,14 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a prepared folder holds: made from which pictures and how (`plan`), in which shards. Written last."""
+    """What a prepared folder holds. `plan` says from which pictures it was made, and how. The file is written last."""
 
     plan: dict[str, Any]
     shards: tuple[Shard, ...]
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """The manifest of a prepared folder. InputError if it cannot be read, or is not one of these."""
+        """The manifest of a prepared folder. InputError if it cannot be read, or is no manifest."""
         path = folder / MANIFEST
         try:
             content = json.loads(path.read_text())
@@ -102,8 +102,8 @@ def unpack(record: bytes) -> tuple[bytes, int, str]:
 
 
 class ArrayRecordSource:
-    """A folder written by `python -m fvq_jax.data.prepare`: same pictures, labels and order as in the folder it was
-    made from, less those left out as unreadable.
+    """A folder written by `python -m fvq_jax.data.prepare`. It has the pictures, labels and order of the folder that it
+    was made from, without the pictures that were left out as unreadable.
 
     Raises InputError if preparing did not finish, or a shard is missing or has another size than its manifest says.
     """
@@ -152,20 +152,20 @@ class ArrayRecordSource:
     def _unpack(self, index: int) -> tuple[bytes, int, str]:
         try:
             return unpack(self._records[index])
-        except RuntimeError as error:  # a checksum that ArrayRecord keeps of every record does not fit
+        except RuntimeError as error:  # the checksum that ArrayRecord keeps of the record does not match
             raise UnreadableImageError(f"damaged record ({error})") from error
 
 
 def allow_open_files(count: int) -> None:
-    """Lets this process, and those it starts, hold that many files open beside others.
+    """Lets this process, and those it starts, hold `count` more files open than they have open now.
 
-    Every shard stays open once it was read from, and many systems allow 1,024 files unless asked. InputError if they
-    do not allow more.
+    A shard stays open once it has been read from, and many systems allow 1,024 open files unless a process asks for
+    more. InputError if the system does not allow enough.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = resource.RLIM_INFINITY
     if soft != unlimited and soft < count + _SPARE_FILES:
         if hard != unlimited and hard < count + _SPARE_FILES:
             raise InputError(f"{count} shards are read at once, but only {hard} files may be open: see ulimit -Hn")
-        # As many as there may be, since other sources need theirs.
+        # As many as the system allows, since other sources need open files too.
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(count, _MANY_FILES) if hard == unlimited else hard, hard))

@@ -1,6 +1,6 @@
 """From the bytes of a picture file to upright 8-bit RGB: formats, colour modes, rotation, damage, sizes.
 
-Which files there are is left to `sources`, cropping to `transforms`, counting what cannot be read to `pipeline`.
+`sources` finds the files, `transforms` crops the pictures, and `pipeline` counts the files that cannot be read.
 """
 
 import io
@@ -11,12 +11,12 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-# A file of a few kilobytes can claim any size; one beyond this is refused from its header. 341 MiB once decoded. At the
-# same size Pillow starts to warn.
+# A file of a few kilobytes can claim any size. A picture of more pixels than this is refused before it is decoded. This
+# many take 341 MiB once decoded. Pillow starts to warn at the same number.
 MAX_PIXELS = 89_478_485
-# None of Pillow's rarer formats, one of which runs a program.
+# Pillow's rarer formats are left out: one of them runs a program.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-# By EXIF orientation: how to turn the stored picture for it to stand upright.
+# EXIF orientation -> how the stored picture has to be turned to stand upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -27,12 +27,12 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Pillow only warns where `open_image` refuses. Not by `catch_warnings`: that is for one thread.
+# Pillow only warns where `open_image` refuses. `catch_warnings` is no use here: it works for one thread only.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class UnreadableImageError(ValueError):
-    """What should be a picture cannot be used: damaged, not a picture, or larger than MAX_PIXELS."""
+    """A file that should be a picture cannot be used: it is damaged, no picture, or has more than MAX_PIXELS pixels."""
 
 
 def read_image(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "H W 3"]:
@@ -41,17 +41,17 @@ def read_image(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def decode_image(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
-    """Pixels of the content of a picture file, as `open_image` gives them."""
+    """Pixels of a picture file, given the bytes of the file, as `open_image` gives them."""
     return np.asarray(open_image(data))
 
 
 def open_image(file: str | os.PathLike[str] | bytes, min_side: int = 0) -> Image.Image:
     """A JPEG, PNG, WebP, GIF or BMP file, or the bytes of one, as an upright picture of mode RGB.
 
-    Of an animation it is the first frame. Transparent pixels are laid over white (what lies under them is
-    arbitrary), 16-bit grey is scaled to 8 bits, every other mode goes through Pillow's own conversion. With
-    `min_side` a JPEG may come 2, 4 or 8 times smaller, its shorter side being at least that: it is then decoded at
-    that size, which is quicker than decoding it whole and averaging. Those pixels are nearly, not quite, the average.
+    An animation gives its first frame. Transparent pixels are laid over white (their own colour is arbitrary), 16-bit
+    grey is scaled to 8 bits, and Pillow converts every other mode. With `min_side` a JPEG may come 2, 4 or 8 times
+    smaller, but no side becomes shorter than `min_side`. It is then decoded at that size, which is quicker than
+    decoding it whole and averaging; the pixels are nearly, but not exactly, those averages.
 
     Raises UnreadableImageError, whatever is wrong with the file.
     """
@@ -76,7 +76,7 @@ def open_image(file: str | os.PathLike[str] | bytes, min_side: int = 0) -> Image
 
 
 def open_stored(stored: bytes | UInt8[np.ndarray, "H W 3"], min_side: int = 0) -> Image.Image:
-    """The picture of a `Record`, which holds a file's content, see `open_image`, or pixels, taken as they are."""
+    """The picture of a `Record`: a file's content goes through `open_image`, pixels are taken as they are."""
     return open_image(stored, min_side) if isinstance(stored, bytes) else Image.fromarray(stored)
 
 

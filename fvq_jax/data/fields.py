@@ -1,4 +1,4 @@
-"""The settings of the section `data` that name pictures and say how they are cut, and the checks of them."""
+"""The settings of the section `data` that name pictures and say how they are cut, with their checks."""
 
 from ml_collections import ConfigDict
 
@@ -22,7 +22,7 @@ PICTURES: dict[str, Field] = {
 
 
 def check_pictures(data: ConfigDict) -> None:
-    """Raises InputError unless the fields of the chosen source are set; whether files are there is seen on opening."""
+    """Raises InputError unless the fields of the chosen source are set. It does not look whether the files exist."""
     size = data.image_size
     require(
         data.resize_min == 0 or size <= data.resize_min <= data.resize_max,

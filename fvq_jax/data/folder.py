@@ -22,8 +22,8 @@ class FolderSource:
     their names. Files directly in `root` form a class of their own, number 0. Hidden files and folders and
     other file types are ignored, symbolic links followed.
 
-    The whole tree is listed at once, and the size of every file asked for. Names are kept as one string of bytes: with
-    1.3 million of them a Python string each would be several times as large, in every worker process.
+    The whole tree is listed at once, and the size of every file is read. Names are kept as one string of bytes: 1.3
+    million Python strings would take several times as much memory, in every worker process.
 
     Raises InputError for a root that is not a readable folder or holds no picture.
     """
@@ -46,7 +46,7 @@ class FolderSource:
         if not ends:
             raise InputError(f"image folder {str(root)!r} holds no file that ends in one of {', '.join(ENDINGS)}")
         self._names, self._ends = bytes(names), np.array(ends, np.int64)
-        # Without files directly in the root the other classes begin with 0.
+        # Without files directly in the root, the classes of the folders begin at 0.
         self._labels = np.array(labels, np.int32) - (0 if beside else 1)
         self.classes = list(classes)[0 if beside else 1 :]
         self._digest = digest.hexdigest()[:16]
@@ -86,7 +86,7 @@ class FolderSource:
 def _image_files(root: str) -> Iterator[tuple[str, int]]:
     """Path below `root` and size of all files that look like pictures, sorted by the parts of their paths.
 
-    A link that leads nowhere has size -1: it is named among the unreadable files, and not left out in silence.
+    A broken link has size -1, so that it is named among the unreadable files and not left out in silence.
     """
 
     def below(folder: str, prefix: str, way: tuple[str, ...]) -> Iterator[tuple[str, int]]:

@@ -1,9 +1,8 @@
-"""Files of rows: an .npz that is written and read a few rows at a time, so that memory does not grow with their number.
+"""Files of rows: an .npz that is written and read a few rows at a time, so that memory does not grow with the file.
 
 Codes: `codes` int32 [N, h, w] and `names` [N]. Images: `arr_0` uint8 [N, H, W, 3], which the evaluation suite of ADM
-(guided-diffusion) reads. An array in an .npz starts with its shape, and how many rows there will be is known only at
-the end. So the rows first go to a temporary file beside the target, which exists only once it is whole. `numpy.load`
-reads the result.
+(guided-diffusion) reads. An array in an .npz starts with its shape, but the number of rows is known only at the end. So
+the rows first go to temporary files beside the target, and the target appears once it is whole. `numpy.load` reads it.
 """
 
 import io
@@ -27,7 +26,7 @@ _Array = tuple[str, np.dtype, tuple[int, ...], Iterable[bytes]]  # name, type, s
 
 
 class _RowWriter:
-    """Collects rows; a context manager, which writes `path` if no exception leaves it.
+    """A context manager that collects rows. It writes `path` at its end, unless there was an exception.
 
     With `active=False` (every process but the first) nothing is written. InputError if the folder of `path` cannot be
     written to, or the disk is full.
@@ -82,7 +81,7 @@ class _RowWriter:
             raise InputError(f"cannot write {self._path}: {error.strerror or error}") from error
 
     def _arrays(self) -> Iterator[_Array]:
-        """Of every column its array; the content is read when the column is at its start."""
+        """The array of every column. Its content is read once the column's temporary file is back at its start."""
         raise NotImplementedError
 
     def _chunks(self, column: int) -> Iterator[bytes]:
@@ -135,7 +134,7 @@ class CodeWriter(_RowWriter):
         column = self._columns[1]
         for _ in range(self.rows):
             length = int.from_bytes(column.read(4), "little")
-            # Bytes of a file name that are no text become question marks: an .npz cannot hold them.
+            # Bytes of a file name that are not UTF-8 become the replacement character U+FFFD: an .npz cannot hold them.
             name = column.read(length).decode("utf-8", "replace")
             yield np.array([name], name_type).tobytes()
 

@@ -12,9 +12,9 @@ from fvq_jax.data.decode import read_image
 from fvq_jax.data.record import Record
 from fvq_jax.runtime.errors import InputError
 
-# (package, file, (left, top, right, bottom)). Colour photographs only. Of the stereo pair motorcycle_left /
-# _right one is used, since the other shows what the first holds out; of the retina the square inside the
-# round aperture.
+# (package, file, (left, top, right, bottom)); the last is the part to use, None for all of it. Colour photographs only.
+# motorcycle_left is one of a stereo pair; motorcycle_right is left out, since it shows the regions that the left one
+# holds out. The retina is cut to the square inside its round aperture.
 _PHOTOS = (
     ("skimage", "data/astronaut.png", None),
     ("skimage", "data/chelsea.png", None),
@@ -36,21 +36,21 @@ _EVAL_SEED = 250910140
 class _Photo:
     name: str
     pixels: UInt8[np.ndarray, "H W 3"]
-    side: int  # of a tile
-    tiles: list[tuple[int, int]]  # (top, left) of those of the split
+    side: int  # of a tile, in pixels
+    tiles: list[tuple[int, int]]  # (top, left) of the tiles of this split
 
 
 class PhotoSource:
-    """Photographs bundled with scikit-image and scikit-learn, in tiles of which one in five is held out.
+    """Photographs bundled with scikit-image and scikit-learn, cut into tiles. One tile in five is held out.
 
-    A tile is a square of twice `image_size` (less where a photograph would give fewer than five). Crops
+    The side of a tile is twice `image_size` (less where a photograph would give fewer than five tiles). Crops
     stay inside one tile, so no pixel trained on is ever evaluated on. The held-out tiles form a fixed
     lattice over each photograph. Photographs too small for one tile of each split are left out. Labels
     number the rest.
 
-    `train` yields whole tiles, to be cropped at random: photographs equally often, the tiles of one
-    photograph equally often up to rounding. Its length, one epoch, is the number of photographs times four
-    times the tiles of the largest (7,200 at 32 pixels). `eval` yields `eval_images` crops of `image_size`,
+    `train` yields whole tiles, to be cropped at random. Every photograph comes equally often, and so does every
+    tile of one photograph, give or take one. The length, which is one epoch, is four times the number of photographs
+    times the most tiles that one of them has (7,200 at 32 pixels). `eval` yields `eval_images` crops of `image_size`,
     the same on every machine and in every run; a smaller number gives the first of them.
 
     Raises InputError if `image_size` leaves no photograph or a package with photographs is missing.
@@ -120,7 +120,7 @@ def _package_folder(package: str) -> pathlib.Path:
 
 
 def _tile_side(height: int, width: int, image_size: int) -> int:
-    """Twice the crop, or the largest below it that gives five tiles, or else the largest that gives two."""
+    """The largest side, up to twice the crop, that gives five tiles; else the largest that gives two."""
     sides = range(2 * image_size, image_size - 1, -1)
     counts = {side: (height // side) * (width // side) for side in sides}
     return next(side for enough in (5, 2) for side in sides if counts[side] >= enough)

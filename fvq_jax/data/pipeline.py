@@ -33,7 +33,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     """Iterator over one host's batches; counts the unreadable files that come by.
 
     `skipped` maps the name of each such file to how often it was replaced; every new one is logged.
-    Iteration raises InputError once they exceed 1 % of the source, and RuntimeError when a worker process has
+    Iteration raises InputError once these files exceed 1 % of the source, and RuntimeError when a worker process has
     died. Each host counts the files it sees. Call `close` to stop the workers early.
     """
 
@@ -51,10 +51,10 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     def __next__(self) -> dict[str, np.ndarray]:
         try:
             columns = next(self._iterator)
-        except InputError as error:  # to which Grain has added lines
+        except InputError as error:  # Grain has added lines to its message
             raise InputError(str(error).partition("\n")[0]) from None
-        # Copied out of memory shared with the worker: that is freed when its last reference goes, and a device
-        # array on the host may hold one until the program ends.
+        # Copied out of the memory shared with the worker: that memory is freed when its last reference goes, and a
+        # device array on the host may hold a reference until the program ends.
         batch = {name: np.array(column) for name, column in columns.items()}
         unreadable = batch.pop("unreadable")
         for index in unreadable[unreadable >= 0]:
@@ -74,7 +74,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
             raise _too_many(list(self.skipped), len(self._source))
 
     def _reason(self, index: int) -> str:
-        # Decoded once more, since only numbers come along with a batch.
+        # The picture is decoded once more: a batch brings only the index of an unreadable file, not the reason.
         try:
             _open(self._source, index)
         except _UNREADABLE as error:
@@ -83,7 +83,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
 
 
 def steps_per_epoch(source: Source, batch_size: int) -> float:
-    """Steps in which every record is used once; a fraction, as batches run across the end of an epoch."""
+    """How many steps use every record once. Not always a whole number: a batch may run across the end of an epoch."""
     return len(source) / batch_size
 
 
@@ -105,8 +105,8 @@ def train_batches(
 
     `image` is uint8 [b, image_size, image_size, 3], `label` int32 [b]. `batch_size` is global; b =
     batch_size / process_count, and process p gets rows [p*b, (p+1)*b) of the global batch. All records come
-    once per epoch, in an order that `seed` and the epoch decide. `num_workers` 0 uses a few threads of this
-    process, else that many processes. Raises InputError for sizes that cannot work.
+    once per epoch, in an order that `seed` and the epoch decide. With `num_workers` 0 a few threads of
+    this process read pictures, otherwise that many processes. Raises InputError for sizes that cannot work.
     """
     local_size = _local_batch_size(batch_size, process_count)
     if resize_min and not image_size <= resize_min <= resize_max:
@@ -120,7 +120,7 @@ def train_batches(
         _load_to_train, source=source, image_size=image_size, resize_min=resize_min, resize_max=resize_max, flip=flip
     )
     dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().random_map(load)
-    # Batches of one host's size, of which each host takes its own: contiguous rows of the global batch.
+    # Batches have one host's size, and each host takes its own: contiguous rows of the global batch.
     dataset = dataset.batch(local_size, drop_remainder=True)
     dataset = dataset[start_step * process_count + process_index :: process_count]
     return Batches(dataset, source, num_workers)
@@ -139,7 +139,7 @@ def eval_batches(
     """Every picture once, in order and cropped by `crop`: `image` and `label` as in training, `mask` bool [b].
 
     Rows with a False `mask` must not count: they fill up the last batch, or stand in for an unreadable file. Every
-    process gets the same number of batches, and rows as in `train_batches`.
+    process gets the same number of batches, and the same part of each as in `train_batches`.
     """
     local_size = _local_batch_size(batch_size, process_count)
     padded = -(-len(source) // batch_size) * batch_size
@@ -170,7 +170,7 @@ def _open(source: Source, index: int, min_side: int = 0) -> tuple[Image.Image, n
 
 
 def _row(image: np.ndarray, label: np.int32, unreadable: int = -1) -> dict[str, Any]:
-    """One row of a batch; `unreadable` is the index of the file that another stands in for."""
+    """One row of a batch; `unreadable` is the index of the file that this row replaces, or -1."""
     return {"image": image, "label": label, "unreadable": np.int64(unreadable)}
 
 

@@ -1,6 +1,6 @@
-"""Batches ahead of time, by a thread that also places them on the devices; one that does not come ends the wait.
+"""A thread that gets batches ahead of time and places them on the devices; an error if the next one does not come.
 
-Making the batches, and ending the processes that do, is left to what is wrapped.
+The iterator that is wrapped makes the batches, and ends the processes that it uses.
 """
 
 import multiprocessing
@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from fvq_jax.runtime.errors import DataError, InputError
 
-_START = 5  # the first batch may take so many times the timeout, since workers start and import first
+_START = 5  # the first batch may take this many times the timeout, since workers start and import first
 _CLOSING = 3.0  # seconds, after which what does not close is left behind
 T = TypeVar("T", covariant=True)
 
@@ -27,9 +27,9 @@ class Closable(Iterator[Any], Protocol):
 class Prefetch(Iterator[T]):
     """`place(batch)` for every one of `batches`, in their order, up to two of them in advance.
 
-    Iteration raises DataError if the next one has not come after `timeout` seconds (0: it waits for ever; of the first
-    five times as long), or if a worker process has died, and whatever else `batches` raise. `close` does not wait for
-    what hangs.
+    Iteration raises DataError if the next one has not come after `timeout` seconds (the first after five times as long;
+    0: it waits for ever), or if a worker process has died. An InputError of `batches` is raised as it is, any other
+    exception as a DataError. `close` does not wait for what hangs.
     """
 
     def __init__(self, batches: Closable, place: Callable[[Any], T], *, timeout: float = 0.0):
@@ -37,8 +37,10 @@ class Prefetch(Iterator[T]):
         self._place = place
         self._timeout = timeout
         self._patience = _START * timeout
-        self._others = set(multiprocessing.active_children())  # not ours to end: an evaluation goes on while training
-        self._placed: queue.Queue[tuple[T] | Exception] = queue.Queue(1)  # and one waits to be put there
+        self._others = set(
+            multiprocessing.active_children()
+        )  # not ours to end: training has its own during an evaluation
+        self._placed: queue.Queue[tuple[T] | Exception] = queue.Queue(1)  # a second one waits in `_fill` for room
         self._closed = threading.Event()
         self._filling = threading.Thread(target=self._fill, name="prefetch", daemon=True)
         self._filling.start()
@@ -70,7 +72,7 @@ class Prefetch(Iterator[T]):
         closing = threading.Thread(target=self._close, daemon=True)
         closing.start()
         closing.join(_CLOSING)
-        if closing.is_alive():  # they ignore SIGTERM, and the interpreter would wait for them at its end
+        if closing.is_alive():  # workers ignore SIGTERM, and the interpreter would wait for them
             for child in set(multiprocessing.active_children()) - self._others:
                 if child.name.startswith("grain-"):
                     child.kill()

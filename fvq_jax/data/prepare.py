@@ -2,9 +2,9 @@
 
   python -m fvq_jax.data.prepare FOLDER OUT [--workers=N] [--shard-size=N] [--check] [--verify]
 
-Killed at any moment, it goes on where it was when started again: a shard gets its name, and a line in the journal, once
-it is whole; the manifest is written last. Shards that are there are compared with what was noted of them: their size,
-and with `--verify` their checksum. Exit codes: 0 done, 2 bad input, 75 interrupted (start it again), 1 anything else.
+It may be killed at any moment, and goes on where it was when it is started again: a shard gets its name, and a line in
+the journal, once it is whole; the manifest is written last. Shards written before must have the size that was noted,
+and with `--verify` the checksum too. Exit codes: 0 done, 2 bad input, 75 interrupted (start it again), 1 anything else.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def _prepare(args: argparse.Namespace) -> int:
             message = prepare(args, interrupt)
     except BrokenProcessPool:
         raise RunError(
-            "a worker process died, perhaps for want of memory; start me again, with fewer --workers"
+            "a worker process died, perhaps for lack of memory; start me again, with fewer --workers"
         ) from None
     if interrupt.signal and not message:
         return exits.fail(f"interrupted by {interrupt.signal.name}: start me again", exits.INTERRUPTED)
@@ -60,7 +60,7 @@ def _prepare(args: argparse.Namespace) -> int:
 
 
 def prepare(args: argparse.Namespace, interrupt: Interrupt) -> str:
-    """Writes what is missing in `args.out`; returns what is there now, or nothing if interrupted."""
+    """Writes what is missing in `args.out`; returns a line about what is there now, an empty one if interrupted."""
     if args.workers < 1 or args.shard_size < 1:
         raise InputError(f"--workers and --shard-size must be above 0, not {args.workers} and {args.shard_size}")
     source = FolderSource(args.folder)
@@ -102,8 +102,8 @@ def prepare(args: argparse.Namespace, interrupt: Interrupt) -> str:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="fvq_jax.data.prepare", description="A folder of pictures to ArrayRecord files.")
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="of JPEG, PNG or WebP files, by class or not")
-    parser.add_argument("out", metavar="OUT", type=Path, help="new folder, or one where this was begun")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of JPEG, PNG or WebP files")
+    parser.add_argument("out", metavar="OUT", type=Path, help="new folder, or one begun before")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
     parser.add_argument("--shard-size", type=int, default=4096, help="pictures in one file (default: 4096)")
     parser.add_argument("--check", action="store_true", help="decode every picture, and leave out what is unreadable")
@@ -112,10 +112,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 class _Journal:
-    """Which shards of an output folder are whole, and from what they are made; locked while this is open.
+    """Which shards of an output folder are whole, and what they are made from. While it is open the folder is locked.
 
-    The file has the plan in its first line and a shard in each further one, of which the last of a name counts. It is
-    only ever appended to, so a kill can damage nothing but its last line, and is removed when the manifest is there.
+    The first line of the file is the plan, and each further line a shard; of several lines for one shard the last
+    counts. Lines are only ever appended, so a kill can damage only the last one. The file is removed once the manifest
+    is written.
     """
 
     def __init__(self, out: Path, plan: dict[str, Any]):
@@ -186,7 +187,7 @@ class _Journal:
     def _append(self, line: dict[str, Any]) -> None:
         rest = json.dumps(line).encode() + b"\n"
         try:
-            while rest:  # a disk that becomes full takes the first part
+            while rest:  # a disk that becomes full takes only the first part
                 rest = rest[self._file.write(rest) :]
             os.fsync(self._file.fileno())
         except OSError as error:
@@ -254,7 +255,7 @@ class _StoppedError(Exception):
     """Leaves a shard unfinished, since the main process waits for no more of them."""
 
 
-_worker: _Worker  # there from `_start_worker` on
+_worker: _Worker  # set by `_start_worker`
 
 
 def _start_worker(*shared: Any) -> None:
@@ -264,7 +265,7 @@ def _start_worker(*shared: Any) -> None:
 
 
 def _write_shard(name: str, indices: range) -> Shard:
-    """Writes one file under another name, reads it back, and gives it its own. Runs in a worker process."""
+    """Writes one file under a temporary name, reads it back, then gives it `name`. Runs in a worker process."""
     path = _worker.out / name
     left_out = []
     try:

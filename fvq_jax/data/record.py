@@ -19,7 +19,7 @@ class Record(TypedDict):
 
 @runtime_checkable
 class Source(Protocol):
-    """What the pipeline asks of a source, besides indices 0..len-1 that always give the same record.
+    """What the pipeline asks of a source. Each index 0..len-1 must always give the same record.
 
     A source is sent to worker processes, so it must be small when pickled.
     """
@@ -27,7 +27,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Record:
-        """Record `index`; OSError or UnreadableImageError if it cannot be read, of which the pipeline keeps count."""
+        """Record `index`. OSError or UnreadableImageError if it cannot be read; the pipeline counts such records."""
 
     def name(self, index: int) -> str:
         """What to call record `index` in a log line."""

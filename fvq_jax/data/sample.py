@@ -13,8 +13,9 @@ from fvq_jax.data.record import Record, Source
 class Sample:
     """`count` records, evenly spaced over a source, in a pseudo-random order that only their number decides.
 
-    Sources list class after class: what is scored in consecutive parts, as the Inception Score is, here or by whoever
-    reads the reconstructions, needs the classes mixed. Evenly spaced, since the first ones would be of few classes.
+    Sources list one class after the other. The order is shuffled because some scores (the Inception Score, here or in
+    a program that reads the saved reconstructions) are means over consecutive parts, in which classes must be mixed.
+    The records are evenly spaced because the first `count` of a source would be of few classes.
     """
 
     source: Source
@@ -31,7 +32,7 @@ class Sample:
         return self.source.name(self.index(position))
 
     def fingerprint(self) -> str:
-        """The source's, and how many of its records these are."""
+        """The source's fingerprint, and how many of its records these are."""
         return f"{self.count} of {self.source.fingerprint()}"
 
     @functools.cached_property
@@ -39,5 +40,5 @@ class Sample:
         return grain.MapDataset.range(self.count).seed(0).shuffle()
 
     def index(self, position: int) -> int:
-        """In the source, of the record at a position."""
+        """The index in the source of the record at a position."""
         return int(self._order[position]) * len(self.source) // self.count

@@ -1,4 +1,4 @@
-"""The sources by the names a config calls them by. What each is, and how to prepare it: docs/data.md."""
+"""The sources, by their names in a config. What each is, and how to prepare it: docs/data.md."""
 
 from typing import Literal
 
@@ -28,7 +28,7 @@ def make_source(
 
     `eval_images` is the number of crops cut for `photos` (0: 2,048); other sources are taken whole (an
     evaluation takes a `Sample` of them). Listing a large folder takes a while: make a source once, for every
-    evaluation. Raises InputError for data that are missing or not in order.
+    evaluation. Raises InputError for data that are missing or wrong.
     """
     if source == "photos":
         return PhotoSource(image_size, split, eval_images or 2048)

@@ -45,7 +45,7 @@ class TfdsSource:
         if not files:
             raise InputError(f"split {split!r} of data set {name!r} holds no picture")
         try:
-            # As they are stored: whatever the source, pictures are decoded, and damage met, in one place.
+            # Pictures stay encoded: those of every source are decoded, and damage is noticed, in one place.
             skip = {self._image: tfds.decode.SkipDecoding()}
             self._records = builder.as_data_source(split, decoders=skip)
         except NotImplementedError:
@@ -70,7 +70,7 @@ class TfdsSource:
     def __getitem__(self, index: int) -> Record:
         try:
             example = self._records[index]
-        except RuntimeError as error:  # a checksum that ArrayRecord keeps of every record does not fit
+        except RuntimeError as error:  # the checksum that ArrayRecord keeps of the record does not match
             raise UnreadableImageError(f"damaged record ({error})") from error
         return {"image": example[self._image], "label": np.int32(example[self._label])}
 

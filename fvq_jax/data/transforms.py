@@ -1,8 +1,8 @@
 """From a decoded picture to a square crop of uint8 pixels: resizing, cropping, flipping.
 
 Pure functions: the same picture and the same generator state give the same pixels. Decoding is left to
-`decode`, and the conversion to floats in [-1, 1] happens on the device, where it costs a quarter of the
-transfer. Pictures come as Pillow holds them, in mode RGB: the recipes below are defined by its filters.
+`decode`, and the conversion to floats in [-1, 1] happens on the device, so that a quarter of the bytes is
+transferred. Pictures come as Pillow holds them, in mode RGB: the recipes below are defined by its filters.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ def random_resize_crop(
 
     The length is uniform in [resize_min, resize_max] (256 to 320 for 256-pixel crops in arXiv 2509.10140),
     the offsets are uniform over the positions that fit. `resize_min` 0 crops from the picture as it is; a
-    picture smaller than the crop is enlarged to it. Resizing is that of ADM, see `resize_center`. Draws from `rng`
+    picture smaller than the crop is enlarged to it. It resizes as ADM does, see `resize_center`. Draws from `rng`
     the length, if there is a choice, then the offsets from top and left.
     """
     side = int(rng.integers(resize_min, resize_max + 1)) if resize_min else min(image.size)
@@ -41,7 +41,7 @@ def resize_center(image: Image.Image, image_size: int) -> UInt8[np.ndarray, "s s
 
 
 def center_no_resize(image: Image.Image, image_size: int) -> UInt8[np.ndarray, "s s 3"]:
-    """The central square of `image_size` pixels as they are; what is missing of it is black, as torchvision has it."""
+    """The central square of `image_size` pixels, not resized; outside the picture it is black, as in torchvision."""
     left, top = (
         round((length - image_size) / 2) if length >= image_size else -((image_size - length) // 2)
         for length in image.size
@@ -54,8 +54,9 @@ def _resize_crop(
 ) -> UInt8[np.ndarray, "s s 3"]:
     """A square of `image_size` pixels, cut from the picture resized so that its shorter side is `side`.
 
-    `place` says how many of the pixels to spare lie before the square, for the height and then for the width. Only
-    the square is made: it takes as long for any aspect ratio, and a picture of 20,000 x 1 takes no memory.
+    `place` gets the number of spare pixels along a side, and returns how many of them lie before the square; it is
+    called for the height, then for the width. Only the square is made, so time and memory do not grow with the aspect
+    ratio (a picture of 20,000 x 1 pixels, for instance).
     """
     while min(image.size) >= 2 * side:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)

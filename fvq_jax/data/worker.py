@@ -7,7 +7,7 @@ import threading
 
 
 def follow_parent(*_: int) -> None:
-    """Lets a worker process end when the main process does, and not before; what Grain passes it does not need.
+    """Lets a worker process end when the main process does, and not before. Grain passes arguments; they are unused.
 
     Schedulers send SIGTERM, and terminals SIGINT, to every process of a job; the main one still needs the others
     until it has saved its work. If it is killed instead, no one would stop the workers.

@@ -16,13 +16,13 @@ from jaxtyping import Int, UInt8
 from fvq_jax.evals.metric_table import METRICS
 from fvq_jax.runtime.hosts import rows_of_all_hosts, sum_over_hosts
 
-EXTREMES = 6  # pictures kept at either end
+EXTREMES = 6  # how many of the worst pictures are kept, and of the best
 RANKED_BY = ("lpips_vgg", "lpips_alex", "psnr")  # the first of these that was computed ranks pictures
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One picture as it was scored: its position in the evaluation, its name, its scores by metric, both versions."""
+    """One scored picture: its position in the evaluation, name, scores by metric, original and reconstruction."""
 
     position: int
     name: str
@@ -42,7 +42,7 @@ class Examples:
 
 
 class ExampleCollector:
-    """Chooses among `total` pictures while they go by: `spread` evenly spaced ones, `EXTREMES` at either end.
+    """Chooses among `total` pictures as they are scored: `spread` evenly spaced, the `EXTREMES` worst and best.
 
     `name` says what the picture at a position is called.
     """
@@ -60,7 +60,7 @@ class ExampleCollector:
         originals: UInt8[np.ndarray, "n H W 3"],
         reconstructions: UInt8[np.ndarray, "n H W 3"],
     ) -> None:
-        """Looks at pictures: their positions in the whole set, their scores [n] by metric, and both versions."""
+        """Considers pictures: their positions in the set, scores [n] by metric, originals and reconstructions."""
         self._metrics = sorted(scores)
         sign = 1 if METRICS[self._ranked_by].larger_is_better else -1
         for row, position in enumerate(positions.tolist()):
@@ -78,7 +78,7 @@ class ExampleCollector:
                     self._kept[kind].insert(key, example)
 
     def result(self, size: int) -> Examples:
-        """The examples among the pictures (of `size` pixels) of all hosts, in every one of them."""
+        """The examples among the pictures of all hosts, `size` pixels along a side; every host gets the same."""
         chosen = {kind: kept.over_hosts(self._metrics, size, self._name) for kind, kept in self._kept.items()}
         return Examples(**chosen, ranked_by=self._ranked_by)
 
@@ -88,7 +88,7 @@ class ExampleCollector:
 
 
 class _Smallest:
-    """The `count` examples with the smallest keys; of equal keys, the earlier position."""
+    """The `count` examples with the smallest keys; among equal keys the earlier position comes first."""
 
     def __init__(self, count: int):
         self._count = count
@@ -102,7 +102,7 @@ class _Smallest:
         del self._kept[self._count :]
 
     def over_hosts(self, metrics: Sequence[str], size: int, name: Callable[[int], str]) -> list[Example]:
-        """The `count` of all hosts, of which each holds its own."""
+        """The `count` examples with the smallest keys over all hosts; each host holds its own."""
         if jax.process_count() == 1:
             return [example for *_, example in self._kept]
         keys = np.full((self._count, 2), math.inf)
@@ -110,7 +110,7 @@ class _Smallest:
             keys[row] = key, position
         everyone = sorted(map(tuple, rows_of_all_hosts(keys)))[: self._count]
         positions = [int(position) for _, position in everyone if position < math.inf]
-        # Only what was chosen travels: each example as a sum to which the host that holds it adds all.
+        # Only the chosen examples travel, as sums over hosts: the host that has an example adds it, the others add 0.
         scores = np.zeros((len(positions), len(metrics)))
         pixels = np.zeros((2, len(positions), size, size, 3), np.uint8)
         here = {position: example for _, position, example in self._kept}

@@ -1,7 +1,7 @@
 """Frechet distance between two sets of features, and the statistics it needs, collected in a stream.
 
-Of features of InceptionV3 (`evals.inception`) the distance is FID (arXiv 1706.08500), and between pictures and their
-reconstructions rFID. Everything is float64 on the host. Which pictures the features come from is left to callers.
+For features of InceptionV3 (`evals.inception`) the distance is called FID (arXiv 1706.08500), and rFID if it is between
+pictures and their reconstructions. Everything is float64 on the host. Callers decide on the pictures.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ class FeatureStatistics:
         self.products += features.T @ features
 
     def moments(self) -> tuple[Vector, Matrix]:
-        """Mean, and covariance with n - 1 in the denominator. InputError below two vectors."""
+        """Mean, and covariance with n - 1 in the denominator. InputError for fewer than two vectors."""
         if self.count < 2:
             raise InputError(f"a covariance needs at least 2 feature vectors, not {self.count}")
         mean = self.total / self.count
@@ -58,8 +58,8 @@ def frechet_distance(a: Any, b: Any) -> float:
     """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), the squared Frechet distance of two Gaussians.
 
     With any factors C = F^T F the trace of the square root is the sum of the singular values of F_a F_b^T. So no matrix
-    square root is taken, which fails or turns complex for singular covariances (fewer samples than dimensions), and of
-    samples no covariance is formed, which would square their condition.
+    square root is taken: it fails or turns complex for singular covariances (fewer samples than dimensions). And no
+    covariance of samples is formed: that would square the condition number.
 
     Args:
       a, b: each an array of feature vectors [n, d], n >= 2 and any size relative to d, or a pair (mean [d], covariance
@@ -111,7 +111,7 @@ def _of_moments(mean: Vector, covariance: Float64[np.ndarray, "_ _"]) -> tuple[V
         return mean, np.linalg.cholesky(covariance).T
     except np.linalg.LinAlgError:  # singular: the eigenvectors take ten times as long
         values, vectors = np.linalg.eigh(covariance)
-    # Rounding leaves a singular covariance eigenvalues near 0 of either sign; the square root would enlarge them.
+    # Eigenvalues of 0 become small numbers of either sign by rounding; the square root would enlarge them.
     noise = len(mean) * np.finfo(np.float64).eps * largest
     return mean, np.sqrt(np.where(values > noise, values, 0.0))[:, None] * vectors.T
 

@@ -20,10 +20,10 @@ def load_inception(path: str | os.PathLike[str]) -> Callable[[np.ndarray], dict[
 
     Args:
       path: a .pth or .safetensors file with the names of pytorch-fid and torch-fidelity
-        (`Mixed_5b.branch1x1.conv.weight`); of FID's file, not torchvision's.
+        (`Mixed_5b.branch1x1.conv.weight`): FID's weights, not torchvision's.
 
     Raises:
-      InputError: the file is missing, unreadable, or lacks tensors; and from the function, for what is no image batch.
+      InputError: the file is missing, unreadable, or lacks tensors. The function raises it for what is no image batch.
     """
     if not os.path.isfile(path):
         raise InputError(f"there is no file {os.fspath(path)!r}: get {WHERE}")

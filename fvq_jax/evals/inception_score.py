@@ -17,9 +17,9 @@ SPLITS = 10
 class InceptionScore:
     """Running sums of the Inception Score (arXiv 1606.03498); those of disjoint sets simply add up.
 
-    exp of the mean divergence between each picture's class probabilities p and their mean over the pictures, in
-    `SPLITS` parts of the set as usual, in each of which the classes must be mixed; the divergence is
-    E[sum p log p] - sum E[p] log E[p].
+    The score is exp of the mean divergence between each picture's class probabilities p and their mean over the
+    pictures: E[sum p log p] - sum E[p] log E[p]. As usual it is computed for `SPLITS` parts of the set; the classes
+    must be mixed in each part.
 
     Attributes:
       count: pictures in each split [s].

@@ -1,4 +1,4 @@
-"""Every figure that is shown to people, once: its heading, its format, its unit, and which direction is better."""
+"""Every figure that is shown to people, in one place: its heading, format and unit, and which direction is better."""
 
 import dataclasses
 
@@ -9,11 +9,11 @@ class Metric:
 
     Attributes:
       name: what people call it.
-      format: of its value in its unit.
-      unit: behind the value; empty for none.
+      format: how the value is written, in its unit.
+      unit: what stands behind the value; empty for none.
       larger_is_better: None where neither direction is.
-      network: through which the metric looks, if several do.
-      divisor: the stored value over this is the value in the unit.
+      network: the network that the metric uses, where it could be one of several.
+      divisor: the stored value divided by this is the value in the unit.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Metric:
 
     @property
     def heading_with_unit(self) -> str:
-        """For the head of a column or an axis, whose values then stand without their unit."""
+        """The heading of a column or an axis, with the unit, so that the values need none."""
         return f"{self.heading} ({self.unit})" if self.unit else self.heading
 
     def text(self, value: float | int | None, missing: str = "") -> str:

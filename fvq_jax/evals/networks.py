@@ -1,4 +1,4 @@
-"""The trained networks that some metrics look through, from local files; what has no file is named, not computed."""
+"""The trained networks that some metrics need, from local files; a metric without its files is not computed."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ FILES = {
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
-    """What was found.
+    """The networks that were found.
 
     Attributes:
       inception: as `load_inception` returns it, or None.
@@ -44,7 +44,7 @@ class Networks:
 
 
 def load_networks(files: Mapping[str, File], size: int) -> Networks:
-    """The networks whose `files` (see `FILES`; None or no such file: absent) are there, for pictures of `size` pixels.
+    """The networks whose `files` exist (by names of `FILES`; None: not given), for pictures of `size` pixels.
 
     Raises:
       InputError: a file is there and damaged, or holds something else.

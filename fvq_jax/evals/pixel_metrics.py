@@ -1,6 +1,6 @@
 """How close a reconstruction is to its original, image by image: PSNR, SSIM, L1, MSE.
 
-The standard forms, named: images are RGB in [0, 1] (data range 1), float32 at highest precision whatever the
+The forms are the standard ones: images are RGB in [0, 1] (data range 1), float32 at highest precision whatever the
 model computes in, and every metric returns one number per image, so that padding images can be masked and
 means are taken over images. Tokenizers are compared on *saved pictures*, so a caller first rounds both sides
 to 8 bits (`ops.pixels`). Everything here can be jitted. Running over a data set and averaging is left to
@@ -43,7 +43,7 @@ def psnr(a: Images, b: Images) -> PerImage:
 
 
 def ssim(a: Images, b: Images) -> PerImage:
-    """Structural similarity, mean over the valid region and the channels (at most 1, at identical images).
+    """Structural similarity, mean over the valid region and the channels (at most 1, for identical images).
 
     Gaussian window 11 x 11 with sigma 1.5, population covariance, K1 = 0.01, K2 = 0.03, no padding: the form
     of Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity", 2004.

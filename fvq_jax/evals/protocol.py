@@ -1,7 +1,7 @@
 """The two ways in which reconstructions are scored. A score without the name of its protocol cannot be compared.
 
-`direct` is how most tokenizers are scored. `published` is how the FVQ paper's figures were made: another crop, and
-JPEG on both sides, whose common damage brings the distributions closer, so its rFID is lower.
+`direct` is how most tokenizers are scored. `published` is how the FVQ paper's figures were made: with another crop, and
+with JPEG on both sides. JPEG damages both alike, which brings their distributions closer, so the rFID is lower.
 """
 
 import io
@@ -24,7 +24,7 @@ _THREADS = min(8, os.cpu_count() or 1)
 
 
 def as_scored(images: UInt8[np.ndarray, "b H W 3"], protocol: str) -> UInt8[np.ndarray, "b H W 3"]:
-    """The pixels that `protocol` scores, of crops and of reconstructions alike."""
+    """Crops or reconstructions, as `protocol` scores them."""
     if protocol == "direct":
         return images
     with ThreadPoolExecutor(_THREADS) as pool:

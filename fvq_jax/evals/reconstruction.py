@@ -1,9 +1,9 @@
-"""Scores a tokenizer on a set of pictures: the one evaluation, in training and behind `fvq_jax.evaluate`.
+"""Scores a tokenizer on a set of pictures. Training and `fvq_jax.evaluate` share this evaluation.
 
-One pass. Every metric is a sum over pictures; padding and unreadable files are left out of it, and hosts, each with its
-share of the pictures, add their sums at the end. Beside the sums a few pictures are kept to be looked at
-(`evals.examples`), and for every code when it first came up. Without networks only pixels and codes are scored, which
-is the quick evaluation of training. How pictures are encoded and decoded is the caller's business.
+It makes one pass over the pictures. Every metric is a sum over them, without padding and unreadable files. Each host
+sums over its share of the pictures, and the sums of all hosts are added at the end. Beside the sums it keeps a few
+pictures to look at (`evals.examples`), and for every code the first picture that it was chosen for. Without networks
+only pixels and codes are scored: the quick evaluation during training. The caller encodes and decodes.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from fvq_jax.runtime.hosts import min_over_hosts, rows_of_all_hosts, sum_over_ho
 from fvq_jax.runtime.row_parallel import RowParallel
 
 RFID_FEATURES = FEATURES[-1]
-NEVER = np.iinfo(np.int64).max  # of a code that was not chosen
+NEVER = np.iinfo(np.int64).max  # in `first_use`: the code was never chosen
 # uint8 pictures of this host -> their reconstructions in [-1, 1] and their codes, both on the host.
 Reconstruct = Callable[[UInt8[np.ndarray, "b H W 3"]], tuple[Float[np.ndarray, "b H W 3"], Int[np.ndarray, "b h w"]]]
 
@@ -48,12 +48,13 @@ class Sums:
 
     Attributes:
       images: how many pictures.
-      broken: of how many the reconstruction is not finite; their scores are not a number.
+      broken: how many pictures have a reconstruction that is not finite; their scores are NaN.
       skipped: how many unreadable files.
       scalars: the sum over pictures of each metric of single pictures.
       code_counts: how often each code was chosen [k].
-      real, decoded: features of crops and of reconstructions; `inception_score`: of reconstructions. None without
-        InceptionV3, `real` also if the reference is known.
+      real, decoded: statistics of the features of crops and of reconstructions.
+      inception_score: that of the reconstructions. These three are None without InceptionV3; `real` is None also if the
+        statistics of the crops are known already.
     """
 
     images: np.int64
@@ -71,9 +72,9 @@ class Found:
     """What one pass over the pictures found; the same on every host.
 
     Attributes:
-      sums: see there.
+      sums: the sums over the pictures.
       count: how many pictures it went through, unreadable ones included.
-      first_use: of each code [k] the position of the first picture that it was chosen for, or `NEVER`.
+      first_use: for each code [k] the position of the first picture that it was chosen for, or `NEVER`.
       examples: pictures to look at.
     """
 
@@ -111,10 +112,11 @@ def collect(
       batch_size: pictures at a time, of all hosts.
       protocol: a name in `PROTOCOLS`.
       num_workers: processes that read pictures, on every host; 0: threads.
-      timeout: seconds without a batch that end the pass, five times as many at the start; 0: none.
+      timeout: seconds without a batch after which the pass ends, five times as many at the start; 0: no limit.
       keep_images: how many pictures spread over the set to keep as examples.
       with_reference: whether to collect the statistics of the crops.
-      writer: gets the reconstructions of all hosts, as scored, in that order; on every host or on none.
+      writer: gets the reconstructions of all hosts, as scored, in the order of the pictures; give one on every host or
+        on none.
       progress: called after every batch with how many pictures all hosts have seen since the last call.
 
     Raises:
@@ -146,7 +148,7 @@ def collect(
             real, decoded = (as_scored(pixels, protocol) for pixels in (crops, np.asarray(to_uint8(decoded))))
             scores = _PIXEL_METRICS(real, decoded)
             scores |= {name: distance(real, decoded) for name, distance in networks.lpips.items()}
-            # Without a number, a pixel would count as black.
+            # NaN and not a score: in 8 bits a pixel that is not a number is black.
             scores = {name: np.where(broken, np.nan, values)[mask] for name, values in scores.items()}
             for name, values in scores.items():
                 sums.scalars[name] = sums.scalars.get(name, 0.0) + values.sum(dtype=np.float64)
@@ -177,7 +179,7 @@ def collect(
 
 
 def _on_all_hosts(batches: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
-    """This host's batches, of which every host has as many; what ends them on one host ends them on all."""
+    """This host's batches; all hosts have equally many. What ends them on one host ends them on all."""
     while (batch := everywhere(lambda: next(batches, None))) is not None:
         yield batch
 
@@ -227,7 +229,7 @@ def not_computed(networks: Networks, sums: Sums) -> dict[str, str]:
 
 
 def _pixel_metrics(params: tuple[()], a: jax.Array, b: jax.Array) -> dict[str, jax.Array]:
-    """Of uint8 images, each pair for itself."""
+    """The metrics of each pair of uint8 images."""
     a, b = to_unit(a), to_unit(b)
     metrics = {"psnr": psnr, "l1": l1, "mse": mse}
     if min(a.shape[1:3]) >= SSIM_WINDOW:

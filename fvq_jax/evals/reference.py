@@ -30,7 +30,7 @@ class Reference:
     def of(
         cls, folder: Path, source: Source, *, protocol: str, size: int, images: int, weights: str | os.PathLike[str]
     ) -> "Reference":
-        """The file in `folder` for these pictures (see `pictures_hash`), seen so, by the network in `weights`."""
+        """The file in `folder` for these pictures, cropped and scored in this way, and the network in `weights`."""
         with open(weights, "rb") as file:
             network = hashlib.file_digest(file, "sha256").hexdigest()
         what = {
@@ -40,13 +40,13 @@ class Reference:
             "images": images,
             "network": network,
             "version": _VERSION,
-            "pillow": PIL.__version__,  # resizes and decodes
+            "pillow": PIL.__version__,  # it decodes and resizes
         }
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
         return cls(folder / f"reference-{protocol}-{size}-{digest[:32]}.npz")
 
     def load(self) -> Moments | None:
-        """Mean and covariance; None if they were never saved, or not whole."""
+        """Mean and covariance; None if they were never saved, or the file is damaged."""
         try:
             with open(self.path, "rb") as file, np.load(file) as arrays:
                 return arrays["mean"], arrays["covariance"]
@@ -57,17 +57,19 @@ class Reference:
             return None
 
     def save(self, moments: Moments) -> None:
-        """Writes the file, which appears once it is whole; that it cannot be written is only worth a warning."""
+        """Writes the file, which appears once it is whole. If it cannot be written, that is only a warning."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with replace_whole(self.path) as unfinished, open(unfinished, "wb") as file:
                 np.savez(file, mean=moments[0], covariance=moments[1])
         except OSError as error:
-            logging.warning("cannot write %s: %s; next time it is collected again", self.path, error.strerror or error)
+            logging.warning(
+                "cannot write %s: %s; its statistics are collected again next time", self.path, error.strerror or error
+            )
 
 
 def pictures_hash(source: Source) -> str:
-    """Of a folder names, sizes and times of change of all files: a picture that was replaced makes a difference."""
+    """A hash of the source. For a folder it covers names, sizes and times of change, to notice a replaced file."""
     digest = hashlib.sha256(f"{type(source).__name__} {source.fingerprint()}".encode())
     files = source.source if isinstance(source, RandomCrops) else source
     if isinstance(files, FolderSource):

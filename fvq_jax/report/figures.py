@@ -1,4 +1,4 @@
-"""The figures of a report, as inline SVG whose colours the page chooses, so that they follow light and dark.
+"""The figures of a report, as inline SVG whose colours the page chooses for its light or dark theme.
 
 Drawn with matplotlib's object-oriented interface (no pyplot, so no global figures and no display). Titles and captions
 belong to the page. Rows are those of `fvq_jax.training.metric_files.read_metrics`; what they lack is left out.
@@ -57,14 +57,14 @@ _STYLE = matplotlib.RcParams(
     }
 )
 _WIDTH, _HEIGHT = 5.4, 3.4  # inches of 72 units
-_SKY, _DEAD = "#10131c", "#ff5a4f"  # of the map, whose colours are those of the picture in both themes
+_SKY, _DEAD = "#10131c", "#ff5a4f"  # background and unused codes of the map; the same in both themes
 MOST_POINTS = 1 << 17  # more codes than this are drawn as a density
 DENSITY_MEANS = (
-    " There are too many codes for points: a cell has the colour of how often its codes were chosen on average, those "
-    "never chosen left out; it is the redder the larger their share, and the more opaque the more codes it holds."
+    " There are too many codes to draw as points. The colour of a cell says how often its codes were chosen on average "
+    "without those never chosen; the larger their share, the redder the cell. A cell with more codes is more opaque."
 )
 _CELLS = 160  # of the density, along a side
-_BELOW_TOP = 0.99  # of the cells have colours of their own; those above share the last one
+_BELOW_TOP = 0.99  # this share of the cells have colours of their own; those above share the last
 _CURVE_POINTS = 50
 
 
@@ -101,7 +101,7 @@ def code_frequency_figure(counts: Counts) -> Figure:
     size, tokens, hit = len(ranked), int(ranked.sum()), int(np.count_nonzero(ranked))
     figure, axes = new_axes()
     if hit:
-        # Beyond the first ranks a logarithmic axis cannot show every one.
+        # Beyond the first ranks a logarithmic axis cannot show every rank.
         ranks = np.unique(np.geomspace(1, hit, 400).round().astype(int))
         axes.plot(ranks, ranked[ranks - 1], color=_FIRST, linewidth=1.8, label="measured", **_markers(len(ranks)))
         axes.set_yscale("log")
@@ -131,7 +131,7 @@ def usage_over_images_figure(first_use: Int64[np.ndarray, "k"], images: int, tok
     figure, axes = new_axes()
     axes.plot(seen, usage, color=_FIRST, linewidth=1.8, label="measured", **_markers(len(seen)))
     even = [usage_if_uniform(int(n) * tokens_per_image, size) for n in seen]
-    axes.plot(seen, even, color=_SECOND, linestyle="--", linewidth=1.3, label="expected of even use")
+    axes.plot(seen, even, color=_SECOND, linestyle="--", linewidth=1.3, label="expected for even use")
     axes.set_xscale("log")
     axes.set_ylim(-0.02, 1.04)
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
@@ -148,9 +148,9 @@ def codebook_map_figure(
 ) -> Figure:
     """Where the codes lie on two axes, coloured by how often each was chosen; codes never chosen are marked.
 
-    `share` is the part of the variance along each axis. Above `most_points` codes cells take the place of points: the
-    colour is the mean over the codes chosen in a cell, blended with red by the share of the others; the opacity says
-    how many codes there are.
+    `share` is the part of the variance along each axis. With more than `most_points` codes,
+    cells take the place of points: their colour is the mean over the chosen codes in the cell, blended with red by the
+    share of codes never chosen; their opacity says how many codes they hold.
     """
     figure, axes = new_axes(height=4.4)
     extend = None

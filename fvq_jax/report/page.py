@@ -1,7 +1,7 @@
-"""The shell of every page: one file, `report/index.html`, that needs nothing else; for people to read and to pass on.
+"""The shell of every page: one file, `report/index.html`, that people can read and pass on by itself.
 
-It asks for nothing from elsewhere, and a policy inside it forbids to; all pictures lie in it. Looks and the one script
-are in `page.html`.
+The page holds all its pictures and loads nothing from elsewhere; a content security policy inside it forbids that. Its
+style and its one script are in `page.html`.
 """
 
 import os

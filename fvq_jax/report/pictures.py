@@ -50,7 +50,7 @@ def reconstruction_grid(
 
 
 def is_lossless(image: UInt8[np.ndarray, "H W 3"]) -> bool:
-    """Whether `data_uri` keeps every pixel: of small pictures, where lossy compression would show."""
+    """Whether `data_uri` keeps every pixel: it does for small pictures, where lossy compression would show."""
     return max(image.shape[:2]) <= _SMALLEST_SIDE
 
 

@@ -14,7 +14,7 @@ SOURCES = {
 class Published:
     """One reported result; None where nothing was reported. `usage` in [0, 1], `ssim` with data range 1.
 
-    `lpips_network` is what LPIPS compares by; empty where that is not stated.
+    `lpips_network` is the network that LPIPS used; empty where that is not stated.
     """
 
     name: str

@@ -1,6 +1,6 @@
 """The report about a tokenizer: how well it reconstructs, how it uses its codes, how it was trained.
 
-What it shows is computed in `evals` and drawn in `figures`; the page around it is `page`'s.
+`evals` computes what it shows, `figures` draws it, and `page` makes the page around it.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ _NEARLY_ALL = 0.999
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What was trained: number and dimension of the codes, pixels per latent along a side, the rest in words."""
+    """What was trained: number and dimension of the codes, pixels per latent along a side, a description in words."""
 
     codes: int
     code_dim: int
@@ -45,13 +45,13 @@ class Report:
     Attributes:
       tokenizer: what was trained.
       facts: how it was scored, for the header and the list of details: name and value, in order.
-      metrics, not_computed: as `evals.suite` gives them.
+      metrics, not_computed: as `evals.reconstruction` gives them.
       found: the pass over the pictures.
       plane: the codes on two axes [k, 2] and the share of the variance along each, see `evals.projection`; None for a
         tokenizer without a table of codes.
       rows: what training has logged, if anything.
       batch_tokens: the size of the window behind `usage/batch`, if known.
-      config: of the training run, by full name; {} if there is none.
+      config: the config of the training run, by full field name; {} if there is none.
     """
 
     tokenizer: Trained
@@ -144,7 +144,7 @@ def _comparison(report: Report) -> str:
     if "rfid" in report.metrics and _few_pictures(report):
         warning = (
             f" <b>rFID of {report.facts['images']:,} pictures:</b> the Frechet distance is biased upwards for few "
-            "pictures and does not compare with that of 50,000."
+            "pictures and cannot be compared with that of 50,000."
         )
     size, protocol, means, data = (escape(str(report.facts[name])) for name in _CONDITIONS)
     return (
@@ -195,7 +195,7 @@ def _reconstructions(report: Report) -> str:
     everything = (*examples.spread, *examples.worst, *examples.best)
     if not everything:
         return ""
-    storage = "" if is_lossless(everything[0].original) else f" Shown as WebP of quality {QUALITY}, scored before it."
+    storage = "" if is_lossless(everything[0].original) else f" Shown as WebP of quality {QUALITY}, scored before that."
     metric = METRICS[examples.ranked_by]
     ends = ("lowest", "highest") if metric.larger_is_better else ("highest", "lowest")
     return (
@@ -241,7 +241,7 @@ def _codes(report: Report) -> str:
             "How often each code is chosen",
             figures.code_frequency_figure(counts),
             "A point for each code, sorted; both axes logarithmic. The flatter the line and the closer to the dashed "
-            "one, the more evenly the codebook is used; a cliff at the right end are codes that hardly occur. "
+            "one, the more evenly the codebook is used; a cliff at the right end means codes that hardly occur. "
             f"The most frequent 1% of the codes take {report.metrics['top_1_percent_share']:.1%} of the tokens.",
         ),
         (
@@ -256,7 +256,7 @@ def _codes(report: Report) -> str:
         points, share = report.plane
         caption = (
             "The table that is searched (bridge applied), on the two directions in which it varies most; colour: how "
-            "often a code is chosen. Frequent codes should lie in the middle of many; red clusters are regions "
+            "often a code is chosen. Frequent codes should lie among many others; red clusters are regions "
             "that the encoder never reaches. Codes that look close here may be far apart along other directions."
         )
         caption += figures.DENSITY_MEANS if len(counts) > figures.MOST_POINTS else ""
@@ -286,7 +286,7 @@ def _training(report: Report) -> str:
 
 
 def _plots(plots: Sequence[tuple[str, Figure, str]]) -> str:
-    """Each with title, figure and caption; one that would stand alone in its row takes all of it."""
+    """Plots, each with title, figure and caption; one that would stand alone in its row takes the whole row."""
     cards = []
     for title, figure, caption in plots:
         svg = figures.to_svg(figure, title.lower().replace(" ", "-"))
