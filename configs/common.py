@@ -12,7 +12,7 @@ from fvq_jax.runtime.errors import InputError
 
 
 def parse_arg(arg: str, **defaults: Any) -> dict[str, Any]:
-    """Reads "name=value,flag" against the defaults, whose types are binding; a flag alone means True.
+    """Reads "name=value,flag". A value has the type of its default; a flag alone means True.
 
     A default of 0 stands for "not given".
 
@@ -35,13 +35,14 @@ def parse_arg(arg: str, **defaults: Any) -> dict[str, Any]:
 
 
 def scale_to_batch(config: ConfigDict, batch: int, *, rate: float = 1e-4, per: int = 128) -> None:
-    """Sets the global batch and what belongs to it: by default the paper's recipe, which is for 128 images.
+    """Sets the global batch and what depends on it, by default from the paper's recipe, which is for 128 images.
 
     The learning rate is `rate` per `per` images. Discriminator, evaluations and checkpoints come after as many images
-    as with the config's own batch: with one of 4,096 the paper's 40 epochs end before step 20,000.
+    as with the config's own batch. In steps they could come too late: with a batch of 4,096 the paper's 40 epochs end
+    before step 20,000.
     """
     shrink, config.batch_size = config.batch_size / batch, batch
-    config.eval.batch_size = max(config.eval.batch_size, batch)  # divisible by as many devices
+    config.eval.batch_size = max(config.eval.batch_size, batch)  # so that as many devices divide it
     config.optim.learning_rate = rate * batch / per
     for section, field in (
         (config.adversarial, "start"),

@@ -8,7 +8,7 @@ Data: `imagenet2012` of TensorFlow Datasets, prepared once in DATA_SETS (docs/da
 --config.data.source=folder --config.data.train_dir=DIR --config.data.eval_dir=DIR instead of tfds_dir.
 Hardware: any number of TPU chips or GPUs that divides the batch of 128.
 The paper reports rFID 1.30 and 100 % of the codes used. It has not been trained here yet.
-Arguments: `smoke` (seconds on a CPU), `batch=N` (rate 1e-4 x N / 128; what counts in steps, likewise).
+Arguments: `smoke` (seconds on a CPU), `batch=N` (rate 1e-4 x N / 128; what counts in steps comes after as many images).
 """
 
 from configs import common
@@ -16,7 +16,7 @@ from fvq_jax.tasks import default_config
 
 
 def get_config(arg="", **quantizer):
-    """The paper's recipe, which is what `default_config` holds; `quantizer` settings are replaced before `smoke`."""
+    """The paper's recipe, as `default_config` holds it, with these settings of the quantizer; then `smoke`, `batch`."""
     args = common.parse_arg(arg, smoke=False, batch=0)
     config = default_config()
     config.eval.every_steps = 10000

@@ -6,7 +6,7 @@
 
 Hardware: any number of TPU chips or GPUs that divides the batch of 128. The codebook with its moments takes 3 GiB on
 every device; --config.mesh.codebook=N divides it by N (docs/scaling.md has the figures). Groups are 16 x 16 codes:
-with four times the codes of fvq262k and four times the group, the bridge has as many tokens.
+with four times the codes of fvq262k in groups four times as large, the bridge has as many tokens as there.
 The paper has no such codebook. It has not been trained here yet.
 Data and arguments: as in fvq16k.
 """

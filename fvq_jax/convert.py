@@ -1,8 +1,8 @@
 """Command line: `python -m fvq_jax.convert SRC DST --layout=jax|llamagen|fvq`.
 
 SRC is a published checkpoint (.pt, .pth, .safetensors), a saved tokenizer or a training workdir; DST a file, or for the
-layout jax a folder. Prints what SRC was recognised as. Reading a large file shows its progress; writing is one call of
-safetensors or PyTorch, seconds per GB, and cannot. Exit codes: 0, and 2 for input that cannot be converted.
+layout jax a folder. Prints what SRC was recognised as. Reading a large file shows its progress. Writing cannot:
+it is one call of safetensors or PyTorch (seconds per GB). Exit codes: 0, and 2 for input that cannot be converted.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from fvq_jax.models.quantizers.bridge import parse_bridge
 from fvq_jax.runtime import exits
 from fvq_jax.runtime.arguments import Parser, true_or_false
 
-LARGE = 100e6  # bytes of a file from which on there is a progress bar
+LARGE = 100e6  # bytes; reading a file of this size or more shows a progress bar
 VARIANTS = {  # by the kind of bridge
     "none": "plain VQ tokenizer (LlamaGen)",
     "linear": "FVQ tokenizer with a linear bridge",
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("source", metavar="SRC", type=Path, help="checkpoint file, saved tokenizer or training workdir")
     parser.add_argument("target", metavar="DST", type=Path, help="file to write, or folder for --layout=jax")
     parser.add_argument("--layout", choices=("jax", *LAYOUTS), default="jax", help="what to write (default: jax)")
-    parser.add_argument("--l2_norm", type=true_or_false, help="unit-length codes? for checkpoints that do not say")
+    parser.add_argument("--l2_norm", type=true_or_false, help="whether codes have unit length, if SRC does not say")
     args = parser.parse_args(argv)
     return exits.run(lambda: _convert(args))
 

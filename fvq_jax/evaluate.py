@@ -4,10 +4,10 @@
   python -m fvq_jax.evaluate --tokenizer=PATH --data=photos --out=OUT --size=256 --inception=FILE
 
 Writes OUT/metrics.json, whose content is also the last line on standard output, and OUT/report/index.html, a page for a
-person. Without --data the pictures are those that the run in the workdir is evaluated on. Metrics that look through a
-trained network need its weights as a local file; those without are listed under `not_computed`, with what to get. With
-`--distributed` it is one of several processes, of which the first writes. Exit codes: 0, 2 for bad input, and 1 if the
-pictures stop coming: for as long as the workdir's `data.timeout` says, or else the default of that.
+person. Without --data the pictures are those that the run in the workdir is evaluated on. Metrics that use a trained
+network need its weights as a local file; a metric without its file is listed under `not_computed`, with what to get.
+With `--distributed` it is one of several processes, and only the first one writes. Exit codes: 0, 2 for bad input, and
+1 if no pictures come for `data.timeout` seconds (as in the config of the workdir, or else the default).
 """
 
 import argparse
@@ -51,7 +51,7 @@ from fvq_jax.tasks.tokenizer.pictures import data_name, source_of
 from fvq_jax.training.metric_files import read_metrics
 
 METRICS, NPZ = "metrics.json", "reconstructions.npz"
-SIZE = 256  # unless a workdir says what it was trained on
+SIZE = 256  # of the crops, unless a workdir says on which size it was trained
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,7 +70,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """Writes `metrics.json` and the page; returns what the first holds, {} in all processes but the first.
+    """Writes `metrics.json` and the page. Returns the content of the first; {} in all processes but the first.
 
     Raises:
       InputError: for bad input.
@@ -153,10 +153,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Prepared:
-    """All that is read before the first picture is scored.
+    """All that is needed before the first picture is scored.
 
     Attributes:
-      path: of the tokenizer.
+      path: where the tokenizer is.
       trained: the config of the run that made it, if `path` is a workdir.
       source, data: the pictures, and what to call them.
       images: how many of them to score; 0 for all.
@@ -174,7 +174,7 @@ class _Prepared:
 
 
 def _prepare(args: argparse.Namespace) -> _Prepared:
-    """Raises InputError for whatever cannot work."""
+    """Checks the options and loads what they name; InputError for whatever cannot work."""
     if args.batch < 1 or min(args.images, args.crops, args.seed) < 0:
         raise InputError("--batch must be at least 1, and --images, --crops and --seed at least 0")
     if args.images and args.crops:
@@ -200,11 +200,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     tokenizer = parser.add_mutually_exclusive_group(required=True)
     tokenizer.add_argument("--workdir", metavar="DIR", type=Path, help="of a training run: its newest checkpoint")
     tokenizer.add_argument("--tokenizer", metavar="PATH", type=Path, help="checkpoint file or saved tokenizer")
-    parser.add_argument("--l2_norm", type=true_or_false, help="unit-length codes? for checkpoints that do not say")
+    parser.add_argument("--l2_norm", type=true_or_false, help="whether codes have unit length, if a file does not say")
     parser.add_argument(
         "--data",
-        help="folder of pictures or of prepared ArrayRecord files, or photos: the bundled ones (a folder of that name: "
-        "./photos); a workdir needs none",
+        help="folder of pictures or of prepared ArrayRecord files, or photos: the bundled ones (for a folder of that "
+        "name: ./photos); not needed with --workdir",
     )
     parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="where metrics.json and report/ go")
     parser.add_argument(
@@ -220,7 +220,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--crops",
         type=int,
         default=0,
-        help="score so many random crops, resized and placed as in training, and not one crop of every picture",
+        help="score this many random crops, resized and placed as in training, instead of one crop of every picture",
     )
     parser.add_argument("--seed", type=int, default=0, help="of --crops (default: 0)")
     for name, what in FILES.items():
@@ -250,7 +250,7 @@ def _source(given: str | None, size: int, images: int, trained: ConfigDict | Non
 
 
 def _config_of_run(path: Path) -> ConfigDict | None:
-    """The config of the run in a workdir; None of anything else, which is reported when the tokenizer is loaded."""
+    """The config of the run in a workdir; None for any other path (a wrong one is noticed on loading)."""
     try:
         saved = json.loads((path / CONFIG).read_text())
     except (OSError, ValueError):
@@ -268,7 +268,7 @@ def _config_of_run(path: Path) -> ConfigDict | None:
 
 
 def _of_first_process(flag: bool) -> bool:
-    """What `flag` is in the first process, in all of them."""
+    """The `flag` of the first process, in every process."""
     return bool(rows_of_all_hosts(np.array([flag]))[0])
 
 

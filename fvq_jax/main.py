@@ -25,12 +25,12 @@ from fvq_jax.training.trace import parse_steps
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
-    "One of several processes: TPU pods and Slurm are detected, elsewhere give --coordinator, --num_processes and "
-    "--process_id, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID",
+    "Run as one of several processes: TPU pods and Slurm are detected, elsewhere give --coordinator, --num_processes "
+    "and --process_id, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID",
 )
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; the port must be free there")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are", 1)
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0", 0)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0", 0)
 DISTRIBUTED_TIMEOUT = flags.DEFINE_integer(
     "distributed_timeout", TIMEOUT, "Seconds to wait for all processes at the start, and for one that fell silent", 1
 )
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    """As one of several processes if told so."""
+    """Joins the other processes with `--distributed`, then runs `main`."""
     where = (COORDINATOR, NUM_PROCESSES, PROCESS_ID)
     if not DISTRIBUTED.value and any(flag.present for flag in where):
         return exits.fail("--coordinator, --num_processes and --process_id do nothing without --distributed")

@@ -51,9 +51,9 @@ LIBTPU_ENVIRONMENT = {
 
 
 def topology_devices(name: str, slices: int = 1) -> list[Any]:
-    """Devices of TPU slices that need not be here, to compile for; the host's own devices become CPUs.
+    """Devices of TPU slices to compile for; the slices need not be here. JAX sees only CPUs on this host afterwards.
 
-    To be called before JAX looks for devices.
+    Call it before JAX looks for devices.
 
     Raises:
       InputError: libtpu is not installed, or there is no such slice.
@@ -112,7 +112,7 @@ def _with_mesh(config: ConfigDict, mesh: list[str] | None) -> ConfigDict:
 
 
 def _logged(make: Callable[..., Plan], task_class: type[Task], config: ConfigDict, devices: Sequence[Any]) -> Plan:
-    """Makes a plan, and says so."""
+    """Makes a plan, and logs what it compiles and whether that fits."""
     logging.info("compiling batch %d for %d x %s", config.batch_size, len(devices), devices[0].device_kind)
     began = time.monotonic()
     plan = make(task_class, config, devices)
@@ -123,7 +123,7 @@ def _logged(make: Callable[..., Plan], task_class: type[Task], config: ConfigDic
 
 
 def _fit_batch(task_class: type[Task], config: ConfigDict, devices: Sequence[Any], plan: Plan) -> int:
-    """The largest batch that fits, looked for from the plan of another."""
+    """The largest batch that fits; the search starts from `plan`, which is for the config's batch."""
 
     def needed(batch):
         changed = config.copy_and_resolve_references()

@@ -5,7 +5,7 @@
 
 `encode` writes `codes` int32 [N, h, w] of central crops, and `names` [N], paths below the folder. PATH is anything that
 `Tokenizer.from_pretrained` reads. Files that are no readable pictures are named and skipped. Memory does not grow with
-their number, but for their sorted names (about 100 bytes each). Exit codes: 0, and 2 for bad input.
+the number of pictures, except for their sorted names (about 100 bytes each). Exit codes: 0, and 2 for bad input.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from fvq_jax.runtime import exits
 from fvq_jax.runtime.arguments import Parser, true_or_false
 from fvq_jax.runtime.errors import InputError
 
-Crop = UInt8[np.ndarray, "s s 3"] | None  # None of what cannot be read
+Crop = UInt8[np.ndarray, "s s 3"] | None  # None for a file that cannot be read
 _THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -108,7 +108,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument("target", metavar=target, type=Path)
         command.add_argument("--tokenizer", required=True, type=Path, help="checkpoint, saved tokenizer or workdir")
         command.add_argument("--batch", type=int, default=64, help="images at a time (default: 64)")
-        command.add_argument("--l2_norm", type=true_or_false, help="unit-length codes? for checkpoints that do not say")
+        command.add_argument(
+            "--l2_norm", type=true_or_false, help="whether codes have unit length, if a file does not say"
+        )
         if name == "encode":
             command.add_argument("--size", required=True, type=int, help="side of the central crop, in pixels")
     return parser.parse_args(argv)
@@ -148,7 +150,7 @@ def _picture_path(folder: Path, name: str, taken: set[Path]) -> Path:
     if relative.is_absolute() or ".." in relative.parts or not relative.name:
         raise InputError(f"the name {name!r} in the file of codes is not a path below a folder")
     path = folder / relative.with_suffix(".png")
-    return path if path not in taken else folder / f"{relative}.png"  # of a.jpg and a.png
+    return path if path not in taken else folder / f"{relative}.png"  # a.jpg and a.png stay two files
 
 
 if __name__ == "__main__":

@@ -32,5 +32,5 @@ def get_config(arg=""):
 
 
 def is_smoke(arg):
-    """Whether the small size is asked for. InputError for an argument that is none."""
+    """Whether the small size is asked for. InputError for an unknown argument."""
     return common.parse_arg(arg, smoke=False)["smoke"]

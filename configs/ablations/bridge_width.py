@@ -1,6 +1,7 @@
 """Five points: bridges 32, 64, 128, 256 and 512 channels wide (XS, S, B, L, XL).
 
-The paper: as wide as the codes have dimensions is best (L, 256; in the smoke size nothing is as narrow as its 16).
+The paper: a bridge as wide as the codes is best (L, 256). Codes of the smoke size have 16 dimensions, which is less
+than any of these widths.
 How to start it, hardware and arguments: base.py.
 """
 

@@ -12,7 +12,7 @@ MOST_TOKENS = 16384
 
 
 def sweep(arg=""):
-    """Every size with every group that gives the bridge a bearable number of tokens."""
+    """Every size with every group that gives the bridge at most MOST_TOKENS tokens."""
     smoke = base.is_smoke(arg)
     size = "S" if smoke else "L"
     for codes in (256, 1024) if smoke else (4096, 16384, 65536, 262144):

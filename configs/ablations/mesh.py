@@ -5,8 +5,8 @@
   JAX_NUM_CPU_DEVICES=8 python -m fvq_jax.sweep --config=configs/ablations/mesh.py:smoke --workdir=DIR
 
 Nothing but the order of sums changes, so quality is the same, and the figures to look at are time and memory. A point
-needs exactly N devices, and is refused, by name, where there are others. A short run.
-Hardware: N TPU chips or GPUs of one host; with `smoke` a CPU that simulates them, whose times say nothing about others.
+needs exactly N devices; with another number it is refused, and named. Each point is a short run.
+Hardware: N TPU chips or GPUs of one host; with `smoke` a CPU that simulates them; its times mean nothing.
 Arguments: `smoke` (1,024 codes), `devices=N`.
 """
 

@@ -21,11 +21,11 @@ def infer_network(
     """The network whose parameters `tensors` are (published names, FVQ's or LlamaGen's); float32 compute.
 
     Channels, resolutions, blocks, code number and dimension, and the bridge follow from shapes; `l2_normalize` does
-    not, and is taken as given. Each number is what most of the tensors that show it say, so that a missing or
-    mis-shaped one can be named against the rest: that is what `torch_layout.tokenizer_params` does.
+    not, and is taken as given. Each number is the one on which most of the tensors that show it agree. So a tensor that
+    is missing or has a wrong shape does not mislead, and `torch_layout.tokenizer_params` can name it.
 
     Raises:
-      InputError: the tensors are no tokenizer's, or one that does not exist here; names `source`.
+      InputError: the tensors belong to no tokenizer, or to one that does not exist here; names `source`.
     """
     evidence = _Evidence(tensors, source)
     ch = evidence.size("encoder.conv_in.weight 0", "encoder.conv_in.bias 0", "encoder.conv_blocks.0.res.0.norm1.bias 0")
@@ -76,7 +76,7 @@ def _infer_bridge(evidence: "_Evidence") -> BridgeSpec:
 
 
 class _Evidence:
-    """Questions to the names and shapes of a checkpoint."""
+    """Answers questions about the names and shapes of the tensors in a checkpoint."""
 
     def __init__(self, tensors: Mapping[str, np.ndarray], source: str):
         self._shapes = {key: value.shape for key, value in tensors.items()}
@@ -87,11 +87,11 @@ class _Evidence:
         return any(key.startswith(prefix) for key in self._shapes)
 
     def count(self, pattern: str) -> int:
-        """How many indices, at least one, `pattern` finds in the names."""
+        """One more than the largest index that `pattern` finds in the names; 1 if it finds none."""
         return 1 + max((int(match[1]) for key in self._shapes if (match := re.match(pattern, key))), default=0)
 
     def size(self, *places: str) -> int:
-        """What most of the `places` ("NAME AXIS") that exist say; InputError if none does."""
+        """The size that most of the existing `places` ("NAME AXIS") have; InputError if none exists or it is 0."""
         votes: collections.Counter[int] = collections.Counter()
         for place in places:
             key, axis = place.split()

@@ -39,7 +39,7 @@ def load_lpips(vgg16_path: str | os.PathLike[str] | None, lpips_path: str | os.P
 def lpips_params(
     tensors: Mapping[str, np.ndarray], backbone: Backbone, backbone_source: Any, heads_source: Any
 ) -> dict[str, Any]:
-    """Parameters of `lpips_distance` from the published tensors of both files, named in InputError if one is wrong."""
+    """Parameters of `lpips_distance` from the published tensors of both files; InputError names a wrong file."""
     combined = "net.slice1.0.weight" in tensors
     heads = {f"lin_{stage}": f"lin{stage}.model.1.weight" for stage in range(len(backbone.stages))}
     convolutions = {

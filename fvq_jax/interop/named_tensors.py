@@ -23,7 +23,7 @@ def abstract_params(net: TokenizerNet) -> dict[str, Any]:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
-    """Writes a .safetensors file, all float32; it replaces what is at `path` once it is whole. OSError as any file."""
+    """Writes a .safetensors file, all float32; it replaces what is at `path` once it is whole. May raise OSError."""
     arrays = {name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()}
     with replace_whole(path) as unfinished:
         # Not save_file, which makes files that no other user can read.

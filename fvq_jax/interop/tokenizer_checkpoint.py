@@ -37,7 +37,7 @@ def read_checkpoint(
 
     The weights may lie in wrappers (`model`, `ema`, `state_dict`; a moving average is preferred) and carry the
     prefixes `module.` and `_orig_mod.`. `l2_norm` overrides what the file says; where neither says, it is False.
-    `track` sees the names of the tensors go by.
+    `track` wraps the names of the tensors while they are read, for a progress bar.
 
     Raises:
       InputError: the file is damaged, or its tensors are not exactly those of a tokenizer.
@@ -55,8 +55,8 @@ def read_checkpoint(
     net = infer_network(tensors, str(path), l2_normalize=bool(said if l2_norm is None else l2_norm))
     if said is None and l2_norm is None and net.quantizer.bridge == "none":
         logging.warning(
-            "%s does not say whether its codes have unit length, and it is taken that they have not: "
-            "pass l2_norm=True for those that do, LlamaGen's for instance",
+            "%s does not say whether its codes have unit length, so they are taken not to: "
+            "pass l2_norm=True if they do, as LlamaGen's do",
             path,
         )
     return net, tokenizer_params(tensors, net, str(path), track)
@@ -69,8 +69,8 @@ def write_checkpoint(path: str | os.PathLike[str], net: TokenizerNet, params: di
     (`load_state_dict(torch.load(path)["model"])`), .safetensors the bare tensors, and `codebook_l2_norm` as metadata.
 
     Raises:
-      InputError: the layout cannot hold this network, the ending of `path` is none of the known, it cannot be written
-        there, or PyTorch is needed and missing.
+      InputError: the layout cannot hold this network, the ending of `path` is unknown, the file cannot be written,
+        or PyTorch is needed and missing.
     """
     path = Path(path)
     if path.suffix not in ENDINGS:
@@ -105,7 +105,7 @@ def _unwrap(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _said_l2_norm(arguments: Any) -> bool | None:
-    """What a checkpoint's `args`, or the metadata of a .safetensors file, say; None if they do not."""
+    """What a checkpoint's `args`, or a .safetensors file's metadata, say about unit-length codes; None if nothing."""
     if isinstance(arguments, types.SimpleNamespace | argparse.Namespace):
         arguments = vars(arguments)
     for name in L2_NORM:
@@ -129,5 +129,5 @@ def _write_torch(path: Path, tensors: dict[str, np.ndarray], l2_norm: bool) -> N
     try:
         with replace_whole(path) as unfinished:
             torch.save({"model": weights, "args": {L2_NORM[0]: l2_norm}}, unfinished)
-    except RuntimeError as error:  # what PyTorch makes of a path that cannot be written
+    except RuntimeError as error:  # PyTorch raises it for a path that cannot be written
         raise OSError(" ".join(str(error).split())) from error

@@ -2,7 +2,7 @@
 
 PyTorch files are pickles, and a pickle can run any program. Here the pickle may only name tensors, plain
 containers, numbers, strings and `argparse.Namespace`; the first other name ends the reading before anything is
-called. What the tensors mean is left to the callers: `fvq_jax.interop.*` and `fvq_jax.models.frozen.lpips`.
+called. The callers know what the tensors mean: the other modules of `fvq_jax.interop`.
 """
 
 import collections
@@ -20,7 +20,7 @@ import safetensors
 
 from fvq_jax.runtime.errors import InputError
 
-# PyTorch stores the bytes of its machine; big-endian files are refused, so "<" is what the bytes are.
+# PyTorch stores numbers in the byte order of its machine. Big-endian files are refused, so "<" is right.
 _STORAGES = {
     "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
     "BoolStorage": np.dtype("?"),
@@ -44,8 +44,9 @@ def read_tensors(
     """Every tensor of a .pt, .pth or .safetensors file, by name.
 
     Names inside nested containers are joined with dots (`model.encoder.conv_in.weight`, `optimizer.state.0.exp_avg`);
-    what is no tensor is left out. Shapes and dtypes are the file's. `track` sees the names in a .safetensors file go by
-    as they are read; the others are mapped. InputError as for `load_torch_file`, and if the file holds no tensor.
+    what is no tensor is left out. Shapes and dtypes are the file's. `track` wraps the names in a .safetensors file as
+    its tensors are read; it is not used for other files, which are mapped. InputError as for `load_torch_file`, and if
+    the file holds no tensor.
     """
     if str(path).endswith(".safetensors"):
         tensors = _load_safetensors(path, track)
@@ -62,7 +63,7 @@ def load_torch_file(path: str | os.PathLike[str]) -> Any:
     Both formats are read: the zip of PyTorch 1.6 and later, whose arrays are read-only and mapped from the file (read
     when touched, so it must stay in place), and the earlier one (torchvision's VGG16), which is read whole. bfloat16
     is ml_dtypes.bfloat16; tensors that share storage share memory. InputError, in one line, if the file is missing,
-    damaged, none of the two, or names a Python object beyond tensors and plain containers.
+    damaged, in neither format, or names a Python object beyond tensors and plain containers.
     """
     try:
         with open(path, "rb") as file:

@@ -1,8 +1,8 @@
 """Tokenizer weights in the published PyTorch layout: names, shapes, and the arrays both ways.
 
 Both layouts are one scheme: FVQ's is LlamaGen's plus the bridge (`quantize.qbridge.*`). PyTorch keeps convolutions as
-OIHW and linear layers as [out, in]; here they are HWIO and [in, out]. Which network a file's tensors belong to is
-`infer`'s business, files are `tokenizer_checkpoint`'s.
+OIHW and linear layers as [out, in]; here they are HWIO and [in, out]. `infer` finds out which
+network a file's tensors belong to; `tokenizer_checkpoint` reads and writes files.
 """
 
 import math
@@ -48,7 +48,7 @@ def torch_name(path: str, levels: int) -> str:
     part, *middle, leaf = path.split("/")
     leaf = "bias" if leaf == "bias" else "weight"
     if part in ("encoder", "decoder"):
-        block, *layer = middle[:-1]  # without the Flax layer inside ours
+        block, *layer = middle[:-1]  # the last name is the Flax layer inside ours
         if match := re.fullmatch(r"level(\d+)_([a-z]+?)(\d*)", block):
             level = int(match[1]) if part == "encoder" else levels - 1 - int(match[1])
             kind = {"attention": "attn"}.get(match[2], match[2])
@@ -101,10 +101,10 @@ def tokenizer_params(
     source: str = "the checkpoint",
     track: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> dict[str, Any]:
-    """Parameters of `net` (None: the network the tensors are inferred to belong to), float32.
+    """Parameters of `net` (None: the network that `infer_network` finds for the tensors), float32.
 
     The usage buffer is left out. All or nothing: InputError that lists every tensor that is missing, extra or of
-    another shape (the first ten names and a count), naming `source`. `track` sees the names go by, for a progress bar.
+    another shape (the first ten names and a count), naming `source`. `track` wraps the names, for a progress bar.
     """
     net = infer_network(tensors, source) if net is None else net
     shapes = {name: leaf.shape for name, leaf in flatten(abstract_params(net)).items()}

@@ -5,9 +5,9 @@
   python -m fvq_jax.sweep report DIR
 
 Every point is a run of `fvq_jax.main` in DIR/NAME. Started again, a sweep skips what is finished and goes on with the
-rest. The last line on standard output is the result as one JSON object. Exit codes: 0 no point is left that this call
-should have run, 2 bad input (also if points were refused, and none failed), 75 interrupted and saved (start me again),
-1 a point failed. docs/sweeps.md says more.
+rest. The last line on standard output is the result as one JSON object. Exit codes: 0 nothing is left for this call to
+run, 2 bad input (also if points were refused, and none failed), 75 interrupted and saved (start me again), 1 a point
+failed. docs/sweeps.md says more.
 """
 
 import json
@@ -32,7 +32,7 @@ from fvq_jax.sweep.runner import Outcome, run_points
 
 INDEX = flags.DEFINE_integer("index", None, "Run this point alone, counted from 0", lower_bound=0)
 PARALLEL = flags.DEFINE_integer("parallel", 1, "Points at a time on this machine", lower_bound=1)
-SHARD = flags.DEFINE_string("shard", "0/1", "I/N: of N sweeps over the same points this is number I, from 0")
+SHARD = flags.DEFINE_string("shard", "0/1", "I/N: this is sweep I, from 0, of N that share the points")
 DRY_RUN = flags.DEFINE_bool("dry-run", False, "Print the points and their commands, and run nothing")
 
 
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
 
 
 def choose(points: Sequence[Point], index: int | None, shard: str) -> list[Point]:
-    """The points of this call. InputError for an index or a shard that is none."""
+    """The points of this call. InputError for an index or a shard that does not exist."""
     match = re.fullmatch(r"(\d+)/(\d+)", shard)
     if not match or int(match[1]) >= int(match[2]):
         raise InputError(f"--shard={shard} must be I/N with I from 0 to N - 1, for instance --shard=0/4")
@@ -102,7 +102,7 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:
-    """0 if nothing is left to do here; see the module's text."""
+    """The exit code, as the text at the top of this module explains."""
     found = {outcome.status for outcome in outcomes}
     if found & {"interrupted", "waiting"}:
         return INTERRUPTED

@@ -63,7 +63,7 @@ def swept_figure(rows: Sequence[Row], column: str) -> Figure | None:
         scored = [row for row in members if column in row.values]
         scored.sort(key=lambda row: position_of[value_of[id(row)]])
         y = [row.values[column] / METRICS[column].divisor for row in scored]
-        # Words have nothing between them, and room beside them.
+        # Between words there are no values, so no line joins their markers; those of several lines stand side by side.
         aside = 0 if numeric else 0.1 * (place - (len(lines) - 1) / 2)
         x = [position_of[value_of[id(row)]] + aside for row in scored]
         if numeric:

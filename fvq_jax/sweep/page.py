@@ -1,6 +1,6 @@
 """The report of a sweep: `sweep.csv`, `sweep.md` and `index.html`, one self-contained page, in the sweep's workdir.
 
-It can be written at any time: what is not finished is shown as such. Looks are those of `fvq_jax/report/page.html`.
+It can be written at any time: what is not finished is shown as such. The style is in `fvq_jax/report/page.html`.
 """
 
 import collections
@@ -62,7 +62,7 @@ def _header(title: str, rows: Sequence[Row]) -> str:
         for status, count in counts.items()
     )
     fields = ", ".join(f"<b>{escape(field)}</b>" for field in table.swept_fields(rows))
-    note = "" if set(counts) == {"finished"} else " · not finished: figures of other points are their last so far"
+    note = "" if set(counts) == {"finished"} else " · not finished: unfinished points show their last figures so far"
     lead = f'<p class="lead">over {fields or "nothing"}{note}</p>'
     return f'<h1>Sweep: {escape(title)}</h1>\n{lead}\n<div class="tiles">{tiles}</div>'
 
@@ -107,7 +107,7 @@ def _figures(rows: Sequence[Row]) -> str:
         ),
         (
             "Over training",
-            "Every evaluation so far. Runs of different length are annealed over their own.",
+            "Every evaluation so far. Every run is annealed over its own length.",
             [(f"{_heading(score)} over steps", figures.steps_figure(rows, score)) for score in SCORES],
         ),
         (

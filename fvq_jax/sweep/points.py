@@ -1,7 +1,7 @@
 """The points of a sweep: names, configs and commands, and the record that each has in its workdir.
 
-A point is a config with a few fields replaced. Which are run, and how, is left to `runner`; how records become a
-report to `table` and `page`.
+A point is a config with a few fields replaced. `runner` decides which points are run, and how; `table` and `page` make
+a report of the records.
 """
 
 import dataclasses
@@ -38,9 +38,9 @@ class Point:
 
     Attributes:
       index: its place in the sweep, from 0.
-      overrides: what sets it apart, by full field name.
+      overrides: the replaced fields, by full name.
       config: all fields, by full name, as JSON keeps them.
-      workdir: of its run; the last part is the point's name.
+      workdir: the workdir of its run; the last part is the point's name.
       devices: how many its mesh needs at least; exactly that many if neither axis is -1.
       refused: why its config cannot run; empty if it can.
     """
@@ -93,9 +93,9 @@ def make_points(
 ) -> list[Point]:
     """The points of a sweep over `config`, each validated for the devices that its mesh needs.
 
-    `given` holds what was overridden on the command line: a field that is swept must not be among it. InputError for
-    that, for a field that no config has or a value of another type, and for two points of one name. A point that
-    cannot run otherwise is kept, with the reason in `refused`.
+    `given` holds the fields that were overridden on the command line. InputError if one of them is swept too, for a
+    field that no config has or a value of another type, and for two points of one name. A point that cannot run for
+    another reason is kept, with the reason in `refused`.
     """
     points: dict[str, Point] = {}
     for index, overrides in enumerate(sweep):
@@ -123,7 +123,8 @@ def make_points(
 def point_name(overrides: Mapping[str, Any]) -> str:
     """The overrides as the name of a folder: tokenizer.quantizer.bridge=L-4,optim.decay=cosine.
 
-    What a file system or a shell might not take becomes a hyphen; the end of a long name a hash of all of it.
+    Characters that a file system or a shell might not take become hyphens. A long name is cut, and ends in a hash of
+    the overrides.
     """
     parts = [f"{field}={re.sub(r'[^A-Za-z0-9.+]+', '-', value_text(value))}" for field, value in overrides.items()]
     name = ",".join(parts) or "base"

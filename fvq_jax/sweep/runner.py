@@ -1,6 +1,6 @@
 """Runs points of a sweep, each as a process of its own, and keeps their records.
 
-A point that fails costs only itself, and what a killed sweep had under way goes on from its checkpoint next time.
+A point that fails does not stop the others. A run that a killed sweep had begun goes on from its checkpoint next time.
 """
 
 import collections
@@ -25,7 +25,7 @@ from fvq_jax.sweep.points import LOG, OUTPUT, Point, Status, is_finished, read_r
 
 POLL_SECONDS = 0.1
 # A scheduler may signal every process of a job, and a run that gets the same signal twice ends before it has saved
-# (`Interrupt`). So the other one is passed on.
+# (`Interrupt`). So the sweep passes on the other of the two signals.
 PASSED_ON = {signal.SIGTERM: signal.SIGINT, signal.SIGINT: signal.SIGTERM}
 
 
@@ -57,12 +57,12 @@ class _Running:
 
 
 def run_points(points: Sequence[Point], command: Callable[[Point], list[str]], parallel: int = 1) -> list[Outcome]:
-    """Runs the points, `parallel` at a time, but for those that are finished, refused or run by another program.
+    """Runs the points, `parallel` at a time, except those that are finished, refused or run by another program.
 
     SIGTERM and SIGINT are passed on to the runs, which save and end; what has not begun then stays `waiting`.
 
     Args:
-      points: in this order.
+      points: the points, run in this order.
       command: what runs a point: a program that behaves as `fvq_jax.main`.
       parallel: how many at a time.
 
@@ -134,7 +134,7 @@ def _begin(point: Point, command: Callable[[Point], list[str]]) -> _Running | Ou
         return outcome
     write_record(point, "running")
     with (point.workdir / OUTPUT).open("wb") as output, (point.workdir / LOG).open("ab") as log:
-        start = log.tell()  # before the run can write: it shares the position
+        start = log.tell()  # taken before the run can write, since the run shares the position
         # A session of its own: Ctrl-C at a terminal reaches the sweep alone, which passes it on once.
         process = subprocess.Popen(
             command(point), stdin=subprocess.DEVNULL, stdout=output, stderr=log, pass_fds=[lock], start_new_session=True
@@ -148,7 +148,7 @@ def _end(run: _Running, stopping: bool) -> Outcome:
     meanings: dict[int, Status] = {0: "finished", BAD_INPUT: "refused", INTERRUPTED: "interrupted"}
     status = meanings.get(code, "failed")
     if stopping and code in (-signal.SIGINT, -signal.SIGTERM):
-        status = "interrupted"  # before it could begin
+        status = "interrupted"  # the signal came before the run could handle it
     if status == "finished" and not summary:
         status, error = "failed", "it ended without a result line"
     elif status in ("failed", "refused"):
@@ -171,7 +171,7 @@ def _summary(text: str) -> dict[str, Any]:
 
 
 def _last_error(log: Path, start: int) -> str:
-    """The last line that a program of this package has written about an error, or else the last line at all."""
+    """The last line about an error ("fvq_jax: ...") that the run has written, or else its last line."""
     with log.open("rb") as file:
         file.seek(start)
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
@@ -180,7 +180,7 @@ def _last_error(log: Path, start: int) -> str:
 
 
 class _Progress:
-    """Points ended, on standard error: a line for each, and a bar if that is a terminal."""
+    """Says on standard error which points have ended: a line for each, and a bar if it is a terminal."""
 
     def __init__(self, total: int):
         self._total, self._ended = total, 0
@@ -197,7 +197,7 @@ class _Progress:
         self._say(logging.INFO, "started %s, log: %s", point.name, point.workdir / LOG)
 
     def ended(self, outcome: Outcome) -> None:
-        """One point more needs nothing further."""
+        """One more point is done, for this sweep."""
         self._ended += 1
         done, name = f"{self._ended}/{self._total}", outcome.point.name
         if outcome.status in ("failed", "refused"):

@@ -53,7 +53,7 @@ class Row:
 
     @property
     def status(self) -> str:
-        """For a person."""
+        """The status, as a person reads it."""
         if self.silent:
             return f"running? silent for {self.silent / 60:,.0f} min"
         return self.record.status
@@ -149,8 +149,8 @@ def to_markdown(rows: Sequence[Row]) -> str:
 def series(rows: Sequence[Row]) -> tuple[str, list[tuple[str, list[Row]]]]:
     """How to draw the points over one field: its name, and the lines, each with a label and its rows.
 
-    The field is the one swept first that differs at all; the others that do tell the lines apart, but for those that
-    follow from the first (a bridge that grows with the codebook, for instance).
+    The field is the first swept one that differs between points. The others that differ tell the lines apart, except
+    those that follow from the first (a bridge that grows with the codebook, for instance).
     """
     fields = swept_fields(rows)
     values = {field: [repr(swept_values(row, [field])[0]) for row in rows] for field in fields}
