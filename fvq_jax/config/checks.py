@@ -1,6 +1,6 @@
 """Refuses a config that is misspelt or cannot run, in one line that says what would work, before anything compiles.
 
-Only what holds for every task is checked here; the rest is the task's (`Task.check`).
+Only what holds for every task is checked here; the task checks the rest (`Task.check`).
 """
 
 from typing import Protocol, runtime_checkable
@@ -16,7 +16,7 @@ from fvq_jax.runtime.names import did_you_mean, dotted
 
 @runtime_checkable
 class Checked(Protocol):
-    """What is asked here of the class of a task, see `training.task.Task`."""
+    """What this module needs of the class of a task, see `training.task.Task`."""
 
     @classmethod
     def fields(cls, config: ConfigDict | None = None) -> dict[str, Field]:
@@ -30,7 +30,7 @@ class Checked(Protocol):
 
 
 def all_fields(task: type[Checked], config: ConfigDict | None = None) -> dict[str, Field]:
-    """Every field of the task's configs by its full name: the default config's, or those that `config` should have."""
+    """Every field, by its full name, that `config` (without it: the default config) must have for this task."""
     return {**SHARED, **task.fields(config)}
 
 
@@ -44,13 +44,13 @@ def validate(config: ConfigDict, task: type[Checked], devices: int) -> None:
     for name, field in fields.items():
         field.check(name, given[name])
     _check_schedule(config)
-    task.check(config, devices)  # before the mesh: it knows which sizes of the codebook axis work at all
+    task.check(config, devices)  # before the mesh: the task knows which sizes of the codebook axis work at all
     mesh_shape(config.mesh.data, config.mesh.codebook, devices)
     _check_batch(config, devices)
 
 
 def near(value: int, unit: int) -> str:
-    """The multiples of `unit` around `value`, as text: what would work."""
+    """The multiples of `unit` below and above `value`, as the text of a message that says what would work."""
     below, above = value // unit * unit, -(-value // unit) * unit
     return f"{below} or {above}" if below else str(above)
 

@@ -1,4 +1,4 @@
-"""A config for people: every field with its value, its default where that differs, and what it means."""
+"""Shows a config to people: every field with its value, what it means, and its default where that differs."""
 
 from collections.abc import Mapping
 
@@ -9,22 +9,21 @@ from fvq_jax.runtime.names import dotted
 
 
 def explain(config: ConfigDict, fields: Mapping[str, Field]) -> str:
-    """One line per field, sections together: full name, value, default, text."""
+    """One line per field, grouped by section: full name, value, text, and the default if it differs."""
     values = dotted(config)
     shown = {name: _value(values.get(name)) for name in fields}
     defaults = {
         name: _value(list(f.default) if isinstance(f.default, tuple) else f.default) for name, f in fields.items()
     }
-    order = sorted(
-        fields, key=lambda name: (("." in name), name.rpartition(".")[0])
-    )  # stable: as declared in a section
+    # The sort is stable, so that the fields of a section stay in the order in which they are declared.
+    order = sorted(fields, key=lambda name: (("." in name), name.rpartition(".")[0]))
     width = max(len(f"{name} = {shown[name]}") for name in fields)
     lines = []
     for name in order:
         field = fields[name]
         default = "" if shown[name] == defaults[name] else f" (default: {defaults[name]})"
         choices = f" One of {', '.join(str(c) or 'nothing' for c in field.choices)}." if field.choices else ""
-        fixed = " Stays as it is when a run goes on." if field.stays else ""
+        fixed = " Must not change when a run is resumed." if field.stays else ""
         lines.append(f"{f'{name} = {shown[name]}':{width}}  {field.text}{choices}{fixed}{default}")
     return "\n".join(lines)
 

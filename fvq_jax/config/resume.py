@@ -1,4 +1,4 @@
-"""May a run go on in this workdir? Only with the model, the data and the seed that it began with."""
+"""Checks that a run may be resumed in its workdir: only with the model, data and seed that it began with."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,15 +15,16 @@ def check_continues(saved: Mapping[str, Any], config: ConfigDict, fields: Mappin
 
     Args:
       saved: the content of `config.json`.
-      config: valid.
-      fields: of `config`, by full name. Those with `stays` must be equal in both; a field that only the saved config
-        has belonged to another model, and counts as one that stays.
+      config: the config given now, already validated.
+      fields: the fields of `config`, by full name. Those with `stays` must be equal in both configs. A field that only
+        the saved config has is refused like a changed one, since it belonged to another model.
 
     Returns:
-      Differences that are fine, as text, for the log.
+      The differences that are allowed, as text for the log.
 
     Raises:
-      InputError: names every field of model, data or seed that differs; or the workdir is of an older version.
+      InputError: a field that must stay differs (the message names all of them), or the workdir was begun by an older
+        version.
     """
     before, now = dotted(saved), dotted(config)
     if "task" not in before:

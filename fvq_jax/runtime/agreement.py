@@ -1,6 +1,6 @@
-"""Several processes of a run agree: an error in one of them is raised in all of them, and a difference is named.
+"""Agreement of the processes of a run: an error in one is raised in all, and a difference between them is named.
 
-Without this the others would wait in their next collective for one that has already left. Every function here is a
+Without this, the other processes would wait in a collective for one that has already left. Every function here is a
 collective: all processes call it at the same point. With a single process nothing is sent.
 """
 
@@ -21,8 +21,8 @@ T = TypeVar("T")
 def everywhere(action: Callable[[], T]) -> T:
     """Returns what `action` returns here, once it has succeeded in every process.
 
-    Raises in all of them, if it did in one: InputError for bad input, RunError for what ended a run that had begun. The
-    message says in which process, unless all have the same to say.
+    If it raises in one process, this raises in all: InputError for bad input, RunError for what ended a run that had
+    begun. The message names the process, unless all processes have the same message.
     """
     if jax.process_count() == 1:
         return action()
@@ -31,7 +31,7 @@ def everywhere(action: Callable[[], T]) -> T:
         result = action()
     except (InputError, RunError) as error:
         own = error
-    # A number first: in a loop over batches this is called often, and nearly always nothing is wrong.
+    # Texts are sent only after an error: this is called often (for every batch), and nearly always nothing is wrong.
     kinds = rows_of_all_hosts(np.array([0 if own is None else 1 if isinstance(own, InputError) else 2], np.int32))
     if not kinds.any():
         return result
@@ -40,7 +40,7 @@ def everywhere(action: Callable[[], T]) -> T:
         text = next(iter(failed.values()))
     else:
         text = "; ".join(f"process {index}: {text}" for index, text in failed.items())
-    # One exit code for all: a run that ends is not bad input, even where another process sees it as such.
+    # All processes end with the same exit code: if one raised RunError, all do, even one that saw bad input.
     if 2 not in kinds:
         raise InputError(text) from own
     ending = RunError(text)
@@ -49,7 +49,7 @@ def everywhere(action: Callable[[], T]) -> T:
 
 
 def check_same(values: Mapping[str, Any]) -> None:
-    """Raises InputError in all processes if `values`, nested by name and made of plain JSON, differ between them."""
+    """Raises InputError in all processes if `values`, a nested mapping of plain JSON, differ between them."""
     if jax.process_count() == 1:
         return
     first, *others = (dotted(json.loads(text)) for text in gather_texts(json.dumps(values, sort_keys=True)))
@@ -62,7 +62,7 @@ def check_same(values: Mapping[str, Any]) -> None:
 
 
 def gather_texts(text: str) -> list[str]:
-    """The texts of all processes, in their order."""
+    """Returns the texts of all processes, in the order of the processes."""
     data = np.frombuffer(text.encode(), np.uint8)
     lengths = rows_of_all_hosts(np.array([data.size], np.int32))
     padded = np.zeros((1, max(1, lengths.max())), np.uint8)

@@ -1,4 +1,4 @@
-"""SHA-256 of every file of a folder, kept beside them, so that a file that changed since is found and named.
+"""SHA-256 checksums of the files of a folder, listed in that folder, so that a file that has changed is found.
 
 The list has the format of `sha256sum`: `cd FOLDER && sha256sum --check SHA256SUMS` does the same by hand.
 """
@@ -9,11 +9,11 @@ from collections.abc import Collection
 from pathlib import Path
 
 FILE = "SHA256SUMS"
-_THREADS = 4  # hashing leaves Python's lock, so that several files go through at once
+_THREADS = 4  # hashing releases Python's lock, so that several files are hashed at once
 
 
 def write_checksums(folder: Path, *, leave_out: Collection[str] = ()) -> None:
-    """Lists all files that are in `folder` now, but for those that will still change. Raises OSError."""
+    """Writes the checksums of all files now in `folder`, except `leave_out`, which may still change. Raises OSError."""
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     names = [name for name in names if name != FILE and name not in leave_out]
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
@@ -23,9 +23,9 @@ def write_checksums(folder: Path, *, leave_out: Collection[str] = ()) -> None:
 
 
 def find_damage(folder: Path) -> str:
-    """The first file that is missing, changed or unreadable, and what it is, as text; empty if there is none.
+    """Names the first listed file that is missing, changed or unreadable, and says which; empty if there is none.
 
-    Files that are not listed do not count; nor does anything where there is no list.
+    Files that are not listed are not checked. A folder without a list counts as undamaged.
     """
     if not (folder / FILE).exists():
         return ""

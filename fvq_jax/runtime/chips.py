@@ -1,6 +1,6 @@
 """What the hardware can do and how much of it is used: published figures, model flops utilisation, peak memory.
 
-Placing arrays on devices is left to `fvq_jax.runtime.mesh`; timing a step to `fvq_jax.training.metric_files.StepTimer`.
+Placing arrays on devices is left to `fvq_jax.runtime.mesh`; timing a step to `fvq_jax.training.step_timer`.
 """
 
 import functools
@@ -18,15 +18,15 @@ from jax.typing import DTypeLike
 
 
 class Chip(NamedTuple):
-    """Published figures of one device; None where none is known here.
+    """Published figures of one device; None where this module has no figure.
 
     Attributes:
-      kind: words of the device kind.
+      kind: words that occur in the device kind, as JAX reports it.
       bfloat16: dense peak (no sparsity), flop/s.
       float32: the same at JAX's default precision: one bfloat16 pass on a TPU, TF32 on these GPUs.
       memory_bandwidth: bytes/s between memory and chip.
       network: bytes/s that it sends to its neighbours, all links together, one direction.
-      between_slices: bytes/s of a TPU's share of its host's network.
+      between_slices: bytes/s, the share of one TPU in the network of its host.
       memory: bytes that the TPU compiler gives to a program, slightly less than the chip has.
     """
 
@@ -39,8 +39,8 @@ class Chip(NamedTuple):
     memory: int | None = None
 
 
-# The first entry whose words stand in the device kind counts, so longer names come first. Sources: Google Cloud's
-# pages on the architecture of TPU v4, v5e, v5p, v6e (of bidirectional bandwidths one half); the network between
+# The first entry whose words occur in the device kind is taken, so longer names come first. Sources: Google Cloud's
+# pages on the architecture of TPU v4, v5e, v5p, v6e (half of each bidirectional bandwidth); the network between
 # slices of v5p from "How to Scale Your Model" (jax-ml.github.io/scaling-book); `memory` from the compiler's own
 # messages (libtpu 0.0.42); NVIDIA's data sheets of A100 (2021), H100 (2022: SXM, PCIe, NVL), H200 (2024: SXM, NVL)
 # and GH200, whose flops "with sparsity" and NVLink figures for both directions are halved here.
@@ -67,7 +67,7 @@ CHIPS = (
 
 
 def published_chip(device_kind: str) -> Chip | None:
-    """The published figures of this kind of device, None if there are none here."""
+    """The published figures of this kind of device; None if this module has none."""
     return next((chip for chip in CHIPS if re.search(rf"\b{chip.kind}\b(?! lite)", device_kind)), None)
 
 
@@ -114,8 +114,8 @@ def model_flops_utilisation(
     """Fraction of the devices' joint peak that the model's arithmetic reaches; 0 where nothing was timed.
 
     `flops_per_step` counts the whole step over *all* devices (XLA's cost analysis is per device: multiply).
-    Devices are taken to be alike. Simulated CPU devices each count as a whole CPU, so there the figure is too
-    low by their number.
+    Devices are taken to be alike. Simulated CPU devices each count as a whole CPU, so there the result is too
+    low, by a factor of their number.
     """
     if seconds_per_step <= 0.0:
         return 0.0
@@ -125,7 +125,7 @@ def model_flops_utilisation(
 def memory_bytes(device: jax.Device) -> int:
     """Bytes of memory that a program may use on this device: a published figure, or what the device reports.
 
-    A CPU has none of its own: its share of the machine's, since simulated devices live in the same memory.
+    For a CPU device: an equal share of the machine's memory, since all simulated devices use the same memory.
     """
     chip = published_chip(device.device_kind)
     if chip is not None and chip.memory is not None:
@@ -136,7 +136,7 @@ def memory_bytes(device: jax.Device) -> int:
 
 
 def peak_device_memory_bytes() -> int:
-    """Highest memory use so far of any local device, in bytes; of this process where none keeps count (CPU)."""
+    """Peak memory use so far of any local device, in bytes; where devices do not count it (CPU), of this process."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
     return max(peaks) or _peak_resident_bytes()
 

@@ -1,7 +1,7 @@
-"""What a compiled program costs one device: memory, bytes it sends, passes of its products, and the time they take.
+"""What a compiled program costs one device: memory, bytes sent, passes of matrix products, and the least time.
 
-XLA's own counts (`memory_analysis`, `cost_analysis`) know neither what is sent nor how often a float32 product
-passes through a TPU: both are read from the program's text, the optimised HLO of `compiled.as_text()` for one
+XLA's own counts (`memory_analysis`, `cost_analysis`) include neither the bytes sent nor the passes that a float32
+product takes on a TPU: both are read from the program's text, the optimised HLO of `compiled.as_text()` for one
 device. Compiling the training step is left to `training.step_plan`.
 """
 
@@ -18,7 +18,7 @@ from fvq_jax.runtime.chips import published_chip
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BETWEEN_SLICES = "between-slices"
-# bfloat16 products that a TPU multiplies for one float32 product at that precision.
+# How many bfloat16 products a TPU computes for one float32 product at each precision.
 _PASSES = {"high": 3, "highest": 6}
 Amount = TypeVar("Amount", int, float)
 
@@ -42,7 +42,7 @@ class Program:
     """The computations of an optimised HLO text, and sums over what they execute.
 
     Attributes:
-      computations: the instructions of each, in order.
+      computations: the instructions of every computation, in order, by its name.
       shapes: the shape of every instruction's result, as text.
     """
 
@@ -52,7 +52,7 @@ class Program:
         self._entry = ""
         for line in text.splitlines():
             if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{", line):
-                # A TPU's fused reduce-scatter is written as an all-reduce of which a slice is kept.
+                # The text shows a TPU's fused reduce-scatter as an all-reduce that keeps only a slice of its result.
                 scatters = header[2].startswith("all-reduce-scatter")
                 current = self.computations[header[2]] = []
                 self._entry = header[2] if header[1] else self._entry
@@ -60,7 +60,7 @@ class Program:
                 name, shape, opcode, rest = found.groups()
                 opcode = "reduce-scatter" if scatters and opcode == "all-reduce" else opcode
                 operands = re.findall(r"%([\w.\-]+)", re.split(r"\)(?:, \w+=|$)", rest, maxsplit=1)[0])
-                # What an asynchronous operation runs counts where it starts.
+                # The computation that an asynchronous operation runs is counted where the operation starts.
                 called = () if opcode.endswith(("-done", "-update")) else tuple(_called(rest))
                 current.append(Instruction(shape, opcode, tuple(operands), called, rest))
                 self.shapes[name] = shape
@@ -68,8 +68,8 @@ class Program:
     def total(self, amount: Callable[[Instruction], Amount]) -> Amount:
         """The sum of `amount` over all instructions that one run executes.
 
-        A loop's body counts as often as it runs, where the program says how often (once otherwise); of a
-        conditional's branches the one with the largest sum counts.
+        The body of a loop counts once per iteration, or once where the program does not say how many there are. For
+        a conditional, only the branch with the largest sum counts.
         """
 
         @functools.cache
@@ -101,10 +101,10 @@ class Program:
 def collective_bytes(program: Program, devices: int) -> dict[str, int]:
     """Bytes that each device sends in one run, by kind of collective.
 
-    Counted as a ring sends them: of n devices that hold s bytes each, an all-gather sends (n - 1) s, a
-    reduce-scatter and an all-to-all (n - 1) / n s, an all-reduce twice that, a permutation s. A chain of fused
-    steps of one collective, as a TPU overlaps it with arithmetic, counts once. `between-slices`, only if there
-    is any: what is handed to the hosts for the other slices of a TPU, which then is missing from the other kinds.
+    Counted for a ring of n devices that hold s bytes each: an all-gather sends (n - 1) s, a reduce-scatter or an
+    all-to-all (n - 1) / n s, an all-reduce twice that, a permutation s. A collective that a TPU splits into a chain
+    of fused steps, to overlap it with arithmetic, counts once. `between-slices`, present only if it is not 0, are the
+    bytes handed to the hosts for the other slices of a TPU; they are not part of the other kinds.
     """
     factors = {
         "all-gather": lambda n: n - 1,
@@ -160,7 +160,7 @@ def repeated_pass_flops(program: Program) -> int:
 
 
 def total_bytes(executable: jax.stages.Compiled) -> int:
-    """Bytes that a program occupies while it runs: what it takes, returns in new buffers, needs between, and itself."""
+    """Bytes that a program occupies while it runs: arguments, results in new buffers, temporaries, and its own code."""
     memory = executable.memory_analysis()
     if memory is None:
         raise NotImplementedError("this backend does not say how much memory a program takes")
@@ -174,7 +174,7 @@ def total_bytes(executable: jax.stages.Compiled) -> int:
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Bytes of all arrays of a tree on one device, by their layout."""
+    """Bytes that the arrays of a tree take on one device, according to their layout."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
 
@@ -182,11 +182,11 @@ def bytes_per_device(tree: Any) -> int:
 def least_time(
     device_kind: str, flops: float, memory_bytes: float, sent: dict[str, int]
 ) -> tuple[str | None, float | None]:
-    """(what takes longest, its seconds) by the published figures of the device; (None, None) without them.
+    """(compute, memory or network: what takes longest; its seconds); (None, None) without published figures.
 
-    A roofline: each of the three at its peak, the other two hidden behind the longest. Real steps take longer. The
-    weakest of the three is `memory_bytes`, XLA's count of bytes accessed: what a fusion keeps on the chip or reads
-    twice counts at face value, the body of a loop once, and what a kernel reads again not at all.
+    A roofline: each of the three runs at its peak, and the longest hides the other two. Real steps take longer. The
+    least exact input is `memory_bytes`, XLA's count of bytes accessed: it does not know what a fusion keeps on the
+    chip or reads twice, counts the body of a loop once, and misses what a kernel reads again.
     """
     chip = published_chip(device_kind)
     if chip is None or chip.memory_bandwidth is None or chip.network is None:
@@ -203,9 +203,9 @@ def least_time(
 
 
 def out_of_memory(message: str) -> tuple[int, int] | None:
-    """(needed, available) bytes that the TPU compiler's out-of-memory message names; None if it is no such message."""
+    """(needed, available) bytes that the TPU compiler's out-of-memory message names; None for any other message."""
     sizes = re.findall(r"([\d.]+)([KMGT])\b", message)
-    # Only HBM counts: another memory is that of a kernel, which does not depend on the batch.
+    # Only HBM counts: other memories are used by kernels, whose need does not depend on the batch.
     if "RESOURCE_EXHAUSTED" not in message or not re.search(r"\bhbm\b", message, re.IGNORECASE) or len(sizes) < 2:
         return None
     needed, available = (round(float(number) * 1024 ** (1 + "KMGT".index(unit))) for number, unit in sizes[:2])
@@ -213,7 +213,7 @@ def out_of_memory(message: str) -> tuple[int, int] | None:
 
 
 def _found(pattern: str, text: str) -> str:
-    """The pattern's group where the text first matches it; ValueError if it does not, which no program should do."""
+    """The group of the pattern's first match in the text; ValueError if there is none, which is not expected."""
     match = re.search(pattern, text)
     if match is None:
         raise ValueError(f"no {pattern} in {text!r}")
@@ -228,21 +228,21 @@ def _called(text: str) -> Iterator[str]:
 
 
 def _group_size(text: str, devices: int) -> int:
-    """How many devices take part in one group of a collective, from any of the three ways to write groups."""
+    """How many devices take part in one group of a collective; reads all three notations of groups."""
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return listed[1].count(",") + 1
     if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", text):
         return int(iota[1])
     if axes := re.search(r"replica_groups=mesh\[(.*?)\].*? \{(.*?)\}", text):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes[1]))
-        # An axis may be cut: 'axis':(before)size.
+        # Only a part of an axis may be used, written as 'axis':(before)size.
         parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", axes[2])
         return math.prod(int(size or sizes[name]) for name, size in parts)
     return devices
 
 
 def _dimensions(shape: str) -> list[int]:
-    """f32[8,256]{1,0} -> [8, 256]."""
+    """The dimensions of a shape: f32[8,256]{1,0} -> [8, 256]."""
     return [int(size) for size in _found(r"\[([\d,]*)\]", shape).split(",") if size]
 
 
@@ -250,6 +250,6 @@ def _bytes(shape: str) -> int:
     """Bytes of a shape, or of all parts of a tuple of shapes."""
     total = 0
     for dtype, sizes in re.findall(r"([a-z]\w*)\[([\d,]*)\]", shape):
-        bits = 8 if dtype == "pred" else int((re.findall(r"\d+", dtype) or [0])[0])  # a token[] has none
+        bits = 8 if dtype == "pred" else int((re.findall(r"\d+", dtype) or [0])[0])  # token[] has no number
         total += math.prod(int(size) for size in sizes.split(",") if size) * bits // 8
     return total

@@ -6,7 +6,7 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """What ends a run that had begun (exit code 1). The message is one full line.
+    """An error that ends a run that had begun (exit code 1). The message is one full line.
 
     Attributes:
       shared: whether all processes of the run raise it at the same point.
@@ -24,7 +24,7 @@ class StorageError(RunError):
 
 
 class DataError(RunError):
-    """The next batch does not come: what prepares it hangs or has died."""
+    """The next batch does not come: the workers that prepare it hang or have died."""
 
 
 def require(condition: bool, message: str) -> None:

@@ -1,6 +1,6 @@
 """How every program of this package ends: with one line on standard error if anything was wrong, and an exit code.
 
-0: done. 2: bad input. 75: interrupted and saved, start it again. 1: anything else.
+Exit codes: 0 done; 2 bad input; 75 interrupted after saving, so that it can be started again; 1 anything else.
 """
 
 import contextlib
@@ -21,22 +21,22 @@ from fvq_jax.runtime.hosts import rows_of_all_hosts
 
 BAD_INPUT, INTERRUPTED, FAILED = 2, 75, 1
 
-# What stands in the errors of collectives and of JAX's coordination service when another process has gone.
+# Words in the errors of collectives and of JAX's coordination service when another process has gone.
 _OTHERS = re.compile(r"Gloo|NCCL|Connection (reset|closed)|UNAVAILABLE|heartbeat|Barrier|coordination service")
 _KILLED = (
     "fvq_jax: process {} on {} was ended from outside: another process of the run fell silent, or this one was killed; "
     "start all of them again"
 )
-_LAST = 1.0  # seconds by which the first process leaves after the others
+_LAST = 1.0  # seconds that the first process waits, so that it leaves after the others
 _LISTENER = "import sys; sys.stdin.read() or sys.stderr.write(sys.argv[1])"
 
 
 def run(program: Callable[[], int], join: Callable[[], None] | None = None) -> int:
-    """Runs a program to its exit code. Whatever it raises that a user can act on becomes one line and a code.
+    """Runs a program and returns its exit code. An error that a user can act on becomes one line and a code.
 
     Args:
       program: does the work and returns the exit code.
-      join: makes this one of several processes first, see `processes.Place.join`; None for a process that is alone.
+      join: called first, makes this process one of several, see `processes.Place.join`; None if it runs alone.
 
     Returns:
       The exit code. After an error that leaves threads or other processes hanging (`RunError`, or a collective that
@@ -70,8 +70,8 @@ def fail(message: str, code: int = BAD_INPUT) -> int:
 def _leave(message: str, *, together: bool = False) -> NoReturn:
     """Ends the program at once, without waiting for threads and processes that may hang.
 
-    With `together` all processes of the run are here. The first one holds the service through which JAX watches the
-    others, and which kills those that outlive it; so it goes last.
+    `together` says that all processes of the run call this. The first process then ends last, since it holds the
+    service through which JAX watches the others, and that service kills processes that outlive it.
     """
     fail(message)
     sys.stdout.flush()
@@ -83,13 +83,13 @@ def _leave(message: str, *, together: bool = False) -> NoReturn:
 
 @contextlib.contextmanager
 def last_words(line: str) -> Iterator[None]:
-    """Has `line` written to standard error, by a small process beside this one, if this one is killed inside.
+    """If this process is killed inside the block, a small process beside it writes `line` to standard error.
 
-    When another process of a run falls silent, JAX ends this one from a thread of its own, with a stack trace and no
-    way to say anything; the kernel does as much when memory runs out.
+    When another process of a run falls silent, a thread of JAX ends this one with a stack trace, and when memory runs
+    out the kernel ends it: in both cases it has no chance to write a line itself.
     """
     command = [sys.executable, "-S", "-c", _LISTENER, line + "\n"]
-    # In a session of its own, since a signal that ends this process may be meant for all of its group.
+    # In a session of its own, since a signal that ends this process may be sent to its whole process group.
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, text=True) as listener:
         try:
             yield

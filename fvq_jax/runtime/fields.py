@@ -1,7 +1,7 @@
-"""What a setting is: default, type, range, meaning, and whether it may change while a run goes on.
+"""What a setting is: default, type, range, meaning, and whether it may change when a run is resumed.
 
-A setting stands in one place: the table (or the dataclass, see `setting`) of whoever reads it. Which settings there are
-is not known here.
+A setting is defined in one place: the table, or the dataclass (see `setting`), of the module that reads it. This module
+does not know which settings there are.
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ class Field:
     """One setting.
 
     Attributes:
-      default: its value unless another is given; the type is binding (an int will do for a float, a list for a tuple).
+      default: its value unless another is given, which must have the same type (or int for float, list for tuple).
       text: what it means, with its unit, in a sentence or two for people.
-      above, least, below, most: the range of a number, the ends included by `least` and `most` and not by the others.
-      choices: the only values that there are; () for any.
-      stays: a run that goes on in its workdir must have the value that it began with.
+      above, least, below, most: the range of a number; `least` and `most` belong to the range, `above` and `below` not.
+      choices: the only values allowed; () allows any.
+      stays: whether a run that is resumed must keep the value that it began with.
     """
 
     default: Any
@@ -36,10 +36,10 @@ class Field:
     stays: bool = False
 
     def check(self, name: str, value: Any) -> None:
-        """Raises InputError, which calls the setting `name`, unless it can have this value."""
+        """Raises InputError unless the setting may have this value; the message calls the setting `name`."""
         want = type(self.default)
         kinds: tuple[type, ...] = {float: (int, float), tuple: (tuple, list)}.get(want, (want,))
-        # A bool counts as an int in Python, and not here.
+        # In Python a bool is also an int; here it is not.
         if not isinstance(value, kinds) or isinstance(value, bool) != (want is bool):
             raise InputError(f"config field {name} must be {TYPES[want]}, not {value!r}")
         if self.choices and value not in self.choices:
@@ -70,5 +70,5 @@ def settings_of(kind: type) -> dict[str, Field]:
 
 
 def prefixed(prefix: str, fields: Mapping[str, Field]) -> dict[str, Field]:
-    """The settings as those of a section: {"optim.hold": ...} of {"hold": ...} and "optim"."""
+    """Puts settings into a section: "optim" and {"hold": ...} give {"optim.hold": ...}."""
     return {f"{prefix}.{name}": field for name, field in fields.items()}

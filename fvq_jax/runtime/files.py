@@ -11,8 +11,8 @@ def replace_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives the path of a new file beside `path`; when the block ends, the new file takes the place of `path`.
 
     If the block fails, the new file is removed and what was at `path` stays as it was. A process that is killed inside
-    leaves a file whose name ends in `.unfinished`. Raises OSError as any writing does; whoever must survive a power
-    failure calls `os.fsync` on the new file inside the block.
+    leaves a file whose name ends in `.unfinished`. Raises OSError like any write. If the file must survive a power
+    failure, the caller calls `os.fsync` on it inside the block.
     """
     path = Path(path)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")

@@ -14,16 +14,16 @@ from fvq_jax.runtime.exits import BAD_INPUT, fail
 from fvq_jax.runtime.names import did_you_mean, dotted
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, report")
-CONFIG = config_flags.DEFINE_config_file("config", help_string="The run, for instance configs/fvq16k.py:smoke")
+CONFIG = config_flags.DEFINE_config_file("config", help_string="Config of the run, such as configs/fvq16k.py:smoke")
 _OVERRIDE = re.compile(r"--?config\.([\w.]+)")
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Reads the command line, config file and overrides; anything wrong there is one line and exit code 2."""
+    """Reads the command line, config file and overrides; an error ends the program with one line and exit code 2."""
     try:
         rest = flags.FLAGS(argv)
         if CONFIG.value is not None:
-            CONFIG.value.keys()  # a file that could not be read raises here, and not before
+            CONFIG.value.keys()  # only here does a file that could not be read raise
         return rest
     except (KeyError, AttributeError) as error:
         sys.exit(fail(_unknown_field(argv) or _in_file(error), BAD_INPUT))
@@ -32,13 +32,13 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def keep_compiled(workdir: str) -> None:
-    """Compiled programs stay in the workdir, so that a restart begins at once; JAX_COMPILATION_CACHE_DIR goes first."""
+    """Keeps compiled programs in JAX_COMPILATION_CACHE_DIR or, without it, in the workdir: a restart begins at once."""
     if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.abspath(workdir), "compilation_cache"))
 
 
 def _unknown_field(argv: list[str]) -> str:
-    """Which override names a field that the config file does not have, and what was meant; empty if none does."""
+    """Names the first overridden field that the config does not have, and what may be meant; empty if there is none."""
     given = next((text.partition("=")[2] for text in argv if re.match(r"--?config=", text)), None)
     overrides = [match[1] for text in argv if (match := _OVERRIDE.match(text))]
     if given is None or not overrides:
@@ -48,7 +48,7 @@ def _unknown_field(argv: list[str]) -> str:
     try:
         plain([argv[0], f"--config={given}"])
         known = dotted(config.value)
-    except Exception:  # the file itself is wrong, and that is what the caller will say
+    except Exception:  # the file itself is wrong, which the caller will report
         return ""
     for name in overrides:
         if name not in known and not any(field.startswith(f"{name}.") for field in known):
@@ -57,7 +57,7 @@ def _unknown_field(argv: list[str]) -> str:
 
 
 def _in_file(error: Exception) -> str:
-    """What the config file does wrong, with the line that does it."""
+    """The message for an error in the config file, with the line that raised it."""
     lines = [frame for frame in traceback.extract_tb(error.__traceback__) if "ml_collections" not in frame.filename]
     where = f" ({os.path.relpath(lines[-1].filename)}, line {lines[-1].lineno}: {lines[-1].line})" if lines else ""
     while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps one error into another

@@ -1,7 +1,7 @@
 """Signs of life of one process of a run: `workdir/heartbeat/host_NNN.json`.
 
-If the `time` in the file is older than the slowest step takes, the run is stuck in what `phase` says. The files are for
-people and schedulers: no program of this package reads them.
+If the `time` in the file lies further back than the slowest step takes, the run is stuck in the phase that the file
+names. The files are for people and schedulers: no program of this package reads them.
 """
 
 import json
@@ -17,7 +17,7 @@ HEARTBEATS = "heartbeat"
 
 
 class Heartbeat:
-    """Writes `{"step", "phase", "time", "pid", "host"}`, at most every `every` seconds unless the phase changes.
+    """Writes `{"step", "phase", "time", "pid", "host"}`: at once if the phase changes, else every `every` seconds.
 
     `time` is in seconds since 1970. Files are replaced whole, so that no reader sees half of one.
     """
@@ -40,7 +40,7 @@ class Heartbeat:
         self._phase = ""
 
     def beat(self, step: int, phase: str) -> None:
-        """The process lives, has done `step` steps, and is now in `phase`: compiling, training, saving, ..."""
+        """Notes that the process lives, has done `step` steps and is in `phase`: compiling, training, saving, ..."""
         now = self._clock()
         self._longest, self._last = max(self._longest, now - self._last), now
         if phase != self._phase or now - self._written >= self._every:

@@ -1,4 +1,4 @@
-"""Sum, minimum and gather over hosts. All hosts must call these functions, in the same order."""
+"""Sum, minimum and gather over hosts (the processes of a run). All must call these functions, in the same order."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -12,17 +12,17 @@ _CHUNK = 1 << 20  # elements sent at once, so that no host ever holds all hosts'
 
 
 def sum_over_hosts(tree: Tree) -> Tree:
-    """The sum over all hosts of every leaf, numpy of any type, exact in that type."""
+    """The sum over all hosts of every leaf, a numpy array of any type; exact in that type."""
     return _combine(tree, np.sum)
 
 
 def min_over_hosts(tree: Tree) -> Tree:
-    """The least value over all hosts of every element of every leaf, numpy of any type."""
+    """The least value over all hosts of every element of every leaf, a numpy array of any type."""
     return _combine(tree, np.min)
 
 
 def rows_of_all_hosts(rows: np.ndarray) -> np.ndarray:
-    """The rows [n, ...] of every host, those of the first host first: [hosts n, ...]. All hosts have as many rows."""
+    """The rows [n, ...] of every host, those of the first host first: [hosts n, ...]. All must have the same n."""
     if jax.process_count() == 1:
         return rows
     gathered = _gather(np.ascontiguousarray(rows).reshape(-1))
@@ -45,5 +45,5 @@ def _combine(tree: Tree, reduce: Callable[..., np.ndarray]) -> Tree:
 
 
 def _gather(flat: np.ndarray) -> np.ndarray:
-    """What every host has, [hosts, n]; sent as bytes, since JAX would round 64 bits to 32."""
+    """The arrays of all hosts, [hosts, n]; sent as bytes, since JAX would cut 64-bit numbers to 32 bits."""
     return np.asarray(multihost_utils.process_allgather(flat.view(np.uint8))).view(flat.dtype)

@@ -16,17 +16,17 @@ _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 
 
 def set_up_logging() -> None:
-    """Shows this package's lines from INFO on; of the libraries, which report every file they touch, only warnings."""
+    """Shows this package's lines from INFO up, and only warnings of libraries, which report every file they touch."""
     logging.set_verbosity(logging.INFO)
 
     def keep(line: std_logging.LogRecord) -> bool:
         own = os.path.abspath(line.pathname).startswith(_PACKAGE)
         if not own:
-            line.exc_info = None  # what an error means for the run is said by the package, in one line
+            line.exc_info = None  # the package itself says in one line what an error means for the run
         return line.levelno > std_logging.INFO or own
 
     logging.get_absl_handler().addFilter(keep)
-    std_logging.raiseExceptions = False  # a log on a full disk is no reason to say more
+    std_logging.raiseExceptions = False  # if a log cannot be written (full disk), nothing more is said
 
     def note(ended: threading.ExceptHookArgs) -> None:
         logging.error("%s: %s", ended.thread and ended.thread.name, ended.exc_value)
@@ -36,7 +36,7 @@ def set_up_logging() -> None:
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if threading.current_thread() is threading.main_thread():
             sys.__excepthook__(kind, error, trace)
-        else:  # a thread of a library, which raises what went wrong where its result is waited for
+        else:  # a thread of a library, whose error is raised again where its result is awaited
             logging.debug("%s", error)
 
     sys.excepthook = show
@@ -44,7 +44,7 @@ def set_up_logging() -> None:
 
 @contextlib.contextmanager
 def host_log(workdir: str | os.PathLike[str], process_index: int) -> Iterator[None]:
-    """What is logged inside goes to `workdir/logs/host_NNN.log` as well, and so does the error that ends it."""
+    """Writes what is logged inside the block to `workdir/logs/host_NNN.log` too, and the error that ends the block."""
     path = Path(workdir) / LOGS / f"host_{process_index:03d}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = std_logging.FileHandler(path, delay=True)

@@ -1,7 +1,7 @@
 """The mesh of devices, and how arrays are laid out on it by a table of rules.
 
-Axes: `data` (copies of the codebook) and `codebook` (its rows). The batch is divided over both. Which rules there are
-is the business of whoever owns the arrays: a task and its quantizer.
+Axes: `data` (along it the codebook is copied) and `codebook` (along it the codebook's rows are divided). The batch is
+divided over both. The rules come from the owners of the arrays: a task and its quantizer.
 """
 
 import collections
@@ -25,10 +25,10 @@ Rules = Sequence[tuple[str, P]]
 
 
 def mesh_shape(data: int, codebook: int, devices: int) -> tuple[int, int]:
-    """Sizes of both axes over that many devices; one may be given as -1: what is left.
+    """Sizes of both axes for that many devices; one of them may be given as -1: all devices that are left.
 
     Raises:
-      InputError: the sizes are no mesh, or not one of that many devices.
+      InputError: the sizes make no mesh, or a mesh of another number of devices.
     """
     given = f"mesh.data={data}, mesh.codebook={codebook}"
     if min(data, codebook) < -1 or 0 in (data, codebook) or data == codebook == -1:
@@ -42,10 +42,10 @@ def mesh_shape(data: int, codebook: int, devices: int) -> tuple[int, int]:
 
 
 def make_mesh(data: int, codebook: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of these devices, by default all of all processes; neighbours on the mesh are close in the network.
+    """A mesh of these devices (default: all, of all processes); neighbours on the mesh are close in the network.
 
-    Several slices (TPUs of one pod slice, GPUs joined by NVLink) talk over a slower network, so `codebook`, along
-    which latents and codes travel in every step, stays inside one slice, and `data` spans them.
+    Slices (the TPUs of one pod slice, the GPUs joined by NVLink) are connected by a slower network. So the `codebook`
+    axis, along which latents and codes are sent in every step, stays inside one slice, and `data` spans all slices.
 
     Raises:
       InputError: see `mesh_shape`; or the `codebook` axis does not fit into a slice.
@@ -84,7 +84,7 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
 
 
 def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Each process's rows as one array over the whole mesh, batch dimension sharded over all devices."""
+    """Joins the rows of all processes to arrays over the whole mesh, with rows divided over all devices."""
     sharding = NamedSharding(mesh, BATCH)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 

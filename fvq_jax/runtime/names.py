@@ -1,4 +1,4 @@
-"""Names of nested things: arrays of a tree by their path, settings by their full name; what a misspelt name meant."""
+"""Names of nested things: arrays of a tree by path, settings by full name; and suggestions for misspelt names."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -30,7 +30,7 @@ def nest(named: Mapping[str, Any], separator: str = "/") -> dict[str, Any]:
 
 
 def dotted(nested: Any, prefix: str = "") -> dict[str, Any]:
-    """{"optim.hold": 0.3, ...}: every setting of nested mappings by its full name; tuples as lists, as in JSON."""
+    """{"optim.hold": 0.3, ...}: every setting of nested mappings by its full name; tuples become lists, as in JSON."""
     flat: dict[str, Any] = {}
     for name, value in nested.items():
         if hasattr(value, "items"):
@@ -43,7 +43,7 @@ def dotted(nested: Any, prefix: str = "") -> dict[str, Any]:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """What to add to a message about an unknown full name: "; did you mean optim.hold?", or nothing.
 
-    Names with the most similar last part are looked at first, since a section is forgotten or mistaken easily.
+    Names with the most similar last part are tried first, since sections are easily forgotten or mistaken.
     """
     known = list(known)
     last = {field: field.rsplit(".", 1)[-1] for field in known}

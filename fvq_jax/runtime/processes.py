@@ -17,11 +17,11 @@ TIMEOUT = 120  # seconds
 class Place:
     """Which of several processes this is, and where they meet.
 
-    What is None is read from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, and what is not there
-    either is detected on TPU pods and under Slurm.
+    A value that is None is read from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES or JAX_PROCESS_ID; if that is not set
+    either, it is detected on TPU pods and in Slurm.
 
     Attributes:
-      timeout: seconds to wait for all processes at the start; later a process that is silent so long ends them all.
+      timeout: seconds to wait for all processes at the start; later, if one is silent for so long, all of them end.
       coordinator: HOST:PORT of the first process.
       count: how many processes there are.
       index: which of them this is, from 0.
@@ -33,9 +33,9 @@ class Place:
     index: int | None = None
 
     def join(self) -> None:
-        """Waits until all processes have come.
+        """Joins the other processes; returns when all have come.
 
-        Ends this process with one line if they have not after `timeout` seconds. SystemExit if the network fails,
+        Ends this process with one line if some are missing after `timeout` seconds. SystemExit if the network fails,
         InputError if the settings are wrong.
         """
         coordinator = self.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
@@ -51,7 +51,7 @@ class Place:
             )
             os._exit(FAILED)
 
-        # JAX itself would end the process with a stack trace.
+        # At its own timeout JAX would end the process with a stack trace.
         alarm = threading.Timer(self.timeout, give_up)
         alarm.daemon = True
         alarm.start()
@@ -60,14 +60,14 @@ class Place:
                 coordinator,
                 num_processes=None if count is None else int(count),
                 process_id=None if index is None else int(index),
-                # In Kubernetes looking for more would warn of a missing package.
+                # In Kubernetes, JAX's detection would warn of a missing package.
                 cluster_detection_method="deactivate" if complete else None,
                 initialization_timeout=self.timeout + 60,
-                heartbeat_timeout_seconds=max(1, self.timeout * 3 // 4),  # and the rest of the time to end in
+                heartbeat_timeout_seconds=max(1, self.timeout * 3 // 4),  # the rest is time for ending
             )
         except ValueError as error:
             raise InputError(f"--distributed: cannot join the other processes: {error}") from error
-        except RuntimeError as error:  # of the network, so the next try may succeed
+        except RuntimeError as error:  # an error of the network: the next try may succeed
             sys.exit(fail(f"--distributed: cannot join the other processes: {error}", FAILED))
         finally:
             alarm.cancel()

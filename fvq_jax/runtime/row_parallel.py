@@ -12,10 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 
 class RowParallel:
-    """`program(params, *rows)`, whose results all have a leading axis of rows too.
+    """Computes `program(params, *rows)`, whose results must all have a leading axis of rows too.
 
-    The rows are divided over as many local devices as divide their number evenly, so none is ever made up: a batch that
-    is a multiple of the number of devices uses all. Compiled once for every shape.
+    The rows are divided evenly over as many local devices as their number allows, and never padded: a batch that is a
+    multiple of the number of devices uses all of them. Compiled once for every shape.
     """
 
     def __init__(self, program: Callable[..., Any], params: Any):

@@ -9,14 +9,14 @@ from pathlib import Path
 from fvq_jax.runtime.errors import InputError, RunError, StorageError
 
 CHECKPOINTS = "checkpoints"
-# Full, over quota, read-only, broken, or gone: not what a mistake in the program would raise.
+# The disk is full, over quota, read-only, broken, or gone: errors that a mistake in the program would not raise.
 _ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 _SAID = re.compile(r"No space left on device|Disk quota exceeded|Read-only file system|Input/output error")
 
 
 @contextlib.contextmanager
 def storage_errors(workdir: Path) -> Iterator[None]:
-    """Turns errors of the disk into StorageError, wherever inside they come from; other errors pass."""
+    """Turns errors of the disk that are raised inside the block into StorageError; other errors pass."""
     try:
         yield
     except OSError as error:
@@ -27,7 +27,7 @@ def storage_errors(workdir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def saving_errors(what: str, workdir: Path) -> Iterator[None]:
-    """Turns whatever fails while `what` is saved into StorageError: libraries raise the disk's errors as many kinds."""
+    """Turns errors while `what` is saved into StorageError, since libraries raise errors of the disk as many kinds."""
     try:
         yield
     except (InputError, RunError):
@@ -37,7 +37,7 @@ def saving_errors(what: str, workdir: Path) -> Iterator[None]:
 
 
 def not_written(what: str, workdir: Path, error: Exception) -> StorageError:
-    """The error that says so, and to where the run can go back."""
+    """The error that says that `what` was not written, and which checkpoint the run can continue from."""
     steps = complete_steps(workdir)
     kept = f"the checkpoint of step {max(steps)} is complete" if steps else "there is no complete checkpoint"
     return StorageError(
@@ -46,13 +46,13 @@ def not_written(what: str, workdir: Path, error: Exception) -> StorageError:
 
 
 def complete_steps(workdir: Path) -> list[int]:
-    """The steps of all checkpoints; one that was interrupted while it was written has a longer name."""
+    """The steps of all complete checkpoints; the folder of one that was not completed has a longer name."""
     matches = [re.fullmatch(r"step_(\d+)", path.name) for path in (workdir / CHECKPOINTS).glob("step_*")]
     return [int(match[1]) for match in matches if match]
 
 
 def brief(error: BaseException) -> str:
-    """The part of an error's text that a person needs: what the system said, if it was the system."""
+    """The part of an error's text that a person needs: the operating system's words, if the error comes from it."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error).strip() or type(error).__name__

@@ -1,4 +1,4 @@
-"""One process per workdir: a lock on `workdir/lock` that the system itself gives back when its holder ends, however."""
+"""One process per workdir: a lock on `workdir/lock`, which the system releases when its holder ends in any way."""
 
 import contextlib
 import datetime
@@ -15,7 +15,7 @@ from absl import logging
 from fvq_jax.runtime.errors import InputError
 
 FILE = "lock"
-PATIENCE = 5.0  # seconds: a killed process holds its lock until all its memory has been given back
+PATIENCE = 5.0  # seconds: a killed process holds its lock until all its memory has been freed
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
@@ -23,14 +23,14 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 def hold(workdir: Path) -> Iterator[None]:
     """Keeps other processes, also on other hosts, from holding the same workdir.
 
-    Where the file system knows no locks a log line says so, and nothing is held.
+    If the file system has no locks, a log line says so and nothing is held.
 
     Raises:
-      InputError: another process holds it, and is named; or the workdir cannot be written.
+      InputError: another process holds the workdir (the message names it), or the workdir cannot be written.
     """
     path = workdir / FILE
     try:
-        file = path.open("a+")  # closed by a program that this one starts, which must not inherit the lock
+        file = path.open("a+")  # not inherited by programs that this one starts, which must not hold the lock
     except OSError as error:
         raise InputError(f"workdir {workdir} cannot be written: {error.strerror or error}") from None
     with file:
@@ -46,7 +46,7 @@ def hold(workdir: Path) -> Iterator[None]:
 
 
 def _lock(descriptor: int, workdir: Path) -> bool:
-    """Whether there is a lock now; raises InputError if another process keeps it."""
+    """Takes the lock; False if the file system has no locks. Raises InputError if another process keeps the lock."""
     deadline = time.monotonic() + PATIENCE
     while True:
         try:

@@ -29,7 +29,7 @@ def lines(**changes):
 
 def test_every_field_has_a_line_with_value_and_meaning_and_sections_stay_together():
     assert [" ".join(line.split()) for line in lines()] == [
-        "seed = 0 What decides. Stays as it is when a run goes on.",
+        "seed = 0 What decides. Must not change when a run is resumed.",
         "data.dir = '' Where from.",
         "net.mult = 1,2 How wide.",
         "optim.hold = 0.3 How long.",
