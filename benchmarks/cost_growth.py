@@ -5,8 +5,8 @@
 
 The search of 2,048 tokens of 256 dimensions, ours and others (`nearest_code.py`), and our whole training step
 (`train_step.py`) of the quickstart's small network on 32 images, which are 2,048 tokens too. The step's codes have 256
-dimensions, and a bridge whose groups grow with the codebook so that it never has more than 4,096 tokens. JSON objects
-as both scripts print them, one per line.
+dimensions, and a bridge whose groups grow with the codebook so that it never has more than 4,096 tokens. It prints
+the JSON objects of both scripts, one per line.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def small_config(codes, batch):
 
 
 def measure(args):
-    """Rows of all sizes, as they come."""
+    """Yields the rows of every size as soon as they are measured."""
     for codes in map(int, args.codes.split(",")):
         yield from nearest_code.compare(args.methods.split(","), args.tokens, codes, DIM, args.rounds, args.budget)
         config = small_config(codes, args.tokens // 64)

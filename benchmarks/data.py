@@ -4,8 +4,8 @@
 
 The files are crops of the photographs bundled with scikit-image and scikit-learn, about 500 x 375 pixels, JPEG of
 quality 85 to 95, and stay in the system's cache. Crops are the paper's: shorter side to 256..320, a random square of
-256, half of them mirrored; a batch is float32 in [-1, 1]. Every program has `--workers` worker processes and is held to
-as many cores, on which its main process runs too; a figure per core is over those.
+256, half of them mirrored; a batch is float32 in [-1, 1]. Every program has `--workers` worker processes and is
+limited to as many cores, which its main process shares; figures per core are divided by that number.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def load_jax(source: str, root: str, size: int, batch: int, images: int, workers
 
 
 def load_torch(root: str, size: int, batch: int, images: int, workers: int) -> Any:
-    """The same in PyTorch, as the public training programs have it."""
+    """The same in PyTorch, in the way of the public training programs."""
     _hold_to(workers)
     import torch
     from torch.utils.data import DataLoader, RandomSampler
@@ -140,13 +140,13 @@ class TorchFolder:
 
 
 def _hold_to(cores: int) -> None:
-    """Keeps this process, and those it starts, on that many cores; lets it start some."""
+    """Keeps this process and its children on that many cores, and allows it to have children."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     multiprocessing.current_process().daemon = False
 
 
 def _runs(batches: Iterator, batch: int, images: int, workers: int) -> dict[str, Callable]:
-    """What is timed. The batches that were made while others ran are taken first."""
+    """`take` is timed; `drain`, before it, takes the batches that were made while other programs ran."""
 
     def take(count):
         for _ in range(count):

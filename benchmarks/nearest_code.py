@@ -5,7 +5,7 @@
 Others: the published formula, which builds the whole distance matrix, under `jax.jit` and, as it was published, in
 PyTorch; PyTorch's `cdist` and `addmm`, each with argmin; VectorQuantize of vector-quantize-pytorch in eval mode;
 faiss-cpu's exact index (IndexFlatL2; filling it is not timed, its copy of the codes counts as `held_mib`). The
-method `matmul`, on request, is the bfloat16 matrix product of the same sizes, and `matmul_rate` the share of its rate.
+method `matmul`, if named, is the bfloat16 matrix product of the same sizes; `matmul_rate` is the speed over its speed.
 Every method runs in a process of its own, all in turn.
 
 One JSON object per line: median seconds; `ours_over_this`, the median over rounds of our seconds over these; the
@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--dims", default="256", help="code dimensions")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--methods", default=",".join(METHODS).removesuffix(",matmul"), help=f"of {', '.join(METHODS)}")
-    parser.add_argument("--precisions", default="", help="of nearest_code, each a method more: bf16_3x,bf16,...")
+    parser.add_argument("--precisions", default="", help="of nearest_code, each one more method: bf16_3x,bf16,...")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--budget", type=float, default=90, help="seconds per size; at least two rounds are run")
     parser.add_argument("--markdown", action="store_true", help="a table after the rows")

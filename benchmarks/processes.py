@@ -61,7 +61,7 @@ class HostMemory:
 
 
 class JaxMemory:
-    """The same of the first accelerator, as JAX counts it. Its peak cannot be set back: it includes `load`."""
+    """Memory of the first accelerator, as JAX counts it. Its peak cannot be set back: it includes `load`."""
 
     def __init__(self, device: Any):
         self.device = device
@@ -80,7 +80,7 @@ class JaxMemory:
 
 
 class TorchMemory:
-    """The same of the first GPU, as PyTorch counts it."""
+    """Memory of the first GPU, as PyTorch counts it."""
 
     def __init__(self, cuda: Any):
         self.cuda = cuda
@@ -149,7 +149,7 @@ class Worker:
             answer = self._pipe.recv()
         except EOFError:
             self._process.join()
-            if self._process.exitcode in (-signal.SIGKILL, -signal.SIGABRT):  # what ends a process without memory
+            if self._process.exitcode in (-signal.SIGKILL, -signal.SIGABRT):  # a process ends so when memory runs out
                 answer = DoesNotFitError()
             else:
                 raise RuntimeError(f"a benchmark process ended with code {self._process.exitcode}") from None
@@ -200,7 +200,7 @@ def alternate(workers: dict[str, Worker], runs: Iterable[str], rounds: int, budg
 
 
 def median_ratio(a: list[float], b: list[float]) -> float:
-    """The median over rounds of a / b: a machine whose speed drifts is the same for both within a round."""
+    """The median over rounds of a / b: within a round, a machine whose speed drifts is equally fast for both."""
     return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 

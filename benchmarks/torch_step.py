@@ -20,7 +20,7 @@ from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.names import dotted
 from tests.helpers.torch_reference import Tokenizer
 
-# What this step does not know, by the only value that it takes.
+# Settings that this step does not support, with the only value that it takes.
 FIXED = {
     "tokenizer.quantizer.name": "vector",
     "tokenizer.quantizer.entropy_weight": 0.0,
@@ -35,7 +35,7 @@ FIXED = {
 
 
 def published_network(config: ConfigDict) -> dict[str, Any]:
-    """The arguments of `torch_reference.Tokenizer`. InputError if the step here lacks something of this config."""
+    """The arguments of `torch_reference.Tokenizer`. InputError if this step does not support the config."""
     for name, value in FIXED.items():
         given = dotted(config)[name]
         if given != value:

@@ -239,7 +239,7 @@ def main() -> None:
         config = FLAGS.config
         config.adversarial.start = 1
         config.loss.lpips_path = f"{folder}/lpips.safetensors"
-        config.data.source = "photos"  # none is read
+        config.data.source = "photos"  # no picture is read
         try:
             validate(config, task_of(config), devices=1)
         except InputError as error:
@@ -254,7 +254,7 @@ def main() -> None:
 
 
 def _spread(quantizer):
-    """Bridged codes start all alike, at zero; here they differ, as they do after a few steps."""
+    """Makes bridged codes differ, as they do after a few steps: at first all of them are zero."""
     import jax
 
     def spread(path, leaf):

@@ -8,7 +8,7 @@ Data: `imagenet2012` of TensorFlow Datasets, prepared once in DATA_SETS (docs/da
 --config.data.source=folder --config.data.train_dir=DIR --config.data.eval_dir=DIR instead of tfds_dir.
 Hardware: any number of TPU chips or GPUs that divides the batch of 128.
 The paper reports rFID 1.30 and 100 % of the codes used. It has not been trained here yet.
-Arguments: `smoke` (seconds on a CPU), `batch=N` (rate 1e-4 x N / 128; what counts in steps comes after as many images).
+Arguments: `smoke` (seconds on a CPU), `batch=N` (rate 1e-4 x N / 128; more in `common.scale_to_batch`).
 """
 
 from configs import common

@@ -52,7 +52,7 @@ fi
 environment=("JAX_COORDINATOR_ADDRESS=127.0.0.1:${PORT:-12355}" "JAX_NUM_PROCESSES=$processes")
 [[ -z $devices ]] || environment+=(JAX_PLATFORMS=cpu "JAX_NUM_CPU_DEVICES=$devices" XLA_FLAGS=)
 
-declare -A number=() # of a process, by its id, as long as it runs
+declare -A number=() # process id -> number of the process, while it runs
 logs=''
 for ((i = 0; i < processes; i++)); do
   line=(env "${environment[@]}" "JAX_PROCESS_ID=$i")
@@ -73,7 +73,7 @@ for ((i = 0; i < processes; i++)); do
   fi
 done
 
-# A process that waits for one that is gone may not see SIGTERM.
+# A process that waits for a process that is gone may not react to SIGTERM.
 stop_others() {
   kill -TERM "${!number[@]}" 2>/dev/null || true
   for ((tenths = 10 * ${GRACE:-60}; tenths > 0; tenths--)); do

@@ -15,20 +15,20 @@ usage: launch/tpu_pod.sh COMMAND --name=NAME --zone=ZONE [OPTIONS] [-- FLAGS OF 
   stop     have the program save and end; a `run` elsewhere ends too
   delete   delete the slice (the bucket keeps the run)
 
-  --type=TYPE       of the slice: v5litepod-256, v5p-64, v6e-16, ... (create, run)
-  --version=NAME    runtime version of its machines; default: the one that belongs to TYPE
+  --type=TYPE       type of the slice: v5litepod-256, v5p-64, v6e-16, ... (create, run)
+  --version=NAME    runtime version of its machines (default: the one for TYPE)
   --spot            cheaper, may be preempted at any time
   --slices=N        N slices joined by the data centre network (default 1)
   --project=ID      default: gcloud's
   --retries=N       failures in a row after which `run` gives up (3)
   --create=FLAG     one more flag of `gcloud compute tpus queued-resources create`; may be repeated
-  --ssh=FLAG        one more flag of its ssh and scp, such as --ssh=--tunnel-through-iap; may be repeated
+  --ssh=FLAG        one more flag of gcloud's ssh and scp, such as --ssh=--tunnel-through-iap; may be repeated
   --dry-run         print the commands for a slice that does not exist yet, instead of running them
 
 In FLAGS, gs://BUCKET/PATH is a mounted bucket: every worker mounts it and the program gets the mounted folder.
 
-Environment: POLL, seconds between two looks at a slice (30); GRACE, seconds that the other workers are left to end after
-the first one did (300). Exit code: that of the program: 0 done, 2 bad input (never tried again), 75 stopped and saved,
+Environment: POLL, seconds between two looks at a slice (30); GRACE, seconds that the other workers have to end after the
+first one has ended (300). Exit code: that of the program: 0 done, 2 bad input (never tried again), 75 stopped and saved,
 anything else after N retries; 1 also where Google Cloud does not answer.
 
   launch/tpu_pod.sh run --name=fvq --zone=us-west4-a --type=v5litepod-256 --spot -- \
@@ -132,7 +132,7 @@ look() {
   esac
 }
 
-# Sets `state`. Google Cloud may not answer for a while; if it never has, something is wrong with the question.
+# Sets `state`. Google Cloud may not answer for a while; if it has never answered, something is wrong with the command.
 look_patiently() {
   local tries=0
   until look; do
@@ -159,7 +159,7 @@ create() {
 
 delete() { run "${queued[@]}" delete "$name" "${where[@]}" --force --quiet; }
 
-# Returns when the slice is there and all its machines answer for themselves.
+# Returns when the slice is ACTIVE, see `look`.
 ensure_slice() {
   while look_patiently && [[ $state != ACTIVE ]]; do
     case $state in
@@ -185,7 +185,7 @@ install() {
       '--command=mkdir -p fvq_jax && tar -xzf fvq_jax.tar.gz -C fvq_jax && fvq_jax/launch/tpu_worker.sh install'
 }
 
-# Sets `states`: how the program fares on the workers that answer, one line for each different answer.
+# Sets `states`: the state of the program on the workers that answer, one line for each different answer.
 collect() {
   ask 'fvq_jax-status worker ended 0' on all status || [[ $reply == *fvq_jax-status* ]] || return
   states=$(grep -o 'fvq_jax-status .*' <<<"$reply" | cut -d ' ' -f 3- | sort -u)
@@ -223,7 +223,7 @@ follow() {
   esac
 }
 
-# A program that runs already: nothing is installed under it, and it must be the one that was asked for.
+# The program runs already: nothing is installed, and its flags must be those that were given.
 take_up() {
   local code=0
   on 0 start "$@" || code=$?

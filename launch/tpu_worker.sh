@@ -42,7 +42,7 @@ run() {
   fi
 }
 
-# Whether the program runs; the id alone could be another program's after a restart of the machine.
+# Whether the program runs. After a restart of the machine the process id could belong to another program.
 running() {
   [[ -s $state/pid ]] && tr '\0' ' ' 2>/dev/null <"/proc/$(<"$state/pid")/cmdline" | grep -q 'fvq_jax\.main'
 }
@@ -69,7 +69,7 @@ install_gcsfuse() {
   run sudo apt-get install -qq -y -o DPkg::Lock::Timeout=300 gcsfuse
 }
 
-# Without caches of metadata: the hosts of a run wait for each other's files. Without streaming: what is synced is kept.
+# No caches of metadata: the hosts of a run wait for each other's files. No streaming writes: what is synced is kept.
 mount_bucket() {
   local folder=$HOME/gcs/$1
   if mountpoint -q "$folder"; then return; fi
@@ -121,7 +121,7 @@ status() {
   if running; then
     what=running
   elif [[ -s $state/pid ]]; then
-    # The code is noted right after the end, and never where the machine itself went down.
+    # The exit code is noted right after the program ends, but never if the machine itself went down.
     for ((tenths = 20; tenths > 0; tenths--)); do
       [[ ! -s $state/code ]] || break
       sleep 0.1

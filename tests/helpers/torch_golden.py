@@ -2,7 +2,7 @@
 
 In float64 it says what exact arithmetic gives; in float32 beside it, how much rounding is to be expected of a float32
 network. It needs PyTorch, so a test calls `pytest.importorskip("torch")` before it imports this file. Results have the
-keys and the layout of `tests/golden64.py`.
+keys and the layout of `tests/helpers/golden64.py`.
 """
 
 import numpy as np
