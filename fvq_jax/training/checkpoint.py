@@ -1,7 +1,7 @@
 """Checkpoints of a run: the whole training state, the position in the data, and the config, through Orbax.
 
-Saving is asynchronous; a checkpoint that was not completed is never seen by `latest_step`. A complete one holds the
-checksums of its files: they are checked before it is read, and one that has changed on disk is passed over.
+Saving is asynchronous; `latest_step` never sees a checkpoint that was not completed. A complete one holds the checksums
+of its files: they are checked before it is read, and a checkpoint whose files have changed on disk is passed over.
 """
 
 import os
@@ -24,20 +24,20 @@ from fvq_jax.runtime.names import path_name
 from fvq_jax.runtime.storage import CHECKPOINTS, brief, saving_errors
 from fvq_jax.training.state import TrainState
 
-DAMAGED = "checkpoints_damaged"  # what is found damaged goes there, so that its step can be saved again
-STAMP = "_CHECKPOINT_METADATA"  # in which Orbax notes the time when it renames the folder; tells nothing else of use
-UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder, until all that belongs in it is there
-# Arrays that several devices hold (replicated arrays) are written in parts, one by each device, if a part has at least
-# so many bytes. Cutting small arrays costs more than it saves: a program is compiled for every part.
+DAMAGED = "checkpoints_damaged"  # damaged checkpoints are moved there, so that their steps can be saved again
+STAMP = "_CHECKPOINT_METADATA"  # Orbax notes the time in this file when it renames the folder; nothing in it is needed
+UNFINISHED = ".orbax-checkpoint-tmp"  # part of the name of a folder until its checkpoint is complete
+# A replicated array is written in parts, one by each device that holds it, if a part has at least so many bytes.
+# Cutting small arrays costs more than it saves: a program is compiled for every part.
 SMALLEST_PART = 2**20
-# What Orbax raises at files that it cannot read, and at files that are not what it was asked for.
+# What Orbax raises for files that it cannot read, and for files that do not hold what it was asked for.
 _READ_ERRORS = (ValueError, KeyError, TypeError, OSError)
 
 T = TypeVar("T")
 
 
 class _DamagedError(Exception):
-    """How a checkpoint is damaged, as all processes agree."""
+    """A checkpoint is damaged; the message says how, and is the same in all processes."""
 
 
 @struct.dataclass
@@ -49,9 +49,9 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one workdir: `keep_last` newest, and every `keep_every` steps one for good (0: none).
+    """The checkpoints of one workdir: the `keep_last` newest, and for good one every `keep_every` steps (0: none).
 
-    With `read_only` nothing in the workdir is touched: for whoever reads what another process may be writing.
+    With `read_only` nothing in the workdir is changed, since another process may be writing there.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Checkpoints:
             "record": ocp.JsonCheckpointHandler(),
         }
         if not read_only and jax.process_index() == 0:
-            for unfinished in self._folder.glob(f"*{UNFINISHED}*"):  # by processes that were killed while they saved
+            for unfinished in self._folder.glob(f"*{UNFINISHED}*"):  # left by processes that were killed
                 shutil.rmtree(unfinished)
         with self._storage_errors():
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
@@ -91,7 +91,7 @@ class Checkpoints:
         if kind is not None and issubclass(kind, StorageError):
             return  # nothing is being written any more
         if kind is not None and jax.process_count() > 1 and not issubclass(kind, InputError | RunError):
-            return  # another process may have gone, and will not do its part
+            return  # another process may have ended, and closing would wait for it
         with self._storage_errors():
             self._manager.close()
 
@@ -100,7 +100,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, step: int, record: dict[str, Any]) -> None:
-        """Starts writing the state at `step` and its record; a step that is already there is left alone.
+        """Starts writing the state at `step` and its record; does nothing if that step is already saved.
 
         The record must hold at least what a resume needs beside the state: the data's position and the config.
 
@@ -116,7 +116,7 @@ class Checkpoints:
             self._manager.save(step, args=items, force=True)
 
     def check(self) -> None:
-        """Raises StorageError if what was being written has failed in the meantime; does not wait."""
+        """Raises StorageError if writing a checkpoint has failed in the meantime; does not wait."""
         with self._storage_errors():
             self._manager.check_for_errors()
 
@@ -126,13 +126,13 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def restore(self, like: TrainState, step: int | None = None) -> Checkpoint:
-        """Reads the newest undamaged (or a given) checkpoint into the shapes and layout of `like` (abstract arrays).
+        """Reads the newest undamaged checkpoint, or that of `step`, into the shapes and layout of `like` (abstract).
 
-        All processes must call it, and take the same checkpoint. Newer ones that are damaged are named in the log and
-        moved to `checkpoints_damaged`.
+        All processes must call it, and all read the same checkpoint. Newer checkpoints that are damaged are named in
+        the log and moved to `checkpoints_damaged`.
 
         Raises:
-          InputError: there is none, all are damaged, or the one taken does not fit `like`.
+          InputError: there is no checkpoint, all are damaged, or the one taken does not fit `like`.
         """
         layout = ocp.checkpoint_utils.construct_restore_args(like)
         state = ocp.args.PyTreeRestore(item=like, restore_args=layout)
@@ -141,9 +141,9 @@ class Checkpoints:
         return Checkpoint(items.state, items.record)
 
     def restore_part(self, like: dict[str, Any]) -> dict[str, Any]:
-        """Reads of the newest undamaged state only the arrays of `like` (nested by the fields of `TrainState`).
+        """Reads only some arrays of the newest undamaged checkpoint, those of `like` (nested as in `TrainState`).
 
-        Returns numpy arrays.
+        Returns numpy arrays, nested as in `like`.
 
         Raises:
           InputError: there is no checkpoint, all are damaged, or the one taken has no such arrays.
@@ -169,7 +169,7 @@ class Checkpoints:
                 self._set_aside(number, reason)
             logging.info("restored step %d from %s", candidate, self._folder)
             return result
-        # All stay where they are: a workdir without checkpoints would begin anew.
+        # All damaged checkpoints stay where they are: a run without any would begin again from step 0.
         found = "; ".join(f"step {number}: {reason}" for number, reason in damaged.items())
         raise InputError(f"no undamaged checkpoint in {self._folder} ({found}): start again in another workdir")
 
@@ -189,7 +189,7 @@ class Checkpoints:
         return result
 
     def _differences(self, step: int, like: Any) -> str:
-        """Which arrays of `like` have another shape there, or are missing; empty also if its list cannot be read."""
+        """Names arrays of `like` that the checkpoint lacks or has in another shape; empty if it cannot be compared."""
         try:
             there = self._manager.item_metadata(step)["state"]
             shapes = {path_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(there)}
@@ -204,7 +204,7 @@ class Checkpoints:
         return ", ".join(found[:10])
 
     def _set_aside(self, step: int, reason: str) -> None:
-        """Says that a checkpoint is damaged, and makes room for another one of its step."""
+        """Logs that a checkpoint is damaged; unless read-only, moves it away, so that its step can be saved again."""
         source = self._folder / f"step_{step}"
         if self._read_only:
             logging.warning("%s is damaged and was passed over: %s", source, reason)
@@ -218,25 +218,26 @@ class Checkpoints:
             with self._storage_errors():
                 target.parent.mkdir(exist_ok=True)
                 source.rename(target)
-        _first_text("")  # the others go on when it has been moved
+        _first_text("")  # the other processes wait here until it has been moved
         self._manager.reload()
         logging.warning("%s is damaged and was moved to %s: %s", source, target.parent, reason)
 
     def _write_checksums(self) -> None:
-        """Called by the first process, in the thread that saves, when all files of a checkpoint are there.
+        """Writes the checksums of the checkpoint that is being saved.
 
-        Orbax renames the folder after that: what is called complete has its checksums.
+        Orbax calls this in the first process, in the thread that saves, when all files are there. It renames the folder
+        only after that, so every checkpoint with its final name has its checksums.
         """
         name = f"step_{self._saving}"
         (folder,) = (path for path in self._folder.iterdir() if path.name.split(".")[0] == name)
         write_checksums(folder, leave_out={STAMP})
 
     def _storage_errors(self) -> AbstractContextManager[None]:
-        """What fails while a checkpoint is written, here or in its thread, as one line."""
+        """Turns errors while a checkpoint is written, here or in the thread that saves, into StorageError."""
         what = "checkpoints" if self._saving is None else f"step {self._saving}"
         return saving_errors(what, self._workdir)
 
 
 def _first_text(text: str) -> str:
-    """The first text that is not empty, of those that all processes give."""
+    """The first text that is not empty among those of all processes, which must all call this; empty if none is."""
     return text if jax.process_count() == 1 else next(filter(None, gather_texts(text)), "")

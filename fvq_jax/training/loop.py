@@ -1,7 +1,6 @@
 """The training loop, shared by every task: data in, steps, logs, evaluation, checkpoints, report.
 
-What a step computes belongs to `step` and the task; what a run consists of, and what is refused before it starts, to
-`run`.
+`step` and the task define what a step computes; `run` makes the parts of a run and checks them before it starts.
 """
 
 import contextlib
@@ -39,12 +38,12 @@ from fvq_jax.training.step_timer import StepTimer
 from fvq_jax.training.task import Evaluation, Task
 from fvq_jax.training.trace import Trace
 
-AGREE_EVERY = 5  # steps between two looks at whether any process was told to stop: each look waits for all of them
+AGREE_EVERY = 5  # steps between two checks whether any process was told to stop; each check waits for all of them
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a run ended: `summary` is what main prints; after an interruption the run is saved and not complete."""
+    """How a run ended: `summary` is what main prints; if `interrupted`, the run was saved before its last step."""
 
     summary: dict[str, Any]
     interrupted: bool = False
@@ -59,7 +58,7 @@ def train(
 ) -> Result:
     """Trains a task from the newest checkpoint in `workdir`, or from the start, to the last step; then evaluates.
 
-    Stopping at any step and calling again gives the same weights bit for bit as never stopping (same devices).
+    Stopping at any step and calling again gives, on the same devices, bit for bit the weights of a run without a stop.
 
     Raises:
       InputError: before anything compiles, if config, data, weights or workdir cannot work; later, if over 1 %
@@ -132,8 +131,8 @@ class _Loop:
         self._checkpoints, self._writer, self._progress = checkpoints, writer, progress
         self._trace, self._interrupt = trace, interrupt
         self._heartbeat = Heartbeat(run.workdir, jax.process_index())
-        self._began = record.get("began", time.time())  # in seconds since 1970: the time between two calls counts
-        # Wall time of earlier calls counts: seconds is the time of the whole run.
+        self._began = record.get("began", time.time())  # seconds since 1970: includes the time between two calls
+        # Earlier calls are included: `seconds` is the wall time of the whole run.
         self._started = started - record.get("seconds", 0.0)
         self._seconds = record.get("seconds", 0.0)
         self._timed = record.get("timed", {"steps": 0, "seconds": 0.0})
@@ -176,7 +175,7 @@ class _Loop:
             self._checkpoints.save(self.state, self.step, self.record())
 
     def _batches(self) -> Prefetch[tuple[dict[str, jax.Array], int]]:
-        """Batches on the devices, each with how many files had been skipped when it was made."""
+        """Batches on the devices, each with the number of files that had been skipped when it was made."""
         mesh, batches = self._run.mesh, self._run.task.batches(self.step)
 
         def place(batch: dict[str, np.ndarray]) -> tuple[dict[str, jax.Array], int]:
@@ -200,7 +199,7 @@ class _Loop:
             self._heartbeat.beat(self.step, "training")
             self._timer.step()
             counts = metrics.counts if counts is None else jax.tree.map(jnp.add, counts, metrics.counts)
-            self._check_finite()  # of the step before, while this one runs
+            self._check_finite()  # checks the step before, while this one runs
             self._unchecked = (self.step, metrics.scalars)
             last = self.step == run.total_steps
             if last or self.step % config.log.every_steps == 0:
@@ -215,7 +214,7 @@ class _Loop:
             if config.eval.every_steps and self.step % config.eval.every_steps == 0:
                 self._evaluate()
             if not batches.ready():
-                jax.block_until_ready(metrics.scalars)  # time in which the devices have work is not waiting for data
+                jax.block_until_ready(metrics.scalars)  # while the devices have work, nothing waits for data
             with self._timer.data():
                 batch, skipped_files = next(batches)
 
@@ -231,7 +230,7 @@ class _Loop:
         return compiled
 
     def _log(self, metrics: StepMetrics, skipped_files: int) -> None:
-        """Of the last step the scalars, of all since the last log the counts."""
+        """Logs the scalars of the last step and the counts of all steps since the last log line."""
         self._check_finite()
         self._checkpoints.check()
         metrics, task = jax.device_get(metrics), self._run.task
@@ -271,12 +270,12 @@ class _Loop:
             return evaluation
 
     def _leave_if_interrupted(self, done: int) -> None:
-        """Only a single process may leave an evaluation alone: the others would wait for it."""
+        """Leaves an evaluation after a signal, but only in a run of one process: others would wait for this one."""
         if self._interrupt.signal is not None and jax.process_count() == 1:
             raise InterruptedRunError
 
     def _check_finite(self) -> None:
-        """Looks at the scalars of the last unchecked step; in a run that stops on NaN, this is where it stops."""
+        """Checks the scalars of the last unchecked step; if one is not finite, raises or logs it (`on_nan`)."""
         if self._unchecked is None:
             return
         step, scalars = self._unchecked

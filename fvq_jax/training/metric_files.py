@@ -22,7 +22,7 @@ _HISTOGRAM_BUCKETS = 512
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows `{"step": int, name: float | None, ...}` of `workdir/metrics.jsonl`; [] without the file.
+    """Reads the rows `{"step": int, name: float | None, ...}` of `workdir/metrics.jsonl`; [] without the file.
 
     A last line cut short (the process died while writing it) is left out.
     """
@@ -34,12 +34,12 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 class MetricWriter:
-    """Scalars, images and histograms to `workdir/tensorboard`; scalars to `workdir/metrics.jsonl` too.
+    """Writes scalars, images and histograms to `workdir/tensorboard`, and scalars also to `workdir/metrics.jsonl`.
 
-    `start_step` is the number of steps the restored checkpoint has behind it. What an earlier process logged
-    beyond it will be logged again, so those lines are dropped (the file is replaced atomically) and
-    TensorBoard is told to hide them: a curve never doubles back. A run that starts at 0 starts afresh. With
-    `active=False` (every process but the first) nothing is touched.
+    `start_step` is the step of the restored checkpoint. Later steps that an earlier process has logged will be logged
+    again. So their lines are dropped (the file is replaced atomically) and TensorBoard is told to hide them: no curve
+    has two values at one step. A run that starts at step 0 drops all lines. With `active=False` (every process but the
+    first) nothing is written.
     """
 
     def __init__(self, workdir: str | os.PathLike[str], *, start_step: int, active: bool):
@@ -58,7 +58,7 @@ class MetricWriter:
         self._tensorboard = SummaryWriter(
             str(workdir / "tensorboard"),
             purge_step=start_step + 1 if start_step else 0,
-            # A name is made of the second it was opened in: a quick restart must not overwrite the file.
+            # A file is named after the second in which it is opened; the suffix protects it from a quick restart.
             filename_suffix=f".from{start_step}",
             flush_secs=20,
         )
@@ -70,11 +70,11 @@ class MetricWriter:
         self.close()
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        """One line of `metrics.jsonl` (non-finite values as null) and one TensorBoard point per name."""
+        """Writes one line of `metrics.jsonl` (non-finite values as null) and one TensorBoard point per name."""
         if self._tensorboard is None:
             return
         if not self._tensorboard.file_writer.event_writer._worker.is_alive():
-            # It ends at the first error, and whatever is added after that waits for ever.
+            # TensorBoard's thread ends at its first error; adding anything after that would wait for ever.
             raise OSError(errno.EIO, "TensorBoard's files could not be written")
         row = {name: float(value) for name, value in values.items()}
         self._lines.write(_json_line({"step": int(step), **row}))
@@ -83,12 +83,12 @@ class MetricWriter:
             self._tensorboard.add_scalar(name, value, step)
 
     def image(self, step: int, name: str, image: UInt8[np.ndarray, "H W c"]) -> None:
-        """A picture to TensorBoard; c is 1, 3 or 4."""
+        """Writes a picture to TensorBoard; c is 1, 3 or 4."""
         if self._tensorboard is not None:
             self._tensorboard.add_image(name, image, step, dataformats="HWC")
 
     def histogram(self, step: int, name: str, counts: Int[np.ndarray | jax.Array, "..."]) -> None:
-        """Hits over code index to TensorBoard; beyond 512 codes, neighbours share a bucket."""
+        """Writes to TensorBoard how often each code was hit, by index; above 512 codes, neighbours share a bucket."""
         if self._tensorboard is None:
             return
         counts = np.asarray(counts, dtype=np.float64).reshape(-1)
@@ -108,13 +108,13 @@ class MetricWriter:
         )
 
     def flush(self) -> None:
-        """Hand what was logged to the disk. TensorBoard's own thread may lag a moment; `close` waits for it."""
+        """Writes what was logged to disk. TensorBoard's own thread may lag a moment; `close` waits for it."""
         if self._tensorboard is not None:
             self._lines.flush()
             self._tensorboard.flush()
 
     def close(self) -> None:
-        """Flush and end; a second call does nothing."""
+        """Flushes and closes the files; a second call does nothing."""
         if self._tensorboard is not None:
             self.flush()
             self._lines.close()

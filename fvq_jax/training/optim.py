@@ -1,4 +1,4 @@
-"""Learning annealing and the optimizers, in Optax."""
+"""The learning-rate schedule (in the paper: learning annealing) and the optimizers, in Optax."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -51,7 +51,7 @@ def learning_annealing(
 
 @dataclasses.dataclass(frozen=True)
 class Annealing:
-    """The learning annealing of a run, from which every optimizer takes its rate; see `learning_annealing`."""
+    """The learning-rate schedule of a run, from which every optimizer takes its rate; see `learning_annealing`."""
 
     total_steps: int
     warmup_steps: int
@@ -61,7 +61,7 @@ class Annealing:
     end: float = 0.01
 
     def rate(self, peak: float, decay: str | None = None) -> optax.Schedule:
-        """The schedule `peak * multiplier(step)`, with another decay than the run's if one is given."""
+        """The schedule `peak * multiplier(step)`; `decay`, if given, replaces the run's."""
         multiplier = learning_annealing(
             self.total_steps,
             self.warmup_steps,
@@ -81,10 +81,10 @@ def make_optimizer(
     clip_norm: float,
     own_rates: Mapping[str, optax.Schedule] | None = None,
 ) -> optax.GradientTransformation:
-    """Adam after clipping by the global norm of the network; `clip_norm` 0 leaves gradients as they are.
+    """Adam after clipping by the global gradient norm of the network; `clip_norm` 0 leaves gradients as they are.
 
-    With `own_rates` the parameters below a name in it (of a module, such as "quantizer") follow the schedule there, and
-    everything else `rate`.
+    `own_rates` gives modules, such as "quantizer", a schedule of their own: all parameters below that name follow it,
+    and all others follow `rate`.
     """
     clip = optax.clip_by_global_norm(clip_norm) if clip_norm > 0 else optax.identity()
     adam = optax.scale_by_adam(b1, b2)

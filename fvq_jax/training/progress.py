@@ -1,4 +1,4 @@
-"""How far a run is, for the person who started it: a bar on a terminal, else lines of the log."""
+"""Shows how far a run is to the person who started it: as a bar on a terminal, else as lines of the log."""
 
 import sys
 import time
@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 
 class Progress:
-    """How far the run is, on standard error: a bar if that is a terminal, else a log line per logged step.
+    """Shows how far the run is, on standard error: a bar if that is a terminal, else a log line per logged step.
 
     The bar may advance at every step; figures are given only when the loop has them on the host anyway, since
     asking the device for them would stall it.
@@ -39,7 +39,7 @@ class Progress:
         self.close()
 
     def update(self, step: int, figures: Mapping[str, str] | None = None) -> None:
-        """`step` steps are done, with these figures by name. Without a terminal only figures make a line."""
+        """Shows that `step` steps are done, and these figures by name. Without a terminal, no figures means no line."""
         if not self._active:
             return
         if self._bar is not None:
@@ -59,6 +59,6 @@ class Progress:
         return tqdm.format_interval((self._total - step) * (self._clock() - origin_time) / (step - origin_step))
 
     def close(self) -> None:
-        """Leave the bar as it stands and end its line."""
+        """Leaves the bar as it stands and ends its line."""
         if self._bar is not None:
             self._bar.close()

@@ -1,6 +1,6 @@
-"""One run of the training program: its parts, made from a config, and all that is checked before it may start.
+"""One run of the training program: its parts, made from a config, and all checks before it may start.
 
-The steps, and what they write, belong to `loop`.
+`loop` does the steps and writes what comes of them.
 """
 
 import contextlib
@@ -42,15 +42,15 @@ class Run:
     task: Task
     step: TrainStep
     total_steps: int
-    first: bool  # this process writes
-    init_params: dict[str, Any] | None  # where the main network of a new run starts, if not at random
+    first: bool  # whether this is the first process, which writes the files
+    init_params: dict[str, Any] | None  # with which the main network of a new run starts; None: random ones
 
     def data_position(self, step: int) -> dict[str, Any]:
-        """The data iterator: the batch of a step follows from the data, the seed and the step."""
+        """The position in the data, for a checkpoint: data, seed and step determine the next batch."""
         return {"next_step": step, "seed": self.config.seed, "pictures": self.task.source("train").fingerprint()}
 
     def summary(self, step: int, evaluation: Evaluation, record: dict[str, Any]) -> dict[str, Any]:
-        """The result line."""
+        """The result line that the program prints, by name."""
         main = self.step.abstract().networks[self.task.main]
         metrics, rate = evaluation.metrics, f"{self.task.unit}_per_second"
         return {
@@ -71,9 +71,9 @@ class Run:
 def prepare(
     task_class: type[Task], config: ConfigDict, workdir: str | os.PathLike[str], stack: contextlib.ExitStack
 ) -> Run:
-    """Checks everything that can be wrong, in the order in which it is cheap to check.
+    """Makes the parts of a run and checks everything that can be wrong, cheap checks first.
 
-    Claims the workdir until `stack` is left. Raises InputError for whatever cannot work.
+    Locks the workdir until `stack` is left. Raises InputError for anything that cannot work.
     """
     validate(config, task_class, jax.device_count())
     mesh = make_mesh(config.mesh.data, config.mesh.codebook)
@@ -85,7 +85,7 @@ def prepare(
     if first:
         stack.enter_context(hold(workdir))
     task = task_class(config, mesh)
-    epoch = len(task.source("train")) / config.batch_size  # steps; batches run across the end of an epoch
+    epoch = len(task.source("train")) / config.batch_size  # in steps, not rounded: a batch may span two epochs
     task.source("eval")
     total = config.steps or math.ceil(config.epochs * epoch)
     warmup = config.optim.warmup_steps or round(config.optim.warmup_epochs * epoch)
@@ -101,7 +101,7 @@ def prepare(
             init_params = task.load(config.init_from)
         except InputError as error:
             raise InputError(f"init_from: {error}") from error
-    if first and not (workdir / CONFIG_FILE).exists():  # only now, when nothing is left that could be refused
+    if first and not (workdir / CONFIG_FILE).exists():  # only now, after all checks
         try:
             with replace_whole(workdir / CONFIG_FILE) as unfinished:
                 unfinished.write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
@@ -112,7 +112,7 @@ def prepare(
 
 
 def _check_workdir(workdir: Path, task_class: type[Task], config: ConfigDict) -> None:
-    """Makes the workdir, or checks that it can be written and that the run in it is this one."""
+    """Makes the workdir or, if there is one, checks that a run in it may be resumed with this config."""
     path = workdir / CONFIG_FILE
     if ":/" in str(workdir):
         raise InputError(f"workdir {workdir} is not a local path: mount the bucket and give the mounted folder")
@@ -131,7 +131,7 @@ def _check_workdir(workdir: Path, task_class: type[Task], config: ConfigDict) ->
 
 
 def check_record(run: Run, record: dict[str, Any], step: int) -> None:
-    """Raises InputError if a checkpoint does not come from this run: same model, same data in the same order."""
+    """Raises InputError unless a checkpoint belongs to this run: same model, and same data in the same order."""
     check_continues(record["config"], run.config, all_fields(type(run.task), run.config))
     before, now = record["data"], run.data_position(step)
     if before != now:
@@ -142,7 +142,7 @@ def check_record(run: Run, record: dict[str, Any], step: int) -> None:
 
 
 def log_start(run: Run) -> None:
-    """Logs devices and sizes, and what the task has to say."""
+    """Logs the devices, the sizes of the networks and the length of the run, and then the task's own lines."""
     devices = jax.devices()
     logging.info("%d x %s, mesh %s", len(devices), devices[0].device_kind, dict(run.mesh.shape))
     for name, network in run.step.abstract().networks.items():

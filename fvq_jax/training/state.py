@@ -1,4 +1,4 @@
-"""The training state, one pytree for every task, and how it comes to life already laid out on the mesh."""
+"""The training state, a pytree of the same form for every task, and its creation on the devices of the mesh."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from fvq_jax.runtime.mesh import Rules, shardings
 
-# What every state has beside its networks: these counters, and those inside optimizers.
+# The layout of the counters that every state has, its own and those inside optimizers.
 RULES: Rules = ((r"(^|/)(step|skipped|count)$", P()),)
 
 
@@ -20,7 +20,7 @@ RULES: Rules = ((r"(^|/)(step|skipped|count)$", P()),)
 class NetworkState:
     """One network: trained parameters, its optimizer's state, and all its other variables by collection ({} if none).
 
-    The variables are what changes without a gradient: BatchNorm statistics, a codebook that is a moving average.
+    The variables change without a gradient, for instance BatchNorm statistics or a codebook that is a moving average.
     """
 
     params: Any
@@ -28,7 +28,7 @@ class NetworkState:
     variables: Any
 
     def all_variables(self) -> dict[str, Any]:
-        """As Linen's `apply` takes them."""
+        """Parameters and variables together, as Linen's `apply` takes them."""
         return {"params": self.params, **self.variables}
 
 
@@ -49,13 +49,13 @@ class TrainState:
     ema: Any
 
     def with_variables(self, variables: dict[str, Any]) -> "TrainState":
-        """The same with other variables (all but the parameters) of the networks that are named."""
+        """This state with new variables, by network (parameters excluded); other networks keep theirs."""
         changed = {name: self.networks[name].replace(variables=value) for name, value in variables.items()}
         return dataclasses.replace(self, networks={**self.networks, **changed})
 
 
 def with_params(state: TrainState, name: str, params: Any) -> TrainState:
-    """The state with network `name` at `params` (host arrays), laid out as before; the average starts there too."""
+    """The state in which network `name` and the moving average have `params` (host arrays), laid out as before."""
 
     def place(value, leaf):
         value = np.asarray(value, leaf.dtype)
@@ -78,6 +78,6 @@ def abstract_state(init: Callable[[jax.Array], TrainState], mesh: Mesh, rules: R
 
 
 def create_state(init: Callable[[jax.Array], TrainState], seed: int, mesh: Mesh, rules: Rules) -> TrainState:
-    """Runs `init(key)` so that every array is born on the devices it belongs to; nothing is ever whole on one."""
+    """Runs `init(key)` so that every array is made in its layout; a divided array is never whole on one device."""
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(init, mesh, rules))
     return jax.jit(init, out_shardings=layout)(jax.random.key(seed))

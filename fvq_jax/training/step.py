@@ -1,4 +1,4 @@
-"""One training step of any task: micro-batches, guard against what is not finite, update, moving average."""
+"""One training step of any task: micro-batches, guard against values that are not finite, update, moving average."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -31,12 +31,12 @@ class TrainStep:
     """A task's training step on one mesh.
 
     Attributes:
-      task, mesh: of the run.
+      task, mesh: those of the run.
       optimizers: by network.
       rate: the learning rate at every step, to be logged.
-      seed: the key of a step is fold_in(seed, step), that of a micro-batch fold_in(that, its number).
-      accumulate: micro-batches of a step.
-      ema_decay: of the moving average of the main network's parameters; 0: there is none.
+      seed: gives the random keys: step_key = fold_in(key(seed), step), and fold_in(step_key, i) for micro-batch i.
+      accumulate: how many micro-batches make a step.
+      ema_decay: decay of the moving average of the main network's parameters; 0: there is no average.
     """
 
     task: Task
@@ -49,7 +49,7 @@ class TrainStep:
 
     @classmethod
     def of(cls, task: Task, config: ConfigDict, mesh: Mesh, total_steps: int, warmup_steps: int) -> "TrainStep":
-        """The step of a run of so many steps."""
+        """Makes the step of a run from its config and its length."""
         optim = config.optim
         annealing = Annealing(
             total_steps, warmup_steps, optim.hold, optim.decay, start=optim.start_factor, end=optim.end_factor
@@ -71,7 +71,7 @@ class TrainStep:
             params = variables.pop("params")
             networks[name] = NetworkState(params, self.optimizers[name].init(params), variables)
         zero = jnp.zeros((), jnp.int32)
-        # A copy, so that state and average never share a buffer that a step donates.
+        # A copy, so that parameters and average never share a buffer that a step donates.
         ema = jax.tree.map(jnp.copy, networks[self.task.main].params) if self.ema_decay > 0 else {}
         return TrainState(zero, zero, networks, ema)
 
@@ -82,10 +82,10 @@ class TrainStep:
     def __call__(
         self, state: TrainState, batch: dict[str, Array], frozen: dict[str, Any]
     ) -> tuple[TrainState, StepMetrics]:
-        """One update of all networks, whose gradients are taken at the parameters before the step.
+        """One update of all networks, each with gradients at the parameters before the step.
 
-        A step in which any scalar or gradient norm is not finite changes nothing but the step count; its scalars tell
-        which. A pure function, to be jitted.
+        If any scalar or gradient norm is not finite, the step changes only the counters `step` and `skipped`; the
+        scalars show which one it was. A pure function, to be jitted.
         """
         grads, scalars, counts, variables = self._accumulated(state, batch, frozen)
         for name, grad in grads.items():
@@ -99,7 +99,7 @@ class TrainStep:
             networks[name] = NetworkState(params, opt_state, variables[name])
         ema = state.ema
         if self.ema_decay > 0:
-            # In this form the average of a parameter that never moves is that parameter, to the last bit.
+            # In this form the average of a parameter that never changes is equal to it, to the last bit.
             step = 1 - self.ema_decay
             ema = jax.tree.map(lambda old, new: old + step * (new - old), ema, networks[self.task.main].params)
         networks, ema = jax.tree.map(
@@ -112,12 +112,12 @@ class TrainStep:
         return TrainState(state.step + 1, skipped, networks, ema), StepMetrics(scalars, counts)
 
     def jitted(self, state: TrainState) -> jax.stages.Wrapped:
-        """The step under jit: `state` (or one of this layout) is donated, the next one is laid out as it is."""
+        """The step under jit, for states with the layout of `state`: it donates the old one and returns a new one."""
         layout = (jax.tree.map(lambda leaf: leaf.sharding, state), replicated(self.mesh))
         return jax.jit(self.__call__, donate_argnums=0, out_shardings=layout)
 
     def _accumulated(self, state, batch, frozen):
-        """Means of gradients and scalars over the micro-batches, sums of counts, the last variables."""
+        """Means of gradients and scalars over the micro-batches, sums of counts, variables after the last one."""
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
 
         def gradients(variables, micro_batch, index):
@@ -146,7 +146,7 @@ class TrainStep:
         return grads, scalars, counts, variables
 
     def _split(self, rows: Shaped[Array, "b ..."]) -> Shaped[Array, "a m ..."]:
-        """Rows as micro-batches, strided so that every device keeps its own."""
+        """Cuts rows into micro-batches, strided so that every device keeps its own rows."""
         a = self.accumulate
         split = rows.reshape(rows.shape[0] // a, a, *rows.shape[1:]).swapaxes(0, 1)
         return jax.lax.with_sharding_constraint(split, NamedSharding(self.mesh, PartitionSpec(None, *BATCH)))

@@ -1,6 +1,6 @@
 """What one training step of a task needs and how fast it can be, read from the step compiled ahead of time.
 
-How a compiled program is read is left to `runtime.compiled_cost`, what a chip can do to `runtime.chips`.
+`runtime.compiled_cost` reads the compiled program; `runtime.chips` knows what a chip can do.
 """
 
 import dataclasses
@@ -28,14 +28,15 @@ class Plan:
 
     Attributes:
       fits: whether it compiled and needs no more memory than there is.
-      devices, batch: how many, and the global batch.
+      devices: how many.
+      batch: the global batch size.
       hbm_bytes: memory that a program may use.
-      bytes: parameters (of all networks, with their other variables, moving averages and what is frozen), optimizer,
-        batch, temporaries (activations, gradients, the program itself) and their total.
+      bytes: by kind: parameters (of all networks, with their other variables, moving averages and frozen arrays),
+        optimizer, batch, temporaries (activations, gradients, the program itself) and their total.
       flops_per_device: XLA's count and what the task adds to it; a TPU's float32 product counts as its bfloat16 passes.
       collective_bytes: bytes sent, see `compiled_cost.collective_bytes`.
       bound: compute | memory | network, what takes longest; None without published figures of the device.
-      step_seconds: that time: the least a step can take, everything else hidden behind it.
+      step_seconds: the time of `bound`, the least that a step can take: it hides everything else.
     """
 
     fits: bool
@@ -50,10 +51,10 @@ class Plan:
 
 
 def plan_config(task_class: type[Task], config: ConfigDict, devices: int) -> ConfigDict:
-    """A copy that can be planned on that many devices: data and evaluation play no part.
+    """A copy of the config whose step can be compiled for that many devices, without the run's data and evaluation.
 
     Raises:
-      InputError: the run could not start.
+      InputError: a run with this config could not start.
     """
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict(task_class.plannable(config, devices))
@@ -67,10 +68,11 @@ def compile_step(task_class: type[Task], config: ConfigDict, devices: Sequence[A
     Args:
       task_class: what is trained.
       config: from `plan_config`.
-      devices: local ones, or of a topology.
+      devices: local devices, or those of a topology.
 
     Returns:
-      The task; its plan so far, with all that memory needs; and the executable, None if memory does not suffice.
+      The task; its plan, in which only the part on memory is filled in; and the executable, None if the compiler ran
+      out of memory.
     """
     mesh = make_mesh(config.mesh.data, config.mesh.codebook, devices)
     task = task_class(config, mesh)
@@ -103,7 +105,7 @@ def make_plan(task_class: type[Task], config: ConfigDict, devices: Sequence[Any]
         return plan
     program = compiled_cost.Program(executable.as_text())
     counted = executable.cost_analysis()
-    # The loop over micro-batches is counted once, and so are the loops inside the search.
+    # XLA counts the loop over micro-batches once, and so it does the loops inside the search.
     micro = config.optim.accumulate
     uncounted, passes = task.uncounted_flops(devices[0].platform)
     passes = 1 if devices[0].platform == "cpu" else passes
@@ -120,21 +122,22 @@ def make_plan(task_class: type[Task], config: ConfigDict, devices: Sequence[Any]
 def largest_batch(
     needed: Callable[[int], tuple[bool, int]], unit: int, first: tuple[int, bool, int], fixed: int, limit: int
 ) -> int:
-    """The largest batch seen to fit, with at most `MAX_COMPILATIONS` compilations, the first of them included.
+    """The largest batch found to fit, after at most `MAX_COMPILATIONS` compilations, including that of `first`.
 
-    Memory grows about linearly with the batch, so each guess lies on the line through the two batches that need
-    closest to the limit (at first, through `fixed` bytes at batch 0), or, should that miss, through the largest that
-    fits and the smallest that does not. Where the line says that not even one unit more fits, the search ends.
+    Memory grows about linearly with the batch, so each guess is the batch at which a line reaches the limit. The line
+    goes through the two batches whose bytes are closest to the limit (at first, one is batch 0 with `fixed` bytes). If
+    that guess is already known to fit or not to fit, the line goes through the largest batch that fits and the smallest
+    that does not. The search ends when the line says that not one unit more fits.
 
     Args:
-      needed: compiles a batch; whether it fits, and the bytes it needs in total.
+      needed: compiles a batch and returns whether it fits, and how many bytes it needs in total.
       unit: batches are multiples of it.
-      first: (batch, fits, bytes) of a batch compiled already.
-      fixed: bytes that no batch avoids.
-      limit: bytes there are.
+      first: (batch, fits, bytes) of a batch that is already compiled.
+      fixed: bytes that are needed at any batch size.
+      limit: bytes of memory that there are.
 
     Returns:
-      0 if no batch fitted.
+      The batch; 0 if none fitted.
     """
     seen = {first[0]: first[2]}
     fits, too_large = (first[0], math.inf) if first[1] else (0, first[0])
@@ -159,7 +162,7 @@ def largest_batch(
 
 
 def _argument_bytes(state: TrainState, batch: Any, frozen: Any) -> dict[str, int]:
-    """Bytes that each device holds of what a step is called with, by kind."""
+    """Bytes that the arguments of a step take on each device, by kind."""
     trained = [(network.params, network.variables) for network in state.networks.values()]
     moments = [network.opt_state for network in state.networks.values()]
     return {

@@ -20,9 +20,9 @@ class StepTimer:
 
     Steps are dispatched asynchronously, so a single step cannot be timed from the host; a window of them can,
     if its end waits for the device: call `read` (and enter `paused`) after the metrics of the last step have
-    arrived on the host. A loop whose next batch is not there yet should wait for its step before it enters
-    `data`, which then is the time in which the devices stood still for their input. Time spent inside `paused`
-    (evaluation, checkpoints) counts nowhere.
+    arrived on the host. If the next batch is not there yet, the loop should wait for its step before it enters
+    `data`: then `data` is the time in which the devices had nothing to do but wait for input. Time spent inside
+    `paused` (evaluation, checkpoints) counts nowhere.
     """
 
     def __init__(self, batch_size: int, *, clock: Callable[[], float] = time.perf_counter):
@@ -35,24 +35,24 @@ class StepTimer:
 
     @contextlib.contextmanager
     def data(self) -> Iterator[None]:
-        """Around fetching the next batch."""
+        """A context for fetching the next batch: its time counts as waiting for data."""
         start = self._clock()
         yield
         self._waited += self._clock() - start
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is not training: evaluation, checkpoints, reports."""
+        """A context for what is not training (evaluation, checkpoints, reports): its time is left out."""
         start = self._clock()
         yield
         self._paused += self._clock() - start
 
     def step(self) -> None:
-        """One step (of `batch_size` examples over all devices) was dispatched."""
+        """Counts one step (of `batch_size` examples over all devices) that was dispatched."""
         self._steps += 1
 
     def read(self) -> StepTimes:
-        """The times since the last `read` (zeros if no step was made), and the start of a new window."""
+        """Returns the times since the last `read` (zeros if no step was made), and starts a new window."""
         training = self._clock() - self._start - self._paused
         steps, waited = self._steps, self._waited
         self._reset()

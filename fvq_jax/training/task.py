@@ -1,7 +1,8 @@
-"""What a task owes: the contract between the training loop, which knows no network, and what is trained.
+"""The contract of a task: what the training loop, which knows no network, needs to know of what is trained.
 
-A command picks the class by the config (`tasks.TASKS`) and hands it in; nothing in this room imports one. The loop asks
-for data, gradients and evaluations and does the rest: accumulation, updates, averages, checkpoints, logs, resuming.
+A command picks the task class by the config (`tasks.TASKS`) and passes it in; `fvq_jax.training` imports no task. The
+loop asks the task for data, gradients and evaluations, and does the rest: accumulation, updates, averages, checkpoints,
+logs, resuming.
 """
 
 import abc
@@ -29,11 +30,11 @@ class Source(Protocol):
     """The data of a split, as far as the loop knows it."""
 
     def __len__(self) -> int:
-        """How many examples there are; an epoch has so many."""
+        """How many examples there are, which is the length of an epoch."""
         ...
 
     def fingerprint(self) -> str:
-        """Changes with the examples, not with where they lie: a resumed run must see the same ones."""
+        """A text that changes if the examples change, not if they move: a resumed run must see the same ones."""
         ...
 
 
@@ -57,12 +58,12 @@ class Batches(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Gradients:
-    """What a micro-batch gives.
+    """What one micro-batch gives: gradients, and what else comes of the forward pass.
 
     Attributes:
-      grads: by network, like its parameters.
+      grads: by network, with the structure of its parameters.
       scalars: float32 by name, such as loss/total; means over the micro-batch.
-      counts: integer arrays by name, for instance how often each code was chosen; they add up.
+      counts: integer arrays by name, for instance how often each code was chosen; summed over micro-batches and steps.
       variables: by network, everything in its variables but the parameters, as it is after this micro-batch.
     """
 
@@ -79,7 +80,7 @@ class Evaluation:
     Attributes:
       metrics: by name; logged as eval/NAME.
       facts: whole numbers for the result line, such as how many images were scored.
-      line: the most important of it, for the log.
+      line: the most important metrics in one line, for the log.
       pictures: for TensorBoard, by name.
       details: what the task's own report needs.
     """
@@ -98,7 +99,7 @@ class Task(abc.ABC):
       unit: what an example is, in the plural, for rates: images_per_second.
       main: the network that is averaged, evaluated and exported.
       headline: metrics of an evaluation that the result line shows, in this order.
-      dtype: in which most of the step computes.
+      dtype: the dtype in which most of the step is computed.
       frozen: arrays that a step reads and never changes, for instance the weights of a loss; {} if there are none.
       rules: the layout of every array of the state, by its path.
     """
@@ -114,7 +115,8 @@ class Task(abc.ABC):
     def fields(cls, config: ConfigDict | None = None) -> dict[str, Field]:
         """The fields of its configs beyond the shared ones, by full name.
 
-        Of the default config; or, where one field decides which others there are, those that `config` should have.
+        With a `config`, those that it should have, since the value of one field may decide which others there are;
+        without, those of the default config.
         """
 
     @classmethod
@@ -125,11 +127,11 @@ class Task(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def plannable(cls, config: ConfigDict, devices: int) -> dict[str, Any]:
-        """Fields to replace, by full name, where only the step is compiled: data and evaluation then play no part."""
+        """Fields to replace, by full name, if only the step is compiled and data and evaluation are not needed."""
 
     @abc.abstractmethod
     def __init__(self, config: ConfigDict, mesh: Mesh) -> None:
-        """A validated config and the mesh. Cheap: no file is opened."""
+        """Makes the task from a validated config and the mesh. Cheap: no file is opened."""
 
     # --- networks -----------------------------------------------------------------------------------------------
 
@@ -150,7 +152,7 @@ class Task(abc.ABC):
     @property
     @abc.abstractmethod
     def frozen(self) -> dict[str, Any]:
-        """Read from its files when it is first asked for. InputError if one is missing or wrong."""
+        """The frozen arrays, read from their files when first asked for. InputError if a file is missing or wrong."""
 
     @abc.abstractmethod
     def abstract_frozen(self) -> dict[str, Any]:
@@ -170,17 +172,17 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def uncounted_flops(self, platform: str) -> tuple[float, int]:
-        """(flops of a step over all devices that XLA's count leaves out, passes of a matrix unit that each takes)."""
+        """(flops of a step, over all devices, that XLA does not count; matrix-unit passes that each of them takes)."""
 
     # --- data ---------------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
     def source(self, split: Literal["train", "eval"]) -> Source:
-        """The examples of "train" or "eval"; always the same object. InputError if they cannot be had."""
+        """The examples of "train" or "eval", always as the same object. InputError if they are not available."""
 
     @abc.abstractmethod
     def batches(self, step: int) -> Batches:
-        """This process's share of the endless training batches, from that of `step` on: a function of (seed, step)."""
+        """This process's share of the endless training batches, starting at `step`; (seed, step) determine a batch."""
 
     # --- figures ------------------------------------------------------------------------------------------------
 
@@ -190,7 +192,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def progress(self, scalars: Mapping[str, float]) -> dict[str, str]:
-        """What the progress line shows of a step's scalars: name and text."""
+        """What the progress line shows of a step's scalars, as text by name."""
 
     @abc.abstractmethod
     def log_start(self) -> None:
@@ -202,13 +204,16 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def evaluate(self, state: TrainState, progress: Callable[[int], Any]) -> Evaluation:
-        """Scores a state, and changes nothing of it; all processes call it.
+        """Scores a state without changing it; all processes call it.
 
-        `progress` is called now and then with how many examples were done since the last call.
+        It calls `progress` now and then with the number of examples done since the last call.
         """
 
     @abc.abstractmethod
     def report(
         self, state: TrainState, evaluation: Evaluation, workdir: Path, rows: Sequence[Mapping[str, Any]]
     ) -> None:
-        """Writes the run's report into `workdir`, `rows` being all its metrics; all processes call it."""
+        """Writes the run's report into `workdir`; all processes call it.
+
+        `rows` are all metrics of the run, as the first process reads them; the other processes pass [].
+        """

@@ -19,7 +19,7 @@ def parse_steps(text: str) -> tuple[int, int] | None:
         raise InputError(f"--profile_steps={text} is not FIRST:LAST, for instance 10:20")
     first, last = map(int, text.split(":"))
     if not 1 <= first <= last:
-        raise InputError(f"--profile_steps={text}: needed is 1 <= first <= last")
+        raise InputError(f"--profile_steps={text} does not satisfy 1 <= FIRST <= LAST")
     return first, last
 
 
@@ -38,13 +38,13 @@ class Trace:
         self._stop()
 
     def before(self, step: int) -> None:
-        """Call before `step` is started."""
+        """To be called before `step` is started."""
         if self._steps and not self._running and self._steps[0] <= step <= self._steps[1]:
             jax.profiler.start_trace(self._folder)
             self._running = True
 
     def after(self, step: int, result: Any) -> None:
-        """Call when `step` was started; waits for its `result` if it is the last one, so that the trace holds it."""
+        """To be called after `step` was started; if it is the last one, waits until its `result` has been traced."""
         if self._steps and self._running and step >= self._steps[1]:
             jax.block_until_ready(result)
             self._stop()
