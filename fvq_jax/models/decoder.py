@@ -9,7 +9,7 @@ from fvq_jax.models.layers import AttentionBlock, Conv, GroupNorm, ResBlock, Ups
 
 
 class Decoder(nn.Module):
-    """The encoder in reverse, with one residual block more at each level; levels are numbered alike.
+    """The encoder in reverse, with one residual block more at each level; levels are numbered as in the encoder.
 
     The activations in front of the last convolution are sown as `last_features` (for the adaptive adversarial
     weight, which is a ratio of gradients of that convolution).
@@ -40,5 +40,5 @@ class Decoder(nn.Module):
                 h = Upsample(self.dtype, name=f"level{level}_upsample")(h)
         h = nn.swish(GroupNorm(self.dtype, name="norm_out")(h))
         self.sow("intermediates", "last_features", h)
-        # float32: bfloat16 has 8 bits, which rounds pixels as coarsely as a picture file does.
+        # float32: bfloat16 has 8 significant bits, so it rounds pixels as coarsely as a picture file does.
         return Conv(3, dtype=jnp.float32, name="conv_out")(h)

@@ -24,7 +24,7 @@ def fan_in_uniform(fan_in: int) -> Initializer:
 
 
 def matmul_precision(dtype: DTypeLike) -> str | None:
-    """float32 compute means float32: without this a TPU multiplies in bfloat16 and a GPU in TF32."""
+    """The precision at which float32 is really float32: without it a TPU multiplies in bfloat16 and a GPU in TF32."""
     return "highest" if jnp.dtype(dtype) == jnp.float32 else None
 
 
@@ -55,7 +55,7 @@ class Conv(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """32 groups, eps 1e-6, statistics in float32."""
+    """Group normalisation: 32 groups, eps 1e-6, statistics in float32."""
 
     dtype: DTypeLike = jnp.float32
 

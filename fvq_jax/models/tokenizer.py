@@ -70,22 +70,22 @@ class TokenizerNet(nn.Module):
         return self.decoder(self.post_quant_conv(vectors))
 
     def table(self) -> Float[Array, "k d"] | None:
-        """The vectors that the quantizer searches, if it has such a table."""
+        """The table of vectors that the quantizer searches; None if it has no table."""
         return self.quantizer.table()
 
     def __call__(
         self, images: Float[Array, "b H W 3"], *, train: bool = False, key: Shaped[Array, ""] | None = None
     ) -> TokenizerOutput:
-        """Encodes, quantizes and decodes; `train` and `key` are the quantizer's."""
+        """Encodes, quantizes and decodes; `train` and `key` are passed to the quantizer."""
         quantized = self.quantizer(self.encode_latent(images), train=train, key=key)
         return TokenizerOutput(self.decode_vectors(quantized.vectors), quantized)
 
 
 def fold(net: TokenizerNet, variables: dict[str, Any]) -> tuple[TokenizerNet, dict[str, Any]]:
-    """The same tokenizer as it is used after training: with the table that its quantizer searches in place of a bridge.
+    """The same tokenizer for use after training: the table that its quantizer searches replaces codebook and bridge.
 
-    Codes and reconstructions are unchanged; this is what inference, evaluation and export use. `variables` are the
-    parameters and whatever state there is. A quantizer that cannot be simplified keeps parameters and state.
+    Codes and reconstructions are unchanged; inference, evaluation and export use the result. `variables` are the
+    parameters and the state, if any. A quantizer that is not foldable keeps its parameters and state.
     """
     plain = net.clone(quantizer=net.quantizer.folded())
     if not net.quantizer.foldable:

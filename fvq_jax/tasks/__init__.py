@@ -12,7 +12,7 @@ TASKS: dict[str, type[Task]] = {"tokenizer": TokenizerTask}
 
 
 def task_of(config: ConfigDict) -> type[Task]:
-    """The task that a config names. InputError, with the names there are, if it names none."""
+    """The task that a config names. InputError, which lists the known names, if there is no such task."""
     name = config.get("task")
     if name not in TASKS:
         raise InputError(f"config field task must be one of {', '.join(TASKS)}, not {name!r}")

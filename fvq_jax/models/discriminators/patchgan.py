@@ -20,7 +20,7 @@ class BatchNorm(nn.Module):
     """Batch normalization over batch and space, with PyTorch's running statistics (arXiv 1502.03167).
 
     Written out because `flax.linen.BatchNorm` keeps the biased variance, where PyTorch keeps n/(n-1) times that, and
-    fails where a caller wants the logits alone. Statistics, scale and bias are float32 and the sums run in float32,
+    fails if a caller wants only the logits, not the statistics. Statistics, scale, bias and the sums are float32,
     whatever the dtype of `x`; the variance is that of the centred values, since E[x^2] - E[x]^2 cancels. Over a batch
     sharded under `jit` the means are those of the global batch.
     """

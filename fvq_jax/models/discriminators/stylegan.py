@@ -55,7 +55,7 @@ class StyleGANDiscriminator(nn.Module):
 
 
 class ResidualDown(nn.Module):
-    """Two 3x3 convolutions, a blur and one of stride 2, plus a strided 1x1 shortcut, over sqrt(2)."""
+    """Two 3x3 convolutions, a blur and a 3x3 convolution of stride 2; plus a strided 1x1 shortcut; over sqrt(2)."""
 
     features: int
     dtype: DTypeLike = jnp.float32

@@ -1,9 +1,9 @@
-"""InceptionV3 as FID and Inception Score use it: the network of 2015-12-05, with what is peculiar to its graph.
+"""InceptionV3 as FID and Inception Score use it: the network of 2015-12-05, with the peculiarities of its graph.
 
-Against the InceptionV3 of image libraries: 1,008 classes; average pooling that leaves the padding out of the mean;
-maximum instead of average pooling in the last block; a bilinear resize that aligns top left corners (TensorFlow 1).
-Every BatchNorm is folded into the convolution before it, which is all that is left of it after training. Reading weight
-files is left to `evals.inception`. Architecture: arXiv 1512.00567.
+Differences from the InceptionV3 of image libraries: 1,008 classes; average pooling that leaves the padding out of the
+mean; maximum instead of average pooling in the last block; a bilinear resize that aligns top left corners (TensorFlow
+1). Every BatchNorm is folded into the convolution before it, since after training it only scales and shifts. Reading
+weight files is left to `interop.inception`. Architecture: arXiv 1512.00567.
 """
 
 from collections.abc import Callable
@@ -29,9 +29,10 @@ class InceptionV3(nn.Module):
 
     @nn.compact
     def __call__(self, images: UInt8[Array, "b H W 3"]) -> dict[str, Float[Array, "b _"]]:
-        """Of images of any size: `64`, `192`, `768`, `2048`, the means over pixels after that stage, and logits.
+        """For images of any size, the features `64`, `192`, `768` and `2048`, named by their channels, and logits.
 
-        `logits_unbiased` [b, 1008] are those without the bias of the last layer, as they enter Inception Scores.
+        The features are means over pixels after a stage. `logits_unbiased` [b, 1008] are the logits without the bias of
+        the last layer, as the Inception Score uses them.
         """
         outputs = {}
 
@@ -60,7 +61,7 @@ class InceptionV3(nn.Module):
 
 
 def resize_bilinear(images: Float[Array, "b H W c"], side: int) -> Float[Array, "b side side c"]:
-    """TensorFlow 1's resize: output pixel i lies at input position i * H / side, between two pixels, unsmoothed."""
+    """Resizes as TensorFlow 1 does: output pixel i is interpolated at input position i * H / side, unsmoothed."""
     for axis in (2, 1):
         length = images.shape[axis]
         position = np.arange(side) * (length / side)
@@ -73,7 +74,7 @@ def resize_bilinear(images: Float[Array, "b H W c"], side: int) -> Float[Array, 
 
 
 def _block_35(name: str, x: Features, width: int) -> Features:
-    """On 35 x 35 pixels; 224 + `width` channels."""
+    """A block at 35 x 35 pixels; returns 224 + `width` channels."""
     one = _conv(f"{name}.branch1x1", x, 64)
     five = _conv(f"{name}.branch5x5_1", x, 48)
     five = _conv(f"{name}.branch5x5_2", five, 64, (5, 5))
@@ -93,7 +94,7 @@ def _block_35_to_17(name: str, x: Features) -> Features:
 
 
 def _block_17(name: str, x: Features, width: int) -> Features:
-    """On 17 x 17 pixels; 7 x 7 windows as 1 x 7 and 7 x 1, `width` channels inside."""
+    """A block at 17 x 17 pixels; 7 x 7 windows are split into 1 x 7 and 7 x 1, with `width` channels inside."""
     one = _conv(f"{name}.branch1x1", x, 192)
     seven = _conv(f"{name}.branch7x7_1", x, width)
     seven = _conv(f"{name}.branch7x7_2", seven, width, (1, 7))
@@ -118,7 +119,7 @@ def _block_17_to_8(name: str, x: Features) -> Features:
 
 
 def _block_8(name: str, x: Features, pool: Callable[[Features], Features]) -> Features:
-    """On 8 x 8 pixels; the two blocks differ in their pooling."""
+    """A block at 8 x 8 pixels; the two such blocks differ in their pooling."""
     one = _conv(f"{name}.branch1x1", x, 320)
     three = _conv(f"{name}.branch3x3_1", x, 384)
     double = _conv(f"{name}.branch3x3dbl_1", x, 448)

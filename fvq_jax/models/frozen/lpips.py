@@ -1,6 +1,6 @@
 """LPIPS, the perceptual distance of the recipe: features of VGG16, compared under learned channel weights.
 
-AlexNet in its place is for evaluation, where many report it.
+For evaluation, AlexNet can take the place of VGG16, since many papers report that variant.
 
 Pure functions of a frozen parameter dictionary rather than a Flax module: nothing in it is trained, so it must stay
 out of the train state. Pass the dictionary to a jitted step as an argument; closed over, its 59 MB would become a
@@ -30,9 +30,9 @@ class Backbone:
     Attributes:
       name: as torchvision calls it.
       stages: for each stage its convolutions: (torchvision's index, channels, window, stride, padding).
-      pooling: side of the max pooling, of stride 2, before `pooled` stages.
-      pooled: which stages follow a pooling.
-      least: pixels a side must have.
+      pooling: side of the window of the max poolings, whose stride is 2.
+      pooled: the stages that begin with a max pooling.
+      least: the smallest side of an image, in pixels.
       weights, heads: which files hold the classifier and the channel weights.
     """
 
@@ -96,10 +96,10 @@ def lpips_distance(
     """Perceptual distance of each pair of images in [-1, 1]; float32, 0 for equal images.
 
     Features of both images after each of the five stages are scaled to unit length per pixel; their squared
-    difference, weighted per channel, is averaged over pixels and summed over stages. The backbone, whose `params` these
-    must be, runs in `dtype`, all after it in float32 (float32 means full precision on every device). Gradients reach
-    the images, never `params`, and are finite where all channels of a pixel are 0. ValueError for images under 16
-    pixels (AlexNet: 31).
+    difference, weighted per channel, is averaged over pixels and summed over stages. `params` must belong to
+    `backbone`, which runs in `dtype`; everything after it is float32 (float32 means full precision on every device).
+    Gradients reach the images, never `params`, and are finite where all channels of a pixel are 0. ValueError for
+    images under 16 pixels (AlexNet: 31).
     """
     if min(a.shape[1:3]) < backbone.least:
         raise ValueError(f"LPIPS needs images of at least {backbone.least} pixels, got {a.shape[1]}x{a.shape[2]}")
@@ -135,7 +135,7 @@ def _features(
     params: Mapping[str, Any], images: Float[Array, "b H W 3"], backbone: Backbone, dtype: DTypeLike
 ) -> list[Float[Array, "b _ _ _"]]:
     """Activations after the last ReLU of each stage, in `dtype`."""
-    # A TPU multiplies float32 in bfloat16 unless told otherwise; whoever wants that asks for bfloat16.
+    # A TPU multiplies float32 in bfloat16 unless told otherwise; a caller that wants bfloat16 says so by `dtype`.
     precision = jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
     x = ((images - SHIFT[None, None, None]) / SCALE[None, None, None]).astype(dtype)
     features = []
@@ -158,7 +158,7 @@ def _features(
 
 
 def _unit_length(features: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """Each pixel's channels over their length, in float32; a pixel of zeros stays zero, with gradient zero."""
+    """Each pixel's channels divided by their length, in float32; a pixel of zeros stays zero, with gradient zero."""
     features = features.astype(jnp.float32)
     squared = jnp.sum(jnp.square(features), axis=-1, keepdims=True)
     # sqrt has an infinite slope at 0, where ReLU puts whole pixels; the inner `where` keeps NaN out of the gradient.

@@ -11,13 +11,13 @@ QUANTIZERS: dict[str, type[Quantizer]] = {"vector": VectorQuantizer}
 
 
 def quantizer_fields(name: str) -> dict[str, Field]:
-    """The settings of a quantizer, `name` among them. ValueError, with the names there are, for another name."""
+    """The settings of a quantizer, including `name`. ValueError, which lists the known names, for another name."""
     name_field = Field(name, f"Quantizer: {', '.join(QUANTIZERS)}.", choices=tuple(QUANTIZERS), stays=True)
     return {"name": name_field, **settings_of(_kind(name))}
 
 
 def make_quantizer(settings: Mapping[str, Any], **runtime: Any) -> Quantizer:
-    """The quantizer of a config's section: `name` and its settings; `runtime` is `dtype` and `mesh`.
+    """Makes the quantizer that a config's section describes (`name` and its settings); `runtime`: `dtype` and `mesh`.
 
     ValueError for an unknown name, TypeError for a setting that the quantizer does not have.
     """

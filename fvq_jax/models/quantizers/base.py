@@ -1,4 +1,4 @@
-"""What every quantizer owes: the contract behind which a variant is one file.
+"""The contract of every quantizer; a variant that keeps it needs only a file of its own.
 
 A quantizer turns a grid of latents into codes and the vectors they stand for. The rest of the package knows nothing
 else about it: tasks add up its losses by name, the state is laid out by its rules, and a config's section
@@ -40,18 +40,18 @@ class Quantizer(nn.Module):
     A variant adds its settings as dataclass fields made by `runtime.fields.setting`: they are the section
     `config.tokenizer.quantizer`. Parameters are float32. State that is not trained (a moving average, a window of
     hits) lives in Linen collections other than `params`; it may only change inside `__call__` with `train=True`, is
-    laid out by `rules`, kept in checkpoints, and never touched by an evaluation.
+    laid out by `rules`, kept in checkpoints, and never changed by an evaluation.
 
     Attributes:
       dtype: compute dtype of networks inside the quantizer. Latents, distances, codes and losses are float32.
-      mesh: a mesh with axes `data` and `codebook` for a table whose rows are divided; None for a single device.
+      mesh: a mesh with axes `data` and `codebook`, if the rows of the table are divided; None for a single device.
     """
 
     dtype: DTypeLike = jnp.float32
     mesh: Mesh | None = None
 
-    # (pattern of the path of an array behind `/quantizer/`, layout): exactly one row for every parameter and every
-    # array of state; moments and moving averages of a parameter follow it.
+    # (pattern, layout); a pattern is matched against the path of an array after `/quantizer/`. Exactly one must match
+    # each parameter and each array of state; it also matches the moments and the moving average of the parameter.
     rules: ClassVar[Rules] = ()
 
     @property
@@ -66,7 +66,7 @@ class Quantizer(nn.Module):
 
     @property
     def description(self) -> str:
-        """What sets it apart beside the number and dimension of codes, in a few words for people."""
+        """What distinguishes it, apart from number and dimension of codes, in a few words for people."""
         raise NotImplementedError
 
     @property
@@ -79,7 +79,7 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def check(self, axis: int = 1) -> None:
-        """Raises ValueError, saying what would work, unless the settings fit each other and such a `codebook` axis."""
+        """Raises ValueError, saying what would work, unless the settings fit each other and mesh.codebook = `axis`."""
         raise NotImplementedError
 
     def __call__(
@@ -99,7 +99,7 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def decode(self, codes: Int[Array, "b ..."], upto: int | None = None) -> Float[Array, "b h w d"]:
-        """The vectors that codes stand for; of a quantizer with levels or scales only of the first `upto`, if given."""
+        """The vectors that codes stand for; `upto` limits a quantizer with levels or scales to the first ones."""
         raise NotImplementedError
 
     def table(self) -> Float[Array, "k d"] | None:
@@ -107,11 +107,11 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def counts(self, codes: Int[Array, "b ..."]) -> Int[Array, "levels k"]:
-        """How often each code was chosen, for every level or scale apart (a plain quantizer has one)."""
+        """How often each code was chosen, separately for every level or scale (a plain quantizer has one)."""
         raise NotImplementedError
 
     def uncounted_flops(self, tokens: int, platform: str) -> tuple[float, int]:
-        """(flops to quantize so many tokens, over all devices, that XLA's count leaves out; passes that each takes).
+        """(flops to quantize so many tokens, over all devices, that XLA does not count; passes that each takes).
 
         XLA does not see into a kernel, and counts the body of a loop once. `platform` is cpu, gpu or tpu; the passes
         are those of a bfloat16 matrix unit.
@@ -124,12 +124,12 @@ class Quantizer(nn.Module):
 
     @property
     def foldable(self) -> bool:
-        """Whether `folded` is simpler than this one: after training its parameters become the table that they make."""
+        """Whether `folded` is simpler than this one, that is, the table that its parameters make can replace them."""
         raise NotImplementedError
 
     def folded(self) -> "Quantizer":
         """The quantizer for use after training. If `foldable`, its parameter `codebook` is the `table` of this one.
 
-        A module of another class must be made with `parent=None`: Flax would take it for a part of this one.
+        A module of another class must be made with `parent=None`; else Flax would make it a submodule of this one.
         """
         raise NotImplementedError

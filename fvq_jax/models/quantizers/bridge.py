@@ -1,14 +1,14 @@
 """Bridges: networks that map the trained codebook to the table that is searched (arXiv 2509.10140).
 
-Through a bridge one selected code moves all of them, so no code is left behind. Kinds, by name:
+Through a bridge, the gradient of one selected code moves all codes, so no code is left behind. Kinds, by name:
 
   none        the table is the codebook itself (a plain VQ network)
   linear      one linear layer for every code
   mlp5        five linear layers for every code
   SIZE/P      VQBridge: compress groups of P*P codes to tokens, process them with a small ViT, recover the
               codes. SIZE is XS, S, B, L or XL; SIZE/P-dN sets the number of blocks (default 2).
-  dit-SIZE/P  the same with DiT blocks (arXiv 2212.09748): fixed position embedding, and every layer norm shifted,
-              scaled and gated by one learned vector, which stands where a class embedding would.
+  dit-SIZE/P  the same with DiT blocks (arXiv 2212.09748): the position embedding is fixed, and every layer norm is
+              shifted, scaled and gated by one learned vector, which replaces DiT's class embedding.
 
 Arrays are [k, d] on both sides, parameters and results float32.
 """
@@ -35,7 +35,7 @@ XAVIER = nn.initializers.xavier_uniform()
 
 @dataclasses.dataclass(frozen=True)
 class BridgeSpec:
-    """What a bridge name says; `width`, `patch` and `depth` are 0 for the bridges without groups."""
+    """The parts of a bridge name; `width`, `patch` and `depth` are 0 for bridges without groups."""
 
     kind: str  # none | linear | mlp5 | vit | dit
     width: int = 0
@@ -74,9 +74,9 @@ def bridge_name(spec: BridgeSpec) -> str:
 
 
 def rows_of_groups(codebook_size: int, group_size: int, groups: str) -> int:
-    """Into how many equal, whole-group row blocks the codebook can be cut: what a `codebook` axis must divide.
+    """How many equal blocks of whole groups the codebook consists of; the `codebook` axis must divide this number.
 
-    With `2d` patches a block is a row of patches of the square raster, with `1d` groups a single group.
+    With `2d` patches a block is a row of patches of the square raster, with `1d` groups it is a single group.
     ValueError if the groups do not fit the codebook.
     """
     if groups == "1d":
@@ -114,10 +114,10 @@ def ungroup_codes(grouped: Float[Array, "g p"], group_size: int, groups: str) ->
 
 
 def position_embedding(groups: int, width: int, kind: str) -> Float[np.ndarray, "g c"]:
-    """Sines and cosines of each group's position, the wavelengths a geometric series from 2 pi to 10,000 x 2 pi.
+    """Sines and cosines of each group's position; their wavelengths grow geometrically from 2 pi to 10,000 x 2 pi.
 
-    `1d`: of its index. `2d`: one half of the channels of its column in the square raster of groups, the other of its
-    row, in the order of DiT (arXiv 2212.09748).
+    `1d`: the position is the index. `2d`: the first half of the channels encodes the column in the square raster of
+    groups, the second half the row, in the order of DiT (arXiv 2212.09748).
     """
     index = np.arange(groups)
     if kind == "1d":
@@ -154,8 +154,8 @@ def _modulate(x: Float[Array, "g c"], shift: Float[Array, "1 c"], scale: Float[A
 class BridgeBlock(nn.Module):
     """Pre-LayerNorm transformer block over all tokens: 4 heads, MLP of twice the width, tanh GELU.
 
-    With a `condition` both halves are shifted and scaled behind their layer norm, and gated before they are added: at
-    the start the block is the identity.
+    With a `condition`, attention and MLP are each shifted and scaled after their layer norm, and gated before they are
+    added. At the start all gates are 0, so the block is the identity.
     """
 
     dtype: DTypeLike = jnp.float32
@@ -186,13 +186,13 @@ class BridgeBlock(nn.Module):
 
 
 class VQBridge(nn.Module):
-    """Compress, process, recover. Starts as f(C) = 0: the last layer is zero, and every latent ties to code 0.
+    """Compresses, processes and recovers the codes. Its last layer starts at 0: all codes tie, and code 0 is chosen.
 
     Attributes:
       spec: kind (vit or dit), width, patch and depth.
       groups: "2d" (published: patches of the sqrt(k) x sqrt(k) raster) or "1d" (runs of consecutive codes).
-      dtype: compute dtype of the blocks. The recovered codes are float32 at full precision, since codes rounded
-        to bfloat16 merge, and of equal codes only the first is ever chosen.
+      dtype: compute dtype of the blocks. The recovered codes are float32 at full precision: rounded to bfloat16, some
+        would be equal, and the search chooses only the first of equal codes.
     """
 
     spec: BridgeSpec
@@ -217,7 +217,7 @@ class VQBridge(nn.Module):
         return ungroup_codes(recover(tokens), self.spec.group_size, self.groups)
 
     def _positions(self, g, width):
-        """Kept among the parameters, so that a checkpoint's own table is used and written back, but never trained."""
+        """The position embedding: a parameter, so that a checkpoint's own one is used and kept, but never trained."""
         table = self.param("position_embedding", lambda _: jnp.asarray(position_embedding(g, width, self.groups)))
         return jax.lax.stop_gradient(table)
 
@@ -237,7 +237,7 @@ class CodewiseBridge(nn.Module):
 
 
 def make_bridge(name: str, groups: str, dtype: DTypeLike) -> nn.Module | None:
-    """The bridge called `name` (see the module's text); None for `none`. ValueError for an unknown name."""
+    """Makes the bridge called `name` (see the top of this file); None for `none`. ValueError for an unknown name."""
     spec = parse_bridge(name)
     if spec.kind == "none":
         return None

@@ -72,12 +72,12 @@ class VectorQuantizer(Quantizer):
 
     @property
     def size(self) -> int:
-        """k."""
+        """The number of codes k."""
         return self.codebook_size
 
     @property
     def latent_dim(self) -> int:
-        """d."""
+        """The dimension d of codes and latents."""
         return self.code_dim
 
     @property
@@ -87,7 +87,7 @@ class VectorQuantizer(Quantizer):
 
     @property
     def loss_weights(self) -> Mapping[str, float]:
-        """Of the terms that are computed."""
+        """The weights of the terms that are computed."""
         weights = {"codebook": self.codebook_weight, "commitment": self.commitment_weight}
         return weights | ({"entropy": self.entropy_weight} if self.entropy_weight > 0 else {})
 
@@ -128,7 +128,7 @@ class VectorQuantizer(Quantizer):
     def __call__(
         self, latent: Float[Array, "b h w d"], *, train: bool = False, key: Shaped[Array, ""] | None = None
     ) -> Quantized:
-        """Quantizes, with the loss terms. The codebook is bridged once; there is no state and no chance."""
+        """Quantizes, with the loss terms. The codebook is bridged once; nothing is random, and there is no state."""
         table = self.table()
         codes = self._search(latent, table)
         chosen = self._rows(table, codes)
@@ -155,21 +155,21 @@ class VectorQuantizer(Quantizer):
         return l2_normalize(table) if self.l2_normalize else table
 
     def counts(self, codes: Int[Array, "b h w"]) -> Int[Array, "1 k"]:
-        """A single level."""
+        """How often each code was chosen, as a single level."""
         return code_histogram(codes, self.codebook_size)[None]
 
     def uncounted_flops(self, tokens: int, platform: str) -> tuple[float, int]:
-        """Those of the search."""
+        """The flops of the search that XLA does not count, and their passes."""
         search, passes = 2.0 * tokens * self.codebook_size * self.code_dim, PASSES[self.search_precision]
         if runs_kernel(self.search_implementation, platform):
             return search, passes
         shards = 1 if self.mesh is None else self.mesh.shape["codebook"]
         blocks = max(self.codebook_size / shards / BLOCK_SIZE, 1)
-        counted = min(2, blocks)  # the first block stands outside the loop
+        counted = min(2, blocks)  # the first block, outside the loop, and the loop's body once
         return search * (1 - counted / blocks), passes
 
     def architecture(self) -> dict[str, Any]:
-        """Sizes, bridge, unit length; the groups mean something only where there are any."""
+        """Sizes, bridge, unit length; and the kind of groups, if the bridge has groups."""
         names = ["codebook_size", "code_dim", "bridge", "l2_normalize"]
         if parse_bridge(self.bridge).patch:
             names.append("bridge_groups")
@@ -186,7 +186,7 @@ class VectorQuantizer(Quantizer):
 
     def _search(self, latent: Any, table: Any) -> Any:
         flat = latent.reshape(-1, self.code_dim)
-        if self.l2_normalize:  # as the table is already
+        if self.l2_normalize:  # the table is normalised already
             flat = l2_normalize(flat)
         precision, implementation = self.search_precision, self.search_implementation
         if self.mesh is None:

@@ -12,11 +12,11 @@ from fvq_jax.runtime.errors import InputError, require
 from fvq_jax.runtime.mesh import mesh_shape
 from fvq_jax.tasks.tokenizer.fields import QUANTIZER, downsampling, has_discriminator
 
-STYLEGAN_SIZES = SIZES[1:]  # the smallest is where it ends
+STYLEGAN_SIZES = SIZES[1:]  # images must be larger than the smallest, at which the network ends
 
 
 def check(config: ConfigDict, devices: int) -> None:
-    """Raises InputError for what the types and ranges of single fields do not show."""
+    """Raises InputError for what the types and ranges of single fields cannot show."""
     _check_channels(config)
     _check_quantizer(config, devices)
     _check_images(config)
@@ -40,9 +40,9 @@ def _check_channels(config: ConfigDict) -> None:
 def _check_quantizer(config: ConfigDict, devices: int) -> None:
     mesh, quantizer = config.mesh, make_quantizer(config.tokenizer.quantizer.to_dict())
     try:
-        quantizer.check(max(mesh.codebook, 1))  # first the size that is given, which the message then names
+        quantizer.check(max(mesh.codebook, 1))  # first the given size, so that a message names that one
         quantizer.check(mesh_shape(mesh.data, mesh.codebook, devices)[1])
-    except InputError:  # of the mesh
+    except InputError:  # from mesh_shape
         raise
     except ValueError as error:
         raise InputError(f"{QUANTIZER}: {error}") from None

@@ -1,7 +1,7 @@
-"""The evaluation of a tokenizer while it trains, where its state lies: on the run's mesh.
+"""Evaluates a tokenizer while it trains, on the mesh of the run, where its state is.
 
-The same pictures by the same functions as `fvq_jax.evaluate --workdir=DIR`. When to evaluate, and what becomes of the
-result, is left to the loop.
+It scores the same pictures with the same functions as `fvq_jax.evaluate --workdir=DIR`. The loop decides when to
+evaluate, and what to do with the result.
 """
 
 import functools
@@ -28,9 +28,9 @@ from fvq_jax.runtime.mesh import BATCH, global_batch, replicated
 
 
 def evaluation_networks(config: ConfigDict) -> Networks:
-    """The networks of a run's metrics: for rFID if `eval.inception` is set, for LPIPS if the files of its loss are.
+    """The networks of a run's metrics: for rFID if `eval.inception` is set, for LPIPS if its loss has its files.
 
-    InputError if the first is missing or one is damaged.
+    InputError if the file of `eval.inception` is missing, or if any of the files is damaged.
     """
     inception = config.eval.inception
     if inception and not os.path.isfile(inception):
@@ -43,8 +43,8 @@ def evaluation_networks(config: ConfigDict) -> Networks:
 class Evaluator:
     """Evaluates states of one run, all by the same compiled programs.
 
-    Everything is computed in float32, whatever training computes in, as the exported tokenizer does, and with the
-    quantizer folded to a plain one. Variables are those of the tokenizer: parameters, and state that is only read.
+    Everything is computed in float32 and with a folded quantizer, as in the exported tokenizer, whatever the dtype of
+    training is. `variables` are those of the tokenizer: parameters, and state that is only read.
     """
 
     def __init__(self, config: ConfigDict, mesh: Mesh, net: TokenizerNet, source: Source, networks: Networks):
@@ -86,7 +86,10 @@ class Evaluator:
         return metrics, not_computed(self._networks, found.sums), found
 
     def plane(self, variables: dict[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
-        """The codes on their two principal axes, see `principal_plane`; None without a table. All processes call it."""
+        """The table's vectors on their two principal axes, see `principal_plane`; None without a table.
+
+        All processes call it.
+        """
         return jax.device_get(self._plane(self._folded(variables)))
 
     def folded(self, variables: dict[str, Any]) -> dict[str, Any]:
@@ -96,7 +99,7 @@ class Evaluator:
     def reconstruct(
         self, folded: dict[str, Any], images: UInt8[Array, "b H W 3"]
     ) -> tuple[Float[Array, "b H W 3"], Int[Array, "b ..."]]:
-        """Reconstructions, in [-1, 1], and codes, by what `folded` returned. A pure function."""
+        """Reconstructions, in [-1, 1], and codes, with the variables that `folded` returned. A pure function."""
         output: Any = self._plain_net.apply(folded, to_float(images))
         return jnp.clip(output.reconstruction, -1, 1), output.quantized.codes
 

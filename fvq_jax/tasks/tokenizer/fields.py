@@ -25,17 +25,19 @@ _FIELDS: dict[str, Field] = {
         stays=True,
     ),
     "tokenizer.num_res_blocks": Field(2, "Residual blocks of a level.", above=0, stays=True),
-    "tokenizer.z_channels": Field(256, "Channels between encoder and quantizer.", above=0, stays=True),
+    "tokenizer.z_channels": Field(256, "Channels of the encoder's output and decoder's input.", above=0, stays=True),
     "tokenizer.dtype": Field(
         "bfloat16",
         "Compute dtype; latents, codes, losses and parameters are float32.",
         choices=("bfloat16", "float32"),
         stays=True,
     ),
-    "tokenizer.remat": Field(False, "Compute blocks again in the backward pass, to save memory."),
-    "loss.reconstruction": Field("l2", "Distance of pixels.", choices=("l2", "l1")),
+    "tokenizer.remat": Field(False, "Recompute blocks in the backward pass, to save memory."),
+    "loss.reconstruction": Field("l2", "Pixel loss: squared (l2) or absolute (l1) difference.", choices=("l2", "l1")),
     "loss.reconstruction_weight": Field(1.0, "Weight of the pixel loss."),
-    "loss.perceptual_weight": Field(1.0, "Weight of LPIPS (VGG16), which needs the next two files; 0: no LPIPS."),
+    "loss.perceptual_weight": Field(
+        1.0, "Weight of LPIPS (VGG16); 0: no LPIPS, and the next two files are not needed."
+    ),
     "loss.vgg16_path": Field("", "File with torchvision's VGG16, vgg16-397923af.pth."),
     "loss.lpips_path": Field("", "File with the heads of LPIPS v0.1, vgg.pth."),
     "adversarial.weight": Field(
@@ -52,17 +54,19 @@ _FIELDS: dict[str, Field] = {
         20000, "First step, counted from 1, at which the adversarial terms are not 0.", stays=True
     ),
     "adversarial.adaptive": Field(
-        False, "Scale the term by the ratio of gradients at the decoder's last layer, as VQGAN does.", stays=True
+        False,
+        "Scale the tokenizer's adversarial term by the ratio of gradients at the decoder's last layer, as VQGAN does.",
+        stays=True,
     ),
     "adversarial.ndf": Field(64, "Channels of PatchGAN.", above=0, stays=True),
     "adversarial.layers": Field(3, "Convolutions of stride 2 of PatchGAN.", above=0, stays=True),
     "optim.codebook_learning_rate": Field(
         0.0, "Peak rate of codebook and bridge; 0: they follow learning_rate.", stays=True
     ),
-    "optim.codebook_decay": Field("constant", "How that rate falls.", choices=DECAYS),
+    "optim.codebook_decay": Field("constant", "How codebook_learning_rate falls after the hold.", choices=DECAYS),
     "optim.train_only": Field(
         "",
-        "Train a part: the tokenizer without adversarial loss, or the decoder (and the convolution before it).",
+        "Empty: train all; tokenizer: without adversarial loss; decoder: only it and the convolution before it.",
         choices=("", "tokenizer", "decoder"),
         stays=True,
     ),
@@ -99,12 +103,12 @@ def downsampling(config: ConfigDict) -> int:
 
 
 def has_discriminator(config: ConfigDict) -> bool:
-    """Whether there is an adversarial loss; none against a tokenizer that trains alone: a random adversary is noise."""
+    """Whether there is an adversarial loss; not with train_only=tokenizer: an untrained discriminator is only noise."""
     return config.adversarial.weight > 0 and config.optim.train_only != "tokenizer"
 
 
 def upgraded(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields, by full name, of a saved config of this version or an older one, as this version calls them."""
+    """The fields of a config that this or an older version saved, by the full names of this version."""
     flat = dotted(saved)
     if "task" in flat:
         return flat

@@ -33,7 +33,7 @@ class Losses:
       adversarial_loss, adversarial_weight: see `ops.adversarial`; the weight holds for both networks, as published.
       adversarial_start: the first step, counted from 1, at which the adversarial terms are not 0.
       adaptive: scales the tokenizer's adversarial term, see `adaptive_weight`.
-      decoder_only: gradients reach the parts in `DECODER` alone.
+      decoder_only: gradients reach only the parts in `DECODER`.
     """
 
     net: TokenizerNet
@@ -58,19 +58,19 @@ class Losses:
         key: Any,
         frozen: dict[str, Any],
     ) -> tuple[Any, tuple[Images, dict[str, Any], Any, dict[str, Any], dict[str, Any]]]:
-        """The total loss of the tokenizer, to be differentiated by `params`.
+        """The total loss of the tokenizer, to be differentiated with respect to `params`.
 
         Args:
           params, variables: of the tokenizer; `variables` is all but the parameters.
-          critic: all variables of the discriminator.
+          critic: all variables of the discriminator; None without one.
           images: the batch.
-          active: whether the adversarial term counts yet.
+          active: whether the adversarial term counts already.
           key: for quantizers that draw random numbers.
           frozen: weights of LPIPS.
 
         Returns:
-          The total, and (reconstruction, terms by name, codes, the tokenizer's variables and the discriminator's ones
-          after the call).
+          The total, and (reconstruction, terms by name, codes, the variables of the tokenizer and those of the
+          discriminator after the call).
         """
         if self.decoder_only:
             params = {n: p if n in DECODER else jax.lax.stop_gradient(p) for n, p in params.items()}
@@ -154,7 +154,7 @@ class Losses:
     def critic(
         self, params: dict[str, Any], variables: dict[str, Any], images: Images, reconstruction: Images
     ) -> tuple[Any, tuple[Any, dict[str, Any]]]:
-        """The weighted loss of the discriminator, to be differentiated by `params`, and (unweighted term, variables).
+        """The weighted loss of the discriminator, to be differentiated, and (unweighted term, variables).
 
         Real and reconstructed images go through in two calls, each a batch of its own for BatchNorm.
         """
@@ -164,8 +164,8 @@ class Losses:
         return self.adversarial_weight * term, (term, variables)
 
     def if_active(self, active: Any, yes: Callable[[Any], Any], no: Callable[[Any], Any], operand: Any) -> Any:
-        """A choice between two branches: before its first step the discriminator costs nothing."""
-        if self.adversarial_start <= 1:  # no choice; in a branch XLA's convolutions on a CPU are 50 times slower
+        """Calls `yes` if `active`, else `no`, so that before `adversarial_start` the discriminator costs nothing."""
+        if self.adversarial_start <= 1:  # always active; in a branch, convolutions on a CPU are 50 times slower
             return yes(operand)
         return jax.lax.cond(active, yes, no, operand)
 

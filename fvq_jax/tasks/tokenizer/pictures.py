@@ -9,7 +9,7 @@ from fvq_jax.data.sources import make_source
 
 
 def source_of(config: ConfigDict, split: Literal["train", "eval"]) -> Source:
-    """The pictures that a config names. InputError if they cannot be had."""
+    """The pictures that a config names. InputError if they are not available."""
     data = config.data
     return make_source(
         data.source,

@@ -43,7 +43,7 @@ from fvq_jax.training.state import TrainState
 from fvq_jax.training.task import Evaluation, Gradients, Task
 
 NETWORKS = ("tokenizer", "discriminator")
-# Behind /quantizer/ the rules are the quantizer's own.
+# The rules for arrays below /quantizer/ are the quantizer's own.
 _RULES: Rules = (
     (r"/(encoder|decoder|quant_conv|post_quant_conv)/", P()),
     (r"^networks/discriminator/(params|variables)/", P()),
@@ -70,7 +70,7 @@ class TokenizerTask(Task):
 
     @classmethod
     def fields(cls, config: ConfigDict | None = None) -> dict[str, Field]:
-        """Those of `tasks/tokenizer/fields.py`, and of the config's quantizer."""
+        """The fields of `tasks/tokenizer/fields.py`, and those of the config's quantizer."""
         section = {} if config is None else config.get("tokenizer", {}).get("quantizer", {})
         return fields(section.get("name", "vector"))
 
@@ -81,7 +81,7 @@ class TokenizerTask(Task):
 
     @classmethod
     def plannable(cls, config: ConfigDict, devices: int) -> dict[str, Any]:
-        """Bundled photographs, and an evaluation that any number of devices can do."""
+        """The bundled photographs as data, and an eval.batch_size that fits the devices."""
         return {"data.source": "photos", "eval.batch_size": devices}
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
@@ -118,7 +118,7 @@ class TokenizerTask(Task):
         return PatchGAN(config.adversarial.ndf, config.adversarial.layers, self.dtype)
 
     def init(self, key: Shaped[Array, ""]) -> dict[str, dict[str, Any]]:
-        """Of the tokenizer, and of the discriminator if there is one."""
+        """The variables of the tokenizer, and those of the discriminator if there is one."""
         keys = dict(zip(NETWORKS, jax.random.split(key), strict=True))
         size = self._config.data.image_size
         # Shapes of parameters do not depend on the batch; the search needs one token per device.
@@ -211,19 +211,19 @@ class TokenizerTask(Task):
         return {"usage/batch": usage(counts["codes"].sum(axis=0))}
 
     def tokens(self, images: int) -> int:
-        """Codes that so many training images become."""
+        """How many codes so many training images give."""
         side = self._config.data.image_size // self.net.downsampling
         return images * math.prod(self.net.quantizer.code_shape(side, side))
 
     def uncounted_flops(self, platform: str) -> tuple[float, int]:
-        """Those of the quantizer."""
+        """The uncounted flops of the quantizer, see `Quantizer.uncounted_flops`."""
         return self.net.quantizer.uncounted_flops(self.tokens(self._config.batch_size), platform)
 
     # --- data ---------------------------------------------------------------------------------------------------
 
     def source(self, split: Literal["train", "eval"]) -> Source:
         """The pictures of the config."""
-        if split not in self._sources:  # listing a large folder takes a while
+        if split not in self._sources:  # kept, since listing a large folder takes a while
             self._sources[split] = source_of(self._config, split)
         return self._sources[split]
 
@@ -256,18 +256,18 @@ class TokenizerTask(Task):
         }
 
     def progress(self, scalars: Mapping[str, float]) -> dict[str, str]:
-        """Loss and usage."""
+        """The total loss, and the usage of the codes in the window."""
         return {"loss": f"{scalars['loss/total']:.4f}", "usage": f"{scalars['usage/window']:.1%}"}
 
     def log_start(self) -> None:
-        """Which losses are switched off."""
+        """Logs which losses are switched off."""
         if self._config.loss.perceptual_weight == 0:
             logging.info("no perceptual loss (loss.perceptual_weight=0): LPIPS is not used and needs no weight files")
         if self.losses.discriminator is None:
             logging.info("no adversarial loss (adversarial.weight=0 or optim.train_only=tokenizer): no discriminator")
 
     def open_files(self) -> None:
-        """The weights of LPIPS, and the networks of the evaluation."""
+        """Opens the weights of LPIPS, and the networks of the evaluation."""
         _ = self.frozen, self.evaluator
 
     @functools.cached_property
@@ -276,7 +276,7 @@ class TokenizerTask(Task):
         return Evaluator(self._config, self._mesh, self.net, self.source("eval"), evaluation_networks(self._config))
 
     def scored_variables(self, state: TrainState) -> dict[str, Any]:
-        """What is evaluated and exported: the moving average of the parameters if there is one, and all state."""
+        """What is evaluated and exported: parameters (their moving average if there is one) and all state."""
         tokenizer = state.networks["tokenizer"]
         return {"params": state.ema or tokenizer.params, **tokenizer.variables}
 
