@@ -1,8 +1,8 @@
-"""Loading a tokenizer from wherever it may lie, and the native folder it is saved to.
+"""Loads a tokenizer from any form in which it is saved, and writes the native folder.
 
 A native folder holds `weights.safetensors`, everything that encoding and decoding need, with the bridge folded into the
-codebook; `config.json`, the shape of the network; and where there is a bridge `bridge.safetensors`, the codebook before
-the bridge and the bridge itself. Only the layout "fvq" and further training need the last, which may be deleted.
+codebook; `config.json`, the shape of the network; and, if there is a bridge, `bridge.safetensors`, the codebook before
+the bridge and the bridge itself. Only the layout "fvq" and further training need this last file; it may be deleted.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from fvq_jax.runtime.storage import CHECKPOINTS
 
 FORMAT, VERSION = "fvq_jax tokenizer", 2
 CONFIG, WEIGHTS, BRIDGE = "config.json", "weights.safetensors", "bridge.safetensors"
-FIELDS = ("ch", "ch_mult", "num_res_blocks", "z_channels")  # of the network, beside its quantizer
+FIELDS = ("ch", "ch_mult", "num_res_blocks", "z_channels")  # settings of the network, except those of its quantizer
 # Settings of the quantizer before version 2, when they stood among those of the network.
 _OLD_QUANTIZER = (
     "codebook_size",
@@ -57,13 +57,13 @@ def load(
     l2_norm: bool | None = None,
     track: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> SavedTokenizer:
-    """The tokenizer in a published checkpoint, a native folder, or a training workdir (its newest checkpoint).
+    """Loads the tokenizer in a published checkpoint, a native folder, or a training workdir (its newest checkpoint).
 
-    Of a workdir the moving average is taken if it has one. `l2_norm` is for published checkpoints, `track` sees the
-    names of their tensors go by.
+    From a workdir, the moving average of the parameters is taken if there is one. `l2_norm` and `track` are for
+    published checkpoints; `track` wraps the names of their tensors while they are read, for instance in a progress bar.
 
     Raises:
-      InputError: there is nothing of the kind at `path`, it is damaged or incomplete, or `l2_norm` contradicts it.
+      InputError: there is no tokenizer at `path`, it is damaged or incomplete, or `l2_norm` contradicts it.
     """
     path = Path(path)
     if not path.exists():
@@ -85,10 +85,10 @@ def load(
 
 
 def load_params(path: str | os.PathLike[str], net: TokenizerNet) -> dict[str, Any]:
-    """The parameters, on the host, of the tokenizer at `path` (see `load`), with which `net` can start.
+    """Loads the parameters of the tokenizer at `path` (see `load`), on the host, for `net` to start with.
 
     Raises:
-      InputError: there is no tokenizer, or one of another architecture: every difference is named.
+      InputError: there is no tokenizer, or one of another architecture (the message names every difference).
     """
     saved = load(path)
     there, here = _architecture(saved.net), _architecture(net)
@@ -106,7 +106,7 @@ def save_folder(path: str | os.PathLike[str], saved: SavedTokenizer) -> None:
     """Writes a native folder; one that is already there is replaced.
 
     Raises:
-      InputError: `path` is a file or holds something else, for instance a training workdir, or cannot be written.
+      InputError: `path` is a file, is a training workdir, has a config.json without weights, or cannot be written.
     """
     path = Path(path)
     if (path / CHECKPOINTS).exists() or ((path / CONFIG).exists() and not (path / WEIGHTS).exists()):
@@ -140,7 +140,7 @@ def upgrade_network(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settings(net: TokenizerNet) -> dict[str, Any]:
-    """What `_network` makes the network from again."""
+    """The settings from which `_network` makes this network again."""
     return {**{name: getattr(net, name) for name in FIELDS}, "quantizer": quantizer_settings(net.quantizer)}
 
 

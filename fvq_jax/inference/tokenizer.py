@@ -1,6 +1,6 @@
-"""A trained tokenizer for use: images to codes and back, on all local devices, from any checkpoint to any layout.
+"""A trained tokenizer for use: turns images into codes and back on all local devices, and loads and saves itself.
 
-What can be read and written is the business of `saved` and `interop`, the network that of `models`.
+`saved` and `interop` read and write the files; `models` defines the network.
 """
 
 import functools
@@ -28,7 +28,7 @@ MAX_PER_DEVICE = 16  # images at once: larger batches go through in parts
 
 
 class Tokenizer:
-    """Encoder, codebook and decoder with trained weights; everything in float32, results in the host's memory.
+    """Encoder, quantizer and decoder with trained weights; everything in float32, results in the host's memory.
 
     Programs are compiled once for every height and width, and for few batch sizes: a batch is padded to the next power
     of two of images per device, at most `MAX_PER_DEVICE`.
@@ -55,13 +55,13 @@ class Tokenizer:
 
         Args:
           path: a .pt, .pth or .safetensors file of FVQ or LlamaGen, from whose tensors the network is inferred; or a
-            folder. Of a workdir the newest checkpoint is taken, and of that the moving average if there is one.
+            folder. From a workdir the newest checkpoint is taken, with the moving average if there is one.
           l2_norm: whether codes have unit length, for a checkpoint that does not say so in its `args`; None takes
             what the checkpoint says, or False.
 
         Raises:
-          InputError: there is no tokenizer at `path`, or not a whole one. Tensors that are missing, extra or of
-            another shape are listed by name.
+          InputError: there is no tokenizer at `path`, or it is incomplete. The message names tensors that are missing,
+            extra or of another shape.
         """
         return cls(load(path, l2_norm=l2_norm))
 
@@ -110,7 +110,7 @@ class Tokenizer:
             if not jnp.issubdtype(images.dtype, jnp.floating):
                 raise InputError(f"images must be uint8, or floating-point in [-1, 1], not {images.dtype}")
             images = images.astype(np.float32)
-            # A little beyond is what resizing and networks do; far beyond are pixels that nobody scaled.
+            # Resizing and networks may go a little beyond [-1, 1]; values far beyond it were never scaled.
             if images.size and not np.abs(images).max() <= 2:
                 raise InputError(
                     f"floating-point images must be in [-1, 1], not from {images.min():g} to {images.max():g} "
@@ -142,12 +142,12 @@ class Tokenizer:
 
         Args:
           path: a folder, or with a `layout` a file that ends in .safetensors, .pt or .pth (which need PyTorch).
-          layout: None writes this package's own folder (weights with the bridge folded, config.json, and apart from
-            them the bridge). "llamagen" writes what LlamaGen's VQModel loads, with the bridge folded; "fvq" the
-            published layout of FVQ, with the bridge and the codebook before it. A .safetensors file holds the bare
+          layout: None writes this package's own folder (weights with the bridge folded, config.json, and the bridge in
+            a file of its own). "llamagen" writes what LlamaGen's VQModel loads, with the bridge folded; "fvq" writes
+            the published layout of FVQ, with the bridge and the codebook before it. A .safetensors file holds the bare
             tensors, a .pt or .pth file `{"model": tensors, "args": {"codebook_l2_norm": ...}}`, as LlamaGen's programs
-            expect: `vq_model.load_state_dict(torch.load(path)["model"])`, of a VQModel with the same sizes and
-            `codebook_l2_norm`, which is True there unless it is said.
+            expect: `vq_model.load_state_dict(torch.load(path)["model"])`. That VQModel must have the same sizes and the
+            same `codebook_l2_norm`, whose default there is True.
 
         Raises:
           InputError: the layout cannot hold this tokenizer, or it cannot be written to `path`.
@@ -171,7 +171,7 @@ class Tokenizer:
         )
 
     def _in_parts(self, program: Callable[[Any, Any], Any], rows: np.ndarray, nothing: np.ndarray) -> np.ndarray:
-        """`program` over a batch of any size, `nothing` for an empty one."""
+        """Runs `program` on a batch of any size, in parts; an empty batch gives `nothing`."""
         results = [nothing]
         for start in range(0, len(rows), MAX_PER_DEVICE * self._devices):
             part = rows[start : start + MAX_PER_DEVICE * self._devices]
@@ -195,7 +195,7 @@ def _decode(net: TokenizerNet, params: dict[str, Any], codes: Array) -> Array:
 
 
 def _folded_codebook(net: TokenizerNet, params: dict[str, Any]) -> np.ndarray:
-    """The codebook that replaces codebook and bridge."""
+    """The table [k, d] that replaces codebook and bridge."""
     table = jax.jit(functools.partial(net.apply, method="table"))
     return np.asarray(table({"params": {"quantizer": params["quantizer"]}}))
 

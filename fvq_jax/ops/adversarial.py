@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 def discriminator_loss(
     kind: str, real_logits: Float[Array, "..."], fake_logits: Float[Array, "..."]
 ) -> Float[Array, ""]:
-    """Loss the discriminator minimises, half the sum of its means over real and over fake logits, in float32.
+    """Loss that the discriminator minimises: half the sum of its means over real and over fake logits, in float32.
 
     `hinge`: max(0, 1 - real), max(0, 1 + fake) (arXiv 1705.02894). `vanilla` and `non_saturating`: logistic,
     softplus(-real), softplus(fake) (arXiv 1406.2661); these two differ only in the generator's loss. ValueError for
@@ -24,9 +24,9 @@ def discriminator_loss(
 
 
 def generator_loss(kind: str, fake_logits: Float[Array, "..."]) -> Float[Array, ""]:
-    """Loss the generator minimises, in float32.
+    """Loss that the generator minimises, in float32.
 
-    `hinge` and `vanilla`: mean of -fake, as VQGAN pairs both (arXiv 2012.09841); `non_saturating`: mean of
+    `hinge` and `vanilla`: mean of -fake, which VQGAN uses with both (arXiv 2012.09841); `non_saturating`: mean of
     softplus(-fake) (arXiv 1406.2661). ValueError for another `kind`.
     """
     _, loss = _losses(kind)

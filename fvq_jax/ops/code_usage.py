@@ -2,11 +2,11 @@
 
 A usage figure means nothing without the *window* of tokens it was counted over: even perfectly uniform use of
 k codes hits only a fraction 1 - (1 - 1/k)^n of them with n tokens (63 % with 65,536 tokens and as many
-codes). So these functions never hide a window. A caller counts the codes of a step with `code_histogram`,
-adds the counts of as many steps, hosts or images as its window holds (histograms add, usages do not), and
-names that window where it reports: `usage/batch` (one step), `usage/window` (the steps since the last log line),
-`eval/usage` (a whole evaluation). `usage_if_uniform` says what an even use would show in a window. Keeping the sums
-and writing them down is left to the training loop and to the evaluation.
+codes). So no function here chooses a window. A caller counts the codes of a step with
+`code_histogram`, adds the counts of all steps, hosts or images of its window (histograms can be added, usages
+cannot), and names the window when it reports: `usage/batch` (one step), `usage/window` (the steps since the last log
+line), `eval/usage` (a whole evaluation). `usage_if_uniform` says what an even use would show in a window. The training
+loop and the evaluation keep the sums and report them.
 """
 
 import math
@@ -24,10 +24,10 @@ Counts = Int[jax.Array | np.ndarray, "k"]
 def code_histogram(codes: Codes, codebook_size: int, mask: Mask | None = None) -> Int32[jax.Array, "k"]:
     """How often each of the `codebook_size` codes occurs in `codes`; a count above 2^31 - 1 would overflow.
 
-    A scatter-add: memory is that of codes and counts, never [tokens, k]. `mask` covers the leading axes of
+    A scatter-add: it needs memory for codes and counts, never for [tokens, k]. `mask` covers the leading axes of
     `codes` (for codes [b, h, w]: [b] drops padding images, [b, h, w] single tokens); where it is False
     nothing is counted. Codes outside 0..k-1 are not counted either, so a sum smaller than the number of
-    tokens betrays them. Under `jit` with sharded codes the result is the histogram of the global array.
+    tokens shows that there were some. Under `jit` with sharded codes the result is the histogram of the global array.
     ValueError if the mask's shape is not a prefix of that of the codes.
     """
     codes = jnp.asarray(codes)
@@ -46,7 +46,7 @@ def usage(counts: Counts) -> Float32[jax.Array, ""]:
 
 
 def perplexity(counts: Counts) -> Float32[jax.Array, ""]:
-    """exp(entropy of the code frequencies) of the window: as diverse as that many equally frequent codes.
+    """exp(entropy of the code frequencies) in the window: how many equally frequent codes would be as diverse.
 
     Lies between 1 (one code) and the number of codes hit (all equally often); float32 rounding is clipped to
     these bounds. Codes never hit add 0; an empty window (all counts 0) gives 0.
@@ -70,13 +70,16 @@ def code_statistics(counts: Int[np.ndarray, "k"], pixels_per_code: int) -> dict[
 
     Args:
       counts: how often each code was chosen, over the whole set.
-      pixels_per_code: of an image, height times width of the down-sampling.
+      pixels_per_code: how many pixels of an image become one code.
 
     Returns:
       `usage_if_uniform`: the usage that so many tokens give on average if all codes are equally likely.
-      `dead_codes`: never chosen. `top_1_percent_share`: of the tokens, those on the most frequent 1 % of the codes
-      (rounded up). `entropy_bits`: of the code frequencies, at most `log2_codebook_size`. `bits_per_pixel` with log2(k)
-      bits for every code, and `entropy_bits_per_pixel`, what an entropy coder that knows the frequencies needs.
+      `dead_codes`: how many codes were never chosen.
+      `top_1_percent_share`: the share of the tokens that chose one of the most frequent 1 % (rounded up) of the codes.
+      `entropy_bits`: the entropy of the code frequencies, at most `log2_codebook_size`.
+      `bits_per_pixel`: with log2(k) bits for every code.
+      `entropy_bits_per_pixel`: with `entropy_bits` for every code, which an entropy coder needs that knows the
+      frequencies.
     """
     codebook_size, tokens = len(counts), int(counts.sum())
     frequency = np.sort(counts)[::-1] / max(tokens, 1)

@@ -1,7 +1,7 @@
 """The entropy term of the loss, streamed over codes like the search, on one device or on a mesh.
 
-Probabilities of all tokens over all codes are needed three times: for their sums, for how often each code is
-expected, and for the gradient. They are computed anew each time, a block of codes at a time.
+The probabilities of all codes for all tokens are needed three times: for their sums, for the expected frequency of each
+code, and for the gradient. They are computed anew each time, for one block of codes after another.
 """
 
 import functools
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from fvq_jax.ops.sharded_codebook import ROWS, TOKENS
 
 BLOCK_SIZE = 512  # codes per block
-GROUPS = PartitionSpec("data")  # per token, after its `codebook` group was gathered
+GROUPS = PartitionSpec("data")  # of values per token, after the tokens were gathered along `codebook`
 EPSILON = 1e-5  # inside the logarithm of the mean, as in the published code
 
 
@@ -27,11 +27,11 @@ def entropy_loss(
     mesh: Mesh | None = None,
     block_size: int | None = None,
 ) -> Float[Array, ""]:
-    """Entropy of each token's soft assignment (mean over tokens) less the entropy of the mean assignment.
+    """Entropy of each token's soft assignment (mean over tokens) minus the entropy of the mean assignment.
 
-    Assignments are softmax(-|z - e|^2 / temperature). Lower means each token is surer while the batch uses more
-    codes; gradients reach latents and codes, in closed form. float32 at HIGHEST precision. The largest temporary is
-    [n, block_size] (default 512), on a mesh with axes `data` and `codebook` n / data by block_size, while every
+    Assignments are softmax(-|z - e|^2 / temperature). A lower loss means that each token is surer while the batch uses
+    more codes. Gradients reach latents and codes, in closed form. float32 at HIGHEST precision. The largest temporary
+    is [n, block_size] (default 512); on a mesh with axes `data` and `codebook` it is [n / data, block_size], and every
     device visits its own rows of the codebook. Source: arXiv 2310.05737, Eq. 4, with squared distances.
     """
     block_size = BLOCK_SIZE if block_size is None else block_size
@@ -49,7 +49,7 @@ def _forward(z, codebook, temperature, mesh, block_size):
         blocks = _Blocks(z, rows, temperature, block_size, mesh)
 
         def add(carry, block):
-            top, total, weighted = carry  # running maximum of the logits, sum of exp(logit - top), times logit
+            top, total, weighted = carry  # maximum of the logits so far, sums of exp(logit - top) and of that x logit
             logits = blocks.logits(block)
             new = jnp.maximum(top, logits.max(axis=1))
             weight, shrink = jnp.exp(logits - new[:, None]), jnp.exp(top - new)
@@ -99,7 +99,7 @@ def _backward(temperature, mesh, block_size, residuals, cotangent):
             to_logit = p * (slope[None] - log_p - level[:, None]) * (2 * cotangent / (tokens * temperature))
             codes = block[0]
             to_codes = _product(to_logit.T, z_centered) - to_logit.sum(axis=0)[:, None] * codes
-            # Of each token the gradients to all logits sum to 0, so that -|z|^2 adds nothing.
+            # A token's gradients with respect to all its logits sum to 0, so -|z|^2 in the logits adds nothing.
             return to_z + _product(to_logit, codes), to_codes
 
         z_centered = blocks.z
@@ -117,7 +117,7 @@ _entropy.defvjp(_forward, _backward)
 
 
 class _Blocks:
-    """The local codes in blocks, moved with the tokens so that the mean code is at 0, which keeps digits."""
+    """The local codes in blocks. Codes and tokens are shifted so that the mean code is 0, to lose fewer digits."""
 
     def __init__(self, z, rows, temperature, block_size, mesh):
         center = _over("codebook", jax.lax.pmean, rows.mean(axis=0), mesh)[None]
@@ -126,7 +126,7 @@ class _Blocks:
         self.size = min(block_size, len(rows))
         self.padding = math.ceil(len(rows) / self.size) * self.size - len(rows)
         squared_norm = jnp.sum(rows * rows, axis=1)
-        # Very far away, but finite: probability times logit must be 0, not NaN.
+        # Padding codes are very far away, but not infinitely: probability times logit must be 0, not NaN.
         squared_norm = jnp.pad(squared_norm, (0, self.padding), constant_values=1e30 * temperature)
         rows = jnp.pad(rows, ((0, self.padding), (0, 0)))
         self.all = rows.reshape(-1, self.size, rows.shape[1]), squared_norm.reshape(-1, self.size)

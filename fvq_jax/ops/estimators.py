@@ -1,4 +1,4 @@
-"""How gradients pass the quantizer, whose choice of a code has none of its own."""
+"""Gradient estimators for the quantizer, since its choice of a code has no gradient."""
 
 import jax
 from jaxtyping import Array, Float

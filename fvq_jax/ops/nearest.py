@@ -1,9 +1,9 @@
 """Nearest-code search: which code is closest to each latent, without ever building [tokens, codes].
 
-What a score is, how precise, and which program computes it: a kernel on a TPU (`nearest_tpu.py`) or a GPU
-(`nearest_gpu.py`), an XLA scan elsewhere (`nearest_xla.py`). All three give candidates, from which the code is
-chosen here. Pure functions of arrays on one device; `ops/sharded_codebook.py` runs the same search on the rows
-that each device holds.
+This module defines the score and its precision, and picks the program that computes it: a kernel on a TPU
+(`nearest_tpu.py`) or a GPU (`nearest_gpu.py`), an XLA scan elsewhere (`nearest_xla.py`). All three give candidates, and
+this module chooses the code among them. Pure functions of arrays on one device; `ops/sharded_codebook.py` runs the same
+search on the rows that each device holds.
 """
 
 import jax
@@ -27,7 +27,7 @@ def nearest_code(
     precision: str = "highest",
     implementation: str = "auto",
 ) -> Int[Array, "n"]:
-    """For every latent the index of the code at the smallest Euclidean distance.
+    """Finds, for every latent, the index of the code at the smallest Euclidean distance.
 
     Codes are visited in blocks, so the largest temporary is [n, block_size] in float32; the kernels keep scores on
     the chip. Scores are |e - m|^2 - 2 (z - m).(e - m) with m the mean code: the shift leaves distances as they are
@@ -42,8 +42,8 @@ def nearest_code(
       precision: of the products z.e; everything else is float32.
         highest: float32. Picks another code than exact arithmetic only where two distances agree to 7 digits.
         bf16_3x: three bfloat16 products, about 16 bits.
-        bf16: one bfloat16 product: a nearly nearest code for about one token in a hundred, see docs/results.md.
-        bf16_rescored: that, and the best 8 of 128 or more candidates scored again in float32.
+        bf16: one bfloat16 product. About one token in a hundred gets a nearly nearest code, see docs/results.md.
+        bf16_rescored: as bf16, and then the best 8 of 128 or more candidates are scored again in float32.
       implementation: auto (a kernel on TPU and NVIDIA GPU) or xla (the scan everywhere).
 
     Returns:
@@ -91,10 +91,10 @@ def search(
     precision: str = "highest",
     implementation: str = "auto",
 ) -> tuple[Float[Array, "n"], Int[Array, "n"]]:
-    """The smallest score and its index for every latent; scores with the same `center` can be compared.
+    """The smallest score of every latent and the index of its code; scores with the same `center` can be compared.
 
-    A score is the squared distance less |z - center|^2, which no choice of code changes. For the rest see
-    `nearest_code`; nothing stops gradients here.
+    A score is the squared distance minus |z - center|^2, which is the same for all codes. For the arguments see
+    `nearest_code`; unlike there, gradients are not stopped.
     """
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size must be at least 1, not {block_size}")
@@ -138,7 +138,7 @@ def _inverse_norm(codebook):
 
 
 def _lowest(score, index, count):
-    """The `count` candidates with the smallest scores; for one, the lowest index among equal scores."""
+    """The `count` candidates with the smallest scores; if `count` is 1, the lowest index among equal scores."""
     if count == 1:
         low = score.min(axis=1, keepdims=True)
         return low, jnp.where(score == low, index, jnp.iinfo(jnp.int32).max).min(axis=1, keepdims=True)

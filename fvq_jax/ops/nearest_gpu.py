@@ -1,4 +1,4 @@
-"""The search as a GPU kernel (Pallas, Triton): scores live and die in registers.
+"""The search as a GPU kernel (Pallas, Triton): scores never leave the registers, except the smallest ones.
 
 Called by `ops/nearest.py`, which says what a score is and turns candidates into codes.
 """
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from fvq_jax.ops.split_matmul import multiply, split
 
 TOKENS, CODES, CHUNK = 128, 128, 64  # tile of one program, and dimensions multiplied at a time
-PROGRAMS = 256  # wanted at least, so that every multiprocessor of a large GPU has some
+PROGRAMS = 256  # how many are wanted at least, so that every multiprocessor of a large GPU has some
 
 
 def candidates(
@@ -27,23 +27,23 @@ def candidates(
     precision: str,
     interpret: bool = False,
 ) -> tuple[Float[Array, "n c"], Int[Array, "n c"]]:
-    """For every token the smallest score in each of c sets of codes, and the code that has it.
+    """Finds, for every token, the smallest score in each of c sets of codes, and the code that has it.
 
-    The codebook is cut into equal parts, so that few tokens still occupy the GPU; in each part code i belongs to
-    set i % 128. Each program visits one part for one block of tokens. Equal scores keep the lower index.
+    The codebook is cut into equal parts, so that even few tokens occupy the whole GPU; in each part, code i belongs to
+    set i % 128. Each program visits one part for one block of tokens. Among equal scores the lowest index is kept.
     """
     n, k = query.shape[0], codebook.shape[0]
     token_blocks, code_blocks = pl.cdiv(n, TOKENS), pl.cdiv(k, CODES)
     parts_wanted = min(pl.cdiv(PROGRAMS, token_blocks), code_blocks)
     blocks = pl.cdiv(code_blocks, parts_wanted)  # of codes, for one program
     parts = pl.cdiv(code_blocks, blocks)
-    # A norm for every code is what a program, which sees some dimensions at a time, cannot compute.
+    # The norms of the codes are computed here, since a program sees only some dimensions at a time.
     scale = jnp.ones(k, jnp.float32)
     if normalize:
         rows = codebook.astype(jnp.float32)
         scale = jax.lax.rsqrt(jnp.maximum(jnp.sum(rows * rows, axis=1), 1e-24))
     whole = pl.BlockSpec(memory_space=pl.ANY)
-    # Under shard_map a kernel must say over which axes its results vary: where the query does.
+    # Under shard_map a kernel must say over which axes its results vary: those of the query.
     varying = jax.typeof(query).manual_axis_type
     out = functools.partial(jax.ShapeDtypeStruct, (n, parts * CODES), manual_axis_type=varying)
     return pl.pallas_call(

@@ -1,4 +1,4 @@
-"""The search as a TPU kernel (Pallas, Mosaic): scores live and die in VMEM.
+"""The search as a TPU kernel (Pallas, Mosaic): scores never leave VMEM, except the smallest ones.
 
 Called by `ops/nearest.py`, which says what a score is and turns candidates into codes.
 """
@@ -15,7 +15,7 @@ from fvq_jax.ops.split_matmul import multiply, split
 from fvq_jax.ops.vectors import l2_normalize
 
 LANES = 128  # of the vector unit; code i belongs to lane i % 128
-TOKEN_BLOCK = 1024 * 256  # elements of a block of tokens: what the blocks, the scores and their parts leave in 16 MiB
+TOKEN_BLOCK = 1024 * 256  # elements of a block of tokens: fits into 16 MiB with the codes, the scores and their parts
 
 
 def candidates(
@@ -28,22 +28,22 @@ def candidates(
     precision: str,
     interpret: bool = False,
 ) -> tuple[Float[Array, "n 128"], Int[Array, "n 128"]]:
-    """For every token and lane the smallest score among the lane's codes, and the code that has it.
+    """Finds, for every token and lane, the smallest score among the lane's codes, and the code that has it.
 
-    The grid visits all blocks of codes for each block of tokens. A score is compared with the best of its lane and
-    forgotten: the loop reduces over nothing. Equal scores keep the lower index.
+    The grid visits all blocks of codes for each block of tokens. A score is only compared with the smallest one of its
+    lane so far, so the loop needs no reduction. Among equal scores the lowest index is kept.
     """
     n, d = query.shape
     k = codebook.shape[0]
     rows = min(1024, max(256, TOKEN_BLOCK // d), pl.cdiv(n, LANES) * LANES)
     columns = 512 if d <= 512 else 256
     blocks = pl.cdiv(k, columns)
-    # Past its end a codebook holds anything: beside an infinite bias that is never the smallest.
+    # Beyond the end of the codebook a block holds arbitrary values; an infinite bias keeps them from being chosen.
     bias = jnp.pad(bias, (0, blocks * columns - k), constant_values=jnp.inf)
     parts = split(query, precision)
     of_tokens = pl.BlockSpec((rows, d), lambda i, j: (i, 0))
     best = pl.BlockSpec((rows, LANES), lambda i, j: (i, 0))
-    # Under shard_map a kernel must say over which axes its results vary: where the query does.
+    # Under shard_map a kernel must say over which axes its results vary: those of the query.
     varying = jax.typeof(query).manual_axis_type
     out = functools.partial(jax.ShapeDtypeStruct, (n, LANES), manual_axis_type=varying)
     low, index = pl.pallas_call(

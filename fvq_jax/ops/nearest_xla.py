@@ -24,9 +24,9 @@ def candidates(
     classes: int,
     block_size: int | None,
 ) -> tuple[Float[Array, "n c"], Int[Array, "n c"]]:
-    """For every token the smallest score in each of `classes` sets of codes, and the code that has it.
+    """Finds, for every token, the smallest score in each of `classes` sets of codes, and the code that has it.
 
-    Code i of a block belongs to set i % classes. Equal scores keep the lower index. The largest temporary is
+    Code i of a block belongs to set i % classes. Among equal scores the lowest index is kept. The largest temporary is
     [n, block_size]; the codebook is read block by block and never copied.
     """
     k = codebook.shape[0]
@@ -37,7 +37,7 @@ def candidates(
     if exact:  # the bias as one more dimension: product and sum in one pass over the scores
         query = _with_column(query, jnp.ones(query.shape[0]))
     left = _join(split(query, precision), (0, 0, 1))
-    # Floating-point minima are what XLA vectorises on a CPU: an argmin, or a minimum of integers, takes far longer.
+    # On a CPU, XLA vectorises only minima of floating-point numbers: argmin or minima of integers take far longer.
     chunk = jnp.arange(0, block_size, classes, dtype=jnp.float32)
 
     def block_minimum(start):
@@ -58,7 +58,7 @@ def candidates(
         closer = low < best[0]  # strictly: the earlier block keeps a tie
         return (jnp.where(closer, low, best[0]), jnp.where(closer, index, best[1])), None
 
-    # The last block is a whole one too: it visits some codes of the one before again.
+    # The last block has full size too, so it may visit some codes of the block before it again.
     starts = jnp.minimum(jnp.arange(0, k, block_size, dtype=jnp.int32), k - block_size)
     first = block_minimum(starts[0])
     if len(starts) == 1:
@@ -72,5 +72,5 @@ def _with_column(x, column):
 
 
 def _join(parts, order):
-    """Parts side by side, so that one product, and one array of scores, sums theirs."""
+    """Puts parts side by side, so that a single product gives the sum of the products of the parts."""
     return parts[0] if len(parts) == 1 else jnp.concatenate([parts[i] for i in order], axis=1)

@@ -1,8 +1,8 @@
 """Search and look-up when the codebook's rows are spread over a mesh axis.
 
-Tokens are sharded over both mesh axes, codebook rows over `codebook` (and copied along `data`). Latents and
-codes travel, which are small; rows never do. With an axis of size 1 the collectives vanish, so this is the only
-path of the training step, on one device as on a pod.
+Tokens are sharded over both mesh axes, codebook rows over `codebook` (and copied along `data`). Devices send each other
+latents, codes and chosen vectors, which are small, but never the codebook. With an axis of size 1 the collectives
+vanish, so the training step always takes this path, on one device and on a pod.
 """
 
 import functools
@@ -30,8 +30,9 @@ def sharded_nearest_code(
 ) -> Int[Array, "n"]:
     """`ops.nearest.nearest_code` on a mesh with axes `data` and `codebook`; same codes, same ties, no gradient.
 
-    Each device gathers the latents of its `codebook` group, scans its own rows, and the best (score, index) of
-    every shard comes back to the token's owner. n must be a multiple of the devices, k of the `codebook` axis.
+    Each device gathers the latents along `codebook` and searches its own rows; then the best (score, index) of every
+    shard is sent back to the device that holds the token. n must be a multiple of the number of devices, k of the size
+    of the `codebook` axis.
     """
 
     def nearest(z, rows):
@@ -61,8 +62,9 @@ def sharded_nearest_code(
 def sharded_lookup(codes: Int[Array, "n"], codebook: Float[Array, "k d"], mesh: Mesh) -> Float[Array, "n d"]:
     """`codebook[codes]` on a mesh with axes `data` and `codebook`.
 
-    The owner of a row puts it into an otherwise zero array that a reduce-scatter hands to the token's owner. The
-    gradient is the exact reverse: a scatter-add into the local rows, summed over `data`.
+    The device that holds a row puts it into an array that is zero elsewhere, and a reduce-scatter sends it to the
+    device that holds the token. The gradient is the exact reverse: a scatter-add into the local rows, summed over
+    `data`.
     """
 
     def look_up(codes, rows):

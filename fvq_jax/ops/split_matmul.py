@@ -1,4 +1,4 @@
-"""Matrix products at a stated precision, from bfloat16 parts, alike in XLA programs and inside kernels."""
+"""Matrix products at a stated precision, made of bfloat16 parts; for XLA programs and for kernels."""
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,10 @@ PASSES = {"highest": 6, "bf16_3x": 3, "bf16": 1}
 
 
 def split(x: Float[Array, "n d"], precision: str) -> tuple[Float[Array, "n d"], ...]:
-    """float32 `x` as the parts that are multiplied: itself (`highest`), its bfloat16, or that and the remainder's.
+    """Splits float32 `x` into the parts that are multiplied.
 
-    KeyError for an unknown precision.
+    highest: `x` itself; bf16: `x` rounded to bfloat16; bf16_3x: that, and the remainder rounded to bfloat16. KeyError
+    for an unknown precision.
     """
     if PASSES[precision] == 6:
         return (x,)
@@ -24,10 +25,10 @@ def split(x: Float[Array, "n d"], precision: str) -> tuple[Float[Array, "n d"], 
 
 
 def multiply(a: tuple[Float[Array, "n d"], ...], b: tuple[Float[Array, "k d"], ...]) -> Float[Array, "n k"]:
-    """a @ b.T in float32, of what `split` returned for both.
+    """a @ b.T in float32, from the parts that `split` returned for a and b.
 
-    From two parts each: three products of bfloat16 summed in float32, about 16 bits of precision; the product of
-    both remainders is left out.
+    With two parts each, it sums three bfloat16 products in float32, about 16 bits of precision; the product of the two
+    remainders is left out.
     """
     product = multiply_parts(a[0], b[0])
     if len(a) == 2:
