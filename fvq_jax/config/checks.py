@@ -20,12 +20,12 @@ class Checked(Protocol):
 
     @classmethod
     def fields(cls, config: ConfigDict | None = None) -> dict[str, Field]:
-        """Its fields beyond the shared ones."""
+        """The task's fields beyond the shared ones."""
         ...
 
     @classmethod
     def check(cls, config: ConfigDict, devices: int) -> None:
-        """Its own checks."""
+        """The task's own checks; raises InputError."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Nearest-code search: which code is closest to each latent, without ever building [tokens, codes].
+"""Nearest-code search: which code is closest to each latent, without ever building a [tokens, codes] array.
 
 This module defines the score and its precision, and picks the program that computes it: a kernel on a TPU
 (`nearest_tpu.py`) or a GPU (`nearest_gpu.py`), an XLA scan elsewhere (`nearest_xla.py`). All three give candidates, and

@@ -35,7 +35,7 @@ def candidates(
     n, k = query.shape[0], codebook.shape[0]
     token_blocks, code_blocks = pl.cdiv(n, TOKENS), pl.cdiv(k, CODES)
     parts_wanted = min(pl.cdiv(PROGRAMS, token_blocks), code_blocks)
-    blocks = pl.cdiv(code_blocks, parts_wanted)  # of codes, for one program
+    blocks = pl.cdiv(code_blocks, parts_wanted)  # blocks of codes that one program visits
     parts = pl.cdiv(code_blocks, blocks)
     # The norms of the codes are computed here, since a program sees only some dimensions at a time.
     scale = jnp.ones(k, jnp.float32)

@@ -182,7 +182,7 @@ def bytes_per_device(tree: Any) -> int:
 def least_time(
     device_kind: str, flops: float, memory_bytes: float, sent: dict[str, int]
 ) -> tuple[str | None, float | None]:
-    """(compute, memory or network: what takes longest; its seconds); (None, None) without published figures.
+    """What takes longest ("compute", "memory" or "network") and its seconds; (None, None) without published figures.
 
     A roofline: each of the three runs at its peak, and the longest hides the other two. Real steps take longer. The
     least exact input is `memory_bytes`, XLA's count of bytes accessed: it does not know what a fusion keeps on the

@@ -23,7 +23,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
         if CONFIG.value is not None:
-            CONFIG.value.keys()  # only here does a file that could not be read raise
+            CONFIG.value.keys()  # a file that could not be read raises only at this access
         return rest
     except (KeyError, AttributeError) as error:
         sys.exit(fail(_unknown_field(argv) or _in_file(error), BAD_INPUT))

@@ -17,7 +17,7 @@ HEARTBEATS = "heartbeat"
 
 
 class Heartbeat:
-    """Writes `{"step", "phase", "time", "pid", "host"}`: at once if the phase changes, else every `every` seconds.
+    """Writes `{"step", "phase", "time", "pid", "host"}`: at each new phase, else at most every `every` seconds.
 
     `time` is in seconds since 1970. Files are replaced whole, so that no reader sees half of one.
     """

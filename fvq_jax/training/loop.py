@@ -111,7 +111,7 @@ class InterruptedRunError(Exception):
 
 
 class _Loop:
-    """The steps of one call of `train`, and what they leave behind."""
+    """The steps of one call of `train`, with the logs, checkpoints and evaluations between them."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class _Loop:
         self._unchecked: tuple[int, dict[str, jax.Array]] | None = None
 
     def run(self) -> Evaluation:
-        """Steps to the end, then the final checkpoint and evaluation."""
+        """Does all steps that are left, then the final checkpoint and evaluation."""
         if self.step < self._run.total_steps:
             batches = self._batches()
             try:

@@ -168,7 +168,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def batch_scalars(self, counts: dict[str, Any]) -> dict[str, Any]:
-        """Scalars of one step that follow from the counts of its whole batch; inside the compiled step."""
+        """Scalars of one step that follow from the counts of its whole batch; part of the compiled step."""
 
     @abc.abstractmethod
     def uncounted_flops(self, platform: str) -> tuple[float, int]:

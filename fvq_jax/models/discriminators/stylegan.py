@@ -33,7 +33,7 @@ class StyleGANDiscriminator(nn.Module):
     def __call__(self, images: Float[Array, "b H W 3"], *, train: bool) -> Float[Array, "b 1"]:
         """Logits, positive for real, of images in [-1, 1]; `train` changes nothing, for there are no statistics.
 
-        ValueError if `image_size` is no power of two of 8..1024, or is not the size of the images.
+        ValueError if `image_size` is not a power of two in 8..1024, or not the size of the images.
         """
         if self.image_size not in SIZES[1:]:
             raise ValueError(f"image_size={self.image_size} must be one of {', '.join(map(str, SIZES[1:]))}")
@@ -55,7 +55,7 @@ class StyleGANDiscriminator(nn.Module):
 
 
 class ResidualDown(nn.Module):
-    """Two 3x3 convolutions, a blur and a 3x3 convolution of stride 2; plus a strided 1x1 shortcut; over sqrt(2)."""
+    """Two 3x3 convolutions, a blur, a 3x3 convolution of stride 2; a strided 1x1 shortcut is added; over sqrt(2)."""
 
     features: int
     dtype: DTypeLike = jnp.float32

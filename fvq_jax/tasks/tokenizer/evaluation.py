@@ -50,7 +50,7 @@ class Evaluator:
     def __init__(self, config: ConfigDict, mesh: Mesh, net: TokenizerNet, source: Source, networks: Networks):
         self._config, self._mesh, self._net = config, mesh, net
         self._source, self._networks = source, networks
-        self._reference: Moments | None = None  # of the crops, which stay the same
+        self._reference: Moments | None = None  # of the original crops, which stay the same
 
     def evaluate(
         self, variables: dict[str, Any], progress: Callable[[int], Any] = lambda done: None
