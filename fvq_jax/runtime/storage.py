@@ -39,10 +39,10 @@ def saving_errors(what: str, workdir: Path) -> Iterator[None]:
 def not_written(what: str, workdir: Path, error: Exception) -> StorageError:
     """The error that says that `what` was not written, and which checkpoint the run can continue from."""
     steps = complete_steps(workdir)
-    kept = f"the checkpoint of step {max(steps)} is complete" if steps else "there is no complete checkpoint"
-    return StorageError(
-        f"{what} could not be written in {workdir}: {brief(error)}; {kept}: start again to go on from it"
-    )
+    kept = "there is no complete checkpoint yet: start again from the beginning"
+    if steps:
+        kept = f"the checkpoint of step {max(steps)} is complete: start again to go on from it"
+    return StorageError(f"{what} could not be written in {workdir}: {brief(error)}; {kept}")
 
 
 def complete_steps(workdir: Path) -> list[int]:

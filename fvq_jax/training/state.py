@@ -54,17 +54,17 @@ class TrainState:
         return dataclasses.replace(self, networks={**self.networks, **changed})
 
 
-def with_params(state: TrainState, name: str, params: Any) -> TrainState:
-    """The state in which network `name` and the moving average have `params` (host arrays), laid out as before."""
+def with_params(state: TrainState, main: str, params: Any) -> TrainState:
+    """The state in which the main network and its moving average have `params` (host arrays), laid out as before."""
 
     def place(value, leaf):
         value = np.asarray(value, leaf.dtype)
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: value[index])
 
-    network = state.networks[name]
+    network = state.networks[main]
     network = network.replace(params=jax.tree.map(place, params, network.params))
     ema = jax.tree.map(place, params, state.ema) if state.ema else state.ema
-    return dataclasses.replace(state, networks={**state.networks, name: network}, ema=ema)
+    return dataclasses.replace(state, networks={**state.networks, main: network}, ema=ema)
 
 
 def abstract_state(init: Callable[[jax.Array], TrainState], mesh: Mesh, rules: Rules) -> TrainState:

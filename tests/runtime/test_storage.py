@@ -43,3 +43,11 @@ def test_what_the_system_said_is_found_in_a_long_text():
         "No space left on device"
     )
     assert brief(KeyError()) == "KeyError"
+
+
+def test_without_a_checkpoint_the_run_starts_from_the_beginning(tmp_path):
+    with (
+        pytest.raises(StorageError, match="there is no complete checkpoint yet: start again from the beginning$"),
+        saving_errors("step 2", tmp_path),
+    ):
+        raise OSError(28, "No space left on device")

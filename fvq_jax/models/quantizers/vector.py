@@ -108,10 +108,10 @@ class VectorQuantizer(Quantizer):
                     f"{self.bridge_groups}: {error}; {self._fitting(spec.patch)}"
                 ) from None
         if rows % axis:
+            units = "rows of groups" if spec.patch else "codes"
             allowed = ", ".join(str(n) for n in range(1, min(rows, 4096) + 1) if rows % n == 0)
             raise ValueError(
-                f"mesh.codebook {axis} does not divide the {rows} rows of groups of the codebook; "
-                f"allowed sizes: {allowed}"
+                f"mesh.codebook {axis} does not divide the {rows} {units} of the codebook; allowed sizes: {allowed}"
             )
 
     def _fitting(self, patch: int) -> str:
