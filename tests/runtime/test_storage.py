@@ -47,7 +47,7 @@ def test_what_the_system_said_is_found_in_a_long_text():
 
 def test_without_a_checkpoint_the_run_starts_from_the_beginning(tmp_path):
     with (
-        pytest.raises(StorageError, match="there is no complete checkpoint yet: start again from the beginning$"),
+        pytest.raises(StorageError, match=r"there is no complete checkpoint yet: start again from the beginning$"),
         saving_errors("step 2", tmp_path),
     ):
         raise OSError(28, "No space left on device")
