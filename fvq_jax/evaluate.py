@@ -35,7 +35,6 @@ from fvq_jax.evals.projection import principal_plane
 from fvq_jax.evals.protocol import PROTOCOLS
 from fvq_jax.evals.reconstruction import collect, conditions, not_computed, summarise
 from fvq_jax.evals.reference import Reference
-from fvq_jax.inference.saved import CONFIG
 from fvq_jax.inference.tokenizer import Tokenizer
 from fvq_jax.report.tokenizer import Report, Trained, write_report
 from fvq_jax.runtime import exits
@@ -45,6 +44,7 @@ from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.files import replace_whole
 from fvq_jax.runtime.hosts import rows_of_all_hosts
 from fvq_jax.runtime.names import dotted
+from fvq_jax.runtime.storage import CONFIG
 from fvq_jax.tasks import default_config
 from fvq_jax.tasks.tokenizer.fields import QUANTIZER, upgraded, use_quantizer
 from fvq_jax.tasks.tokenizer.pictures import data_name, source_of
@@ -128,14 +128,14 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if args.crops:
         _, _, scored_as = facts["protocol_means"].partition("; ")
         facts["protocol_means"] = f"{args.crops:,} random crops as in training, seed {args.seed}; {scored_as}"
-    quantizer = tokenizer.trained_net.quantizer
+    quantizer, table = tokenizer.trained_net.quantizer, tokenizer.codebook
     report = Report(
         tokenizer=Trained(quantizer.size, quantizer.latent_dim, tokenizer.downsampling, quantizer.description),
         facts=facts,
         metrics=summarise(sums, tokenizer.downsampling, moments),
         not_computed=not_computed(networks, sums),
         found=found,
-        plane=jax.device_get(jax.jit(principal_plane)(tokenizer.codebook)),
+        plane=None if table is None else jax.device_get(jax.jit(principal_plane)(table)),
         rows=read_metrics(path) if trained else (),
         batch_tokens=trained.batch_size * (trained.data.image_size // tokenizer.downsampling) ** 2 if trained else None,
         config=dotted(trained) if trained else {},

@@ -5,7 +5,7 @@ How to start it, hardware and arguments: base.py.
 """
 
 from configs.ablations.base import get_config as get_config
-from fvq_jax.training.optim import DECAYS
+from fvq_jax.config.fields import DECAYS
 
 
 def sweep():

@@ -82,11 +82,6 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         return "it could not be read before, but can now"
 
 
-def steps_per_epoch(source: Source, batch_size: int) -> float:
-    """How many steps use every record once. Not always a whole number: a batch may run across the end of an epoch."""
-    return len(source) / batch_size
-
-
 def train_batches(
     source: Source,
     *,

@@ -31,11 +31,10 @@ from fvq_jax.data.worker import follow_parent
 from fvq_jax.runtime import exits
 from fvq_jax.runtime.arguments import Parser
 from fvq_jax.runtime.errors import InputError, RunError
-from fvq_jax.runtime.files import replace_whole
+from fvq_jax.runtime.files import UNFINISHED, replace_whole
 from fvq_jax.runtime.interrupt import Interrupt
 
 JOURNAL = "unfinished.jsonl"
-_UNFINISHED = ".unfinished"
 _POLL_SECONDS = 0.2
 
 
@@ -181,7 +180,7 @@ class _Journal:
             for shard in shards:
                 self._append(dataclasses.asdict(shard))
         self.shards = {shard.file: shard for shard in shards}
-        for path in self._out.glob(f"*{_UNFINISHED}"):
+        for path in self._out.glob(f"*{UNFINISHED}"):
             path.unlink(missing_ok=True)
 
     def _append(self, line: dict[str, Any]) -> None:

@@ -12,20 +12,21 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from fvq_jax.interop.named_tensors import abstract_params, check_tensors, write_safetensors
+from fvq_jax.interop.named_tensors import abstract_params, abstract_variables, check_tensors, write_safetensors
 from fvq_jax.interop.tokenizer_checkpoint import read_checkpoint
 from fvq_jax.interop.torch_file import read_tensors
 from fvq_jax.models.quantizers import make_quantizer, quantizer_settings
-from fvq_jax.models.tokenizer import TokenizerNet
+from fvq_jax.models.tokenizer import TokenizerNet, fold
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.files import replace_whole
 from fvq_jax.runtime.names import flatten, nest
-from fvq_jax.runtime.storage import CHECKPOINTS
+from fvq_jax.runtime.storage import CHECKPOINTS, CONFIG
 
 FORMAT, VERSION = "fvq_jax tokenizer", 2
-CONFIG, WEIGHTS, BRIDGE = "config.json", "weights.safetensors", "bridge.safetensors"
+WEIGHTS, BRIDGE = "weights.safetensors", "bridge.safetensors"
 FIELDS = ("ch", "ch_mult", "num_res_blocks", "z_channels")  # settings of the network, except those of its quantizer
 # Settings of the quantizer before version 2, when they stood among those of the network.
 _OLD_QUANTIZER = (
@@ -146,10 +147,10 @@ def _settings(net: TokenizerNet) -> dict[str, Any]:
 
 def _architecture(net: TokenizerNet) -> dict[str, Any]:
     """What decides the names and shapes of the parameters and what they mean, by the names of a config."""
-    of_quantizer = net.quantizer.architecture()
+    kind = {"name": quantizer_settings(net.quantizer)["name"]}
     return {
         **{name: getattr(net, name) for name in FIELDS},
-        **{f"quantizer.{name}": v for name, v in of_quantizer.items()},
+        **{f"quantizer.{name}": value for name, value in {**kind, **net.quantizer.architecture()}.items()},
     }
 
 
@@ -175,16 +176,26 @@ def _read_folder(path: Path) -> SavedTokenizer:
 def _read_workdir(path: Path) -> SavedTokenizer:
     config = _read_json(path / CONFIG)
     net = _network(config.get("tokenizer"), path / CONFIG)
-    params = abstract_params(net)
+    state = abstract_variables(net)
+    params = state.pop("params")
     # Imported here: Orbax takes a second, and only a workdir needs it.
     from fvq_jax.training.checkpoint import Checkpoints
 
     averaged = config.get("optim", {}).get("ema_decay", 0) > 0
+    wanted = {} if averaged else {"params": params}
+    wanted |= {"variables": state} if state else {}
+    like = ({"ema": params} if averaged else {}) | ({"networks": {"tokenizer": wanted}} if wanted else {})
     with Checkpoints(path, read_only=True) as checkpoints:
-        part = checkpoints.restore_part(
-            {"ema": params} if averaged else {"networks": {"tokenizer": {"params": params}}}
-        )
-    return SavedTokenizer(net, part["ema"] if averaged else part["networks"]["tokenizer"]["params"])
+        part = checkpoints.restore_part(like)
+    network = part.get("networks", {}).get("tokenizer", {})
+    params = part["ema"] if averaged else network["params"]
+    if not state:
+        return SavedTokenizer(net, params)
+    # What a quantizer keeps without training it is needed to train on, and in use only the table that it makes.
+    if not net.quantizer.foldable:
+        raise InputError(f"the quantizer of {path} keeps state that no table can replace")
+    plain, folded = fold(net, jax.device_put({"params": params, **network["variables"]}))
+    return SavedTokenizer(plain, jax.device_get(folded["params"]))
 
 
 def _shapes(net: TokenizerNet) -> dict[str, tuple[int, ...]]:

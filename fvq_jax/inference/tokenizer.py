@@ -81,10 +81,13 @@ class Tokenizer:
         return self.net.downsampling
 
     @functools.cached_property
-    def codebook(self) -> Float[np.ndarray, "k d"]:
-        """The table that is searched: the bridge is applied, and rows have unit length if the codes do."""
-        table = jax.jit(functools.partial(self.net.apply, method="table"))
-        return np.asarray(table({"params": {"quantizer": self.params["quantizer"]}}))
+    def codebook(self) -> Float[np.ndarray, "k d"] | None:
+        """The table that is searched: the bridge is applied, and rows have unit length if the codes do.
+
+        None if the quantizer has no table.
+        """
+        table: Any = jax.jit(functools.partial(self.net.apply, method="table"))({"params": self.params})
+        return None if table is None else np.asarray(table)
 
     def encode(self, images: ArrayLike) -> Int[np.ndarray, "b h w"]:
         """Images to codes: a numpy array, int32 [b, h, w], in [0, k).
@@ -197,7 +200,7 @@ def _decode(net: TokenizerNet, params: dict[str, Any], codes: Array) -> Array:
 def _folded_codebook(net: TokenizerNet, params: dict[str, Any]) -> np.ndarray:
     """The table [k, d] that replaces codebook and bridge."""
     table = jax.jit(functools.partial(net.apply, method="table"))
-    return np.asarray(table({"params": {"quantizer": params["quantizer"]}}))
+    return np.asarray(table({"params": params}))
 
 
 def _layouts() -> str:

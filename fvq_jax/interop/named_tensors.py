@@ -16,10 +16,17 @@ from fvq_jax.runtime.files import replace_whole
 SHOWN = 10  # names in a message about a bad checkpoint
 
 
+def abstract_variables(net: TokenizerNet) -> dict[str, Any]:
+    """Shapes and dtypes of the variables of `net` by collection: `params`, and its state if there is any."""
+    image = jax.ShapeDtypeStruct((1, net.downsampling, net.downsampling, 3), jnp.float32)
+    variables = dict(jax.eval_shape(net.init, jax.random.key(0), image))
+    variables.pop("intermediates", None)
+    return variables
+
+
 def abstract_params(net: TokenizerNet) -> dict[str, Any]:
     """Shapes and dtypes of the parameters of `net`, without making one."""
-    image = jax.ShapeDtypeStruct((1, net.downsampling, net.downsampling, 3), jnp.float32)
-    return jax.eval_shape(net.init, jax.random.key(0), image)["params"]
+    return abstract_variables(net)["params"]
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:

@@ -4,8 +4,9 @@ import argparse
 import sys
 from typing import NoReturn
 
+from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.exits import fail
-from fvq_jax.runtime.processes import TIMEOUT, Place
+from fvq_jax.runtime.processes import OPTIONS, TIMEOUT, Place
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,32 +26,25 @@ def true_or_false(text: str) -> bool:
 
 def add_place(parser: argparse.ArgumentParser) -> None:
     """Adds the options that make a program one of several processes; `place` reads them."""
-    parser.add_argument(
-        "--distributed",
-        action="store_true",
-        help="run as one of several processes: found on TPU pods and in Slurm, elsewhere give the next three options",
-    )
-    parser.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="address of the first process; a port that is free there"
-    )
-    parser.add_argument("--num_processes", type=int, help="how many processes there are")
-    parser.add_argument("--process_id", type=int, help="which of them this is, from 0")
+    kinds = {"num_processes": int, "process_id": int, "coordinator": str}
+    parser.add_argument("--distributed", action="store_true", help=OPTIONS["distributed"])
+    for name, kind in kinds.items():
+        parser.add_argument(f"--{name}", type=kind, help=OPTIONS[name])
     parser.add_argument(
         "--distributed_timeout",
         type=int,
         default=TIMEOUT,
-        help="seconds to wait for all processes at the start, later for one that fell silent (default: %(default)s)",
+        help=f"{OPTIONS['distributed_timeout']} (default: %(default)s)",
     )
 
 
 def place(args: argparse.Namespace) -> Place | None:
-    """The place among several processes, from the options of `add_place`; None for a process that runs alone.
+    """The place among several processes that the options of `add_place` give, see `Place.of`.
 
-    Ends the program if the options give a place without `--distributed`.
+    Ends the program with one line if they cannot be.
     """
     where = (args.coordinator, args.num_processes, args.process_id)
-    if args.distributed:
-        return Place(args.distributed_timeout, *where)
-    if where != (None, None, None):
-        sys.exit(fail("--coordinator, --num_processes and --process_id do nothing without --distributed"))
-    return None
+    try:
+        return Place.of(args.distributed, args.distributed_timeout, *where)
+    except InputError as error:
+        sys.exit(fail(str(error)))

@@ -51,8 +51,9 @@ class Field:
     def _check_range(self, name: str, value: float | int) -> None:
         low = value > self.above if self.above is not None else self.least is None or value >= self.least
         if not (low and math.isfinite(value)):
-            least = f"{self.least:g} or more" if self.above is None else f"above {self.above:g}"
-            raise InputError(f"config field {name} must be {least} and finite, not {value}")
+            above = None if self.above is None else f"above {self.above:g} and "
+            least = "" if self.least is None else f"{self.least:g} or more and "
+            raise InputError(f"config field {name} must be {least if above is None else above}finite, not {value}")
         if self.below is not None and value >= self.below:
             raise InputError(f"config field {name} must be below {self.below:g}, not {value}")
         if self.most is not None and value > self.most:

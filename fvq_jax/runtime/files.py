@@ -5,6 +5,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+UNFINISHED = ".unfinished"  # the end of the name of a file that is being written
+
 
 @contextlib.contextmanager
 def replace_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -15,7 +17,7 @@ def replace_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     failure, the caller calls `os.fsync` on it inside the block.
     """
     path = Path(path)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}{UNFINISHED}")
     try:
         yield unfinished
         os.replace(unfinished, path)

@@ -12,9 +12,18 @@ from ml_collections import config_flags
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.exits import BAD_INPUT, fail
 from fvq_jax.runtime.names import did_you_mean, dotted
+from fvq_jax.runtime.processes import OPTIONS, TIMEOUT, Place
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, report")
 CONFIG = config_flags.DEFINE_config_file("config", help_string="Config of the run, such as configs/fvq16k.py:smoke")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, OPTIONS["distributed"])
+COORDINATOR = flags.DEFINE_string("coordinator", None, OPTIONS["coordinator"])
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, OPTIONS["num_processes"])
+PROCESS_ID = flags.DEFINE_integer("process_id", None, OPTIONS["process_id"])
+DISTRIBUTED_TIMEOUT = flags.DEFINE_integer("distributed_timeout", TIMEOUT, OPTIONS["distributed_timeout"])
+PROFILE_STEPS = flags.DEFINE_string("profile_steps", "", "FIRST:LAST, the steps to trace into WORKDIR/profile")
+# These do nothing where no single run is started.
+ONE_RUN = (DISTRIBUTED, COORDINATOR, NUM_PROCESSES, PROCESS_ID, DISTRIBUTED_TIMEOUT, PROFILE_STEPS)
 _OVERRIDE = re.compile(r"--?config\.([\w.]+)")
 
 
@@ -25,10 +34,20 @@ def parse_flags(argv: list[str]) -> list[str]:
         if CONFIG.value is not None:
             CONFIG.value.keys()  # a file that could not be read raises only at this access
         return rest
-    except (KeyError, AttributeError) as error:
+    except (KeyError, AttributeError, ImportError) as error:
         sys.exit(fail(_unknown_field(argv) or _in_file(error), BAD_INPUT))
     except (flags.Error, InputError, TypeError, ValueError, OSError) as error:
         sys.exit(fail(_last_line(error), BAD_INPUT))
+
+
+def place() -> Place | None:
+    """The place among several processes that the flags give, see `Place.of`. Ends the program if they cannot be."""
+    try:
+        return Place.of(
+            DISTRIBUTED.value, DISTRIBUTED_TIMEOUT.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
+        )
+    except InputError as error:
+        sys.exit(fail(str(error)))
 
 
 def keep_compiled(workdir: str) -> None:
@@ -39,9 +58,11 @@ def keep_compiled(workdir: str) -> None:
 
 def _unknown_field(argv: list[str]) -> str:
     """Names the first overridden field that the config does not have, and what may be meant; empty if there is none."""
-    given = next((text.partition("=")[2] for text in argv if re.match(r"--?config=", text)), None)
+    # The flags may not have been parsed to their end, so the file is looked up in the command line itself.
+    words = re.findall(r"(?:^|\0)--?config[=\0]([^\0]*)", "\0".join(argv))
+    given = words[0] if words else ""
     overrides = [match[1] for text in argv if (match := _OVERRIDE.match(text))]
-    if given is None or not overrides:
+    if not given or not overrides:
         return ""
     plain = flags.FlagValues()  # the same file, without overrides
     config = config_flags.DEFINE_config_file("config", flag_values=plain, sys_argv=argv[:1])
@@ -62,7 +83,8 @@ def _in_file(error: Exception) -> str:
     where = f" ({os.path.relpath(lines[-1].filename)}, line {lines[-1].lineno}: {lines[-1].line})" if lines else ""
     while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps one error into another
         error = error.args[0]
-    text = re.sub(r" Other fields present: .*", "", str(error.args[0]) if error.args else type(error).__name__)
+    text = str(error.args[0]) if error.args else type(error).__name__
+    text = " ".join(re.sub(r"Other fields present:.*?(?=Did you mean|$)", "", text, flags=re.DOTALL).split())
     return f"the config file cannot be used: {text}{where}"
 
 

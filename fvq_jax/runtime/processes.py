@@ -7,10 +7,19 @@ import threading
 
 import jax
 
-from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.errors import InputError, require
 from fvq_jax.runtime.exits import FAILED, fail
 
 TIMEOUT = 120  # seconds
+# What the command-line options mean that make a program one of several processes.
+OPTIONS = {
+    "distributed": "Run as one of several processes: TPU pods and Slurm are detected, elsewhere give --coordinator, "
+    "--num_processes and --process_id, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID",
+    "coordinator": "HOST:PORT of process 0; the port must be free there",
+    "num_processes": "How many processes there are",
+    "process_id": "Number of this process, from 0",
+    "distributed_timeout": "Seconds to wait for all processes at the start, and for one that fell silent",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +40,27 @@ class Place:
     coordinator: str | None = None
     count: int | None = None
     index: int | None = None
+
+    @classmethod
+    def of(
+        cls, distributed: bool, timeout: int, coordinator: str | None, count: int | None, index: int | None
+    ) -> "Place | None":
+        """The place that the options of a command line give; None for a single process.
+
+        InputError for numbers that cannot be, and for a place without `--distributed`.
+        """
+        place = cls(timeout, coordinator, count, index)
+        for name, value, least in (
+            ("distributed_timeout", place.timeout, 1),
+            ("num_processes", place.count, 1),
+            ("process_id", place.index, 0),
+        ):
+            require(value is None or value >= least, f"--{name} must be {least} or more, not {value}")
+        require(
+            distributed or (coordinator, count, index) == (None, None, None),
+            "--coordinator, --num_processes and --process_id do nothing without --distributed",
+        )
+        return place if distributed else None
 
     def join(self) -> None:
         """Joins the other processes; returns when all have come.

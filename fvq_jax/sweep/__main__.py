@@ -25,7 +25,7 @@ from fvq_jax.runtime import exits
 from fvq_jax.runtime.arguments import Parser
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.exits import BAD_INPUT, FAILED, INTERRUPTED
-from fvq_jax.runtime.flags import CONFIG, WORKDIR, parse_flags
+from fvq_jax.runtime.flags import CONFIG, ONE_RUN, WORKDIR, parse_flags
 from fvq_jax.sweep.page import write_report
 from fvq_jax.sweep.points import Point, command, make_points, read_sweep
 from fvq_jax.sweep.runner import Outcome, run_points
@@ -42,6 +42,9 @@ def main(argv: list[str]) -> int:
         raise InputError(f"unexpected argument {argv[1]!r}: options start with --")
     if CONFIG.value is None or WORKDIR.value is None:
         raise InputError("--config=FILE and --workdir=DIR are both needed, see --help")
+    for flag in ONE_RUN:
+        if flag.present:
+            raise InputError(f"--{flag.name} is for a single run (fvq_jax.main); hosts share a sweep by --shard=I/N")
     logging.set_verbosity(logging.INFO)
     config_flag = flags.FLAGS["config"]
     config_file, given = config_flags.get_config_filename(config_flag), config_flags.get_override_values(config_flag)

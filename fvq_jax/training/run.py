@@ -22,14 +22,12 @@ from fvq_jax.config.resume import check_continues
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.files import replace_whole
 from fvq_jax.runtime.mesh import make_mesh
-from fvq_jax.runtime.storage import complete_steps
+from fvq_jax.runtime.storage import CONFIG, complete_steps
 from fvq_jax.runtime.workdir_lock import hold
 from fvq_jax.training.metric_files import read_metrics
 from fvq_jax.training.state import TrainState
 from fvq_jax.training.step import TrainStep
 from fvq_jax.training.task import Evaluation, Task
-
-CONFIG_FILE = "config.json"
 
 
 @dataclasses.dataclass
@@ -101,9 +99,9 @@ def prepare(
             init_params = task.load(config.init_from)
         except InputError as error:
             raise InputError(f"init_from: {error}") from error
-    if first and not (workdir / CONFIG_FILE).exists():  # only now, after all checks
+    if first and not (workdir / CONFIG).exists():  # only now, after all checks
         try:
-            with replace_whole(workdir / CONFIG_FILE) as unfinished:
+            with replace_whole(workdir / CONFIG) as unfinished:
                 unfinished.write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
         except OSError as error:
             raise InputError(f"workdir {workdir} cannot be written: {error.strerror or error}") from None
@@ -113,7 +111,7 @@ def prepare(
 
 def _check_workdir(workdir: Path, task_class: type[Task], config: ConfigDict) -> None:
     """Makes the workdir or, if there is one, checks that a run in it may be resumed with this config."""
-    path = workdir / CONFIG_FILE
+    path = workdir / CONFIG
     if ":/" in str(workdir):
         raise InputError(f"workdir {workdir} is not a local path: mount the bucket and give the mounted folder")
     try:

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from fvq_jax.runtime.mesh import Rules, shardings
 
 # The layout of the counters that every state has, its own and those inside optimizers.
-RULES: Rules = ((r"(^|/)(step|skipped|count)$", P()),)
+RULES: Rules = ((r"^(step|skipped)$", P()), (r"^networks/[^/]+/opt_state/(.*/)?count$", P()))
 
 
 @struct.dataclass

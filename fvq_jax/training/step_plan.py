@@ -108,7 +108,6 @@ def make_plan(task_class: type[Task], config: ConfigDict, devices: Sequence[Any]
     # XLA counts the loop over micro-batches once, and so it does the loops inside the search.
     micro = config.optim.accumulate
     uncounted, passes = task.uncounted_flops(devices[0].platform)
-    passes = 1 if devices[0].platform == "cpu" else passes
     flops = counted.get("flops", 0.0) * micro + passes * uncounted / len(devices)
     if devices[0].platform == "tpu":
         flops += compiled_cost.repeated_pass_flops(program)

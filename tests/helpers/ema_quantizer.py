@@ -10,6 +10,7 @@ from fvq_jax.models.quantizers.base import Quantized, Quantizer
 from fvq_jax.models.quantizers.vector import VectorQuantizer
 from fvq_jax.ops.code_usage import code_histogram
 from fvq_jax.ops.estimators import straight_through
+from fvq_jax.ops.nearest import nearest_code
 from fvq_jax.ops.sharded_codebook import sharded_lookup, sharded_nearest_code
 from fvq_jax.ops.vq_losses import commitment_loss
 from fvq_jax.runtime.fields import setting
@@ -68,11 +69,14 @@ class EmaQuantizer(Quantizer):
         return Quantized(straight_through(latent, chosen), codes, {"commitment": commitment_loss(latent, chosen)})
 
     def encode(self, latent):
-        codes = sharded_nearest_code(latent.reshape(-1, self.code_dim), self.codebook.value, self.mesh)
+        flat, table = latent.reshape(-1, self.code_dim), self.codebook.value
+        codes = nearest_code(flat, table) if self.mesh is None else sharded_nearest_code(flat, table, self.mesh)
         return codes.reshape(latent.shape[:-1])
 
     def decode(self, codes, upto=None):
-        return sharded_lookup(codes.reshape(-1), self.codebook.value, self.mesh).reshape(*codes.shape, self.code_dim)
+        flat, table = codes.reshape(-1), self.codebook.value
+        rows = table[flat] if self.mesh is None else sharded_lookup(flat, table, self.mesh)
+        return rows.reshape(*codes.shape, self.code_dim)
 
     def table(self):
         return self.codebook.value

@@ -53,6 +53,21 @@ def test_the_place_among_several_processes(arguments, expected):
     assert place(parser().parse_args(arguments)) == expected
 
 
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--num_processes=0", "--num_processes must be 1 or more, not 0"),
+        ("--process_id=-1", "--process_id must be 0 or more, not -1"),
+        ("--distributed_timeout=0", "--distributed_timeout must be 1 or more, not 0"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(capsys, argument, message):
+    with pytest.raises(SystemExit) as caught:
+        place(parser().parse_args(["--distributed", argument]))
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == f"fvq_jax: {message}\n"
+
+
 @pytest.mark.parametrize("argument", ["--coordinator=a:1", "--num_processes=4", "--process_id=0"])
 def test_a_place_without_other_processes_is_refused(capsys, argument):
     with pytest.raises(SystemExit) as caught:

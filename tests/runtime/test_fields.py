@@ -73,3 +73,9 @@ def test_settings_of_a_section_have_its_name_in_front():
         "tokenizer.quantizer.size": fields["size"],
         "tokenizer.quantizer.kind": fields["kind"],
     }
+
+
+def test_a_number_of_any_size_must_still_be_finite():
+    with pytest.raises(InputError, match="f must be finite, not nan"):
+        Field(1.0, "Any number.", least=None).check("f", float("nan"))
+    Field(1.0, "Any number.", least=None).check("f", -3.5)

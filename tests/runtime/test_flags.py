@@ -27,9 +27,15 @@ def get_config(arg=""):
 def read(tmp_path):
     """Reads flags in a program of its own, with a config file that does this; returns what it ends with."""
 
-    def read(*flags, does=""):
+    def read(*flags, does="", apart=False):
         (tmp_path / "small.py").write_text(CONFIG % does)
-        command = [sys.executable, "-c", PROGRAM, f"--config={tmp_path / 'small.py'}", *flags]
+        command = [
+            sys.executable,
+            "-c",
+            PROGRAM,
+            *(["--config", "small.py"] if apart else ["--config=small.py"]),
+            *flags,
+        ]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
         return ended.returncode, ended.stdout, ended.stderr
@@ -57,6 +63,26 @@ def test_a_misspelt_field_is_named_with_its_section_and_with_what_was_meant(read
     assert read("--config.seed=1", flag) == (2, "", f"fvq_jax: {message}\n")
 
 
+def test_the_config_file_may_follow_its_flag(read):
+    message = "unknown config field optim.holdd; did you mean optim.hold?"
+    assert read("--config.optim.holdd=1", apart=True) == (2, "", f"fvq_jax: {message}\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_processes=0", "--distributed"], "--num_processes must be 1 or more, not 0"),
+        (["--process_id=-1", "--distributed"], "--process_id must be 0 or more, not -1"),
+        (["--distributed_timeout=0"], "--distributed_timeout must be 1 or more, not 0"),
+        (["--coordinator=a:1"], "--coordinator, --num_processes and --process_id do nothing without --distributed"),
+    ],
+)
+def test_a_place_that_cannot_be_is_refused(flags, message):
+    program = "import sys; from fvq_jax.runtime.flags import parse_flags, place; parse_flags(sys.argv); place()"
+    ended = subprocess.run([sys.executable, "-c", program, *flags], capture_output=True, text=True, cwd=ROOT)
+    assert (ended.returncode, ended.stderr) == (2, f"fvq_jax: {message}\n")
+
+
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
@@ -81,6 +107,8 @@ def test_any_other_mistake_is_one_line_too(read, flag, words):
         ("config.optim.learning_rte = 1", ['"learning_rte" does not exist', 'Did you mean "learning_rate"']),
         ("config.optm.hold = 1", ['Did you mean "optim" instead of "optm"?']),
         ("{}['nothing']", ["nothing"]),
+        ("config.network.codes.brdge = 1", ['Did you mean "bridge"']),
+        ("from fvq_jax.config import default_config", ["cannot import name 'default_config'"]),
     ],
 )
 def test_a_mistake_in_the_config_file_is_one_line_with_file_line_and_its_text(read, does, words):

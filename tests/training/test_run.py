@@ -6,7 +6,7 @@ import pytest
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.tasks import task_of
 from fvq_jax.training.loop import train as run_loop
-from fvq_jax.training.run import CONFIG_FILE, prepare
+from fvq_jax.training.run import CONFIG, prepare
 from tests.helpers.tiny import tiny_config
 
 
@@ -33,12 +33,12 @@ def test_a_warm_up_longer_than_the_run_is_refused(tmp_path):
 def test_what_is_refused_leaves_no_config_behind(tmp_path):
     with pytest.raises(InputError, match="init_from"):
         train(tiny_config(init_from=str(tmp_path / "nothing")), tmp_path / "run")
-    assert not (tmp_path / "run" / CONFIG_FILE).exists()
+    assert not (tmp_path / "run" / CONFIG).exists()
 
 
 @pytest.mark.parametrize("content", ["{", "[1]"])
 def test_a_damaged_config_of_the_workdir_is_refused(tmp_path, content):
-    (tmp_path / CONFIG_FILE).write_text(content)
+    (tmp_path / CONFIG).write_text(content)
     with pytest.raises(InputError, match=r"config\.json is not a config"):
         train(tiny_config(), tmp_path)
 
@@ -53,4 +53,4 @@ def test_a_prepared_run_counts_epochs_in_steps_and_notes_its_config(tmp_path):
     assert float(run.step.rate(180)) == pytest.approx(config.optim.learning_rate)
     assert float(run.step.rate(179)) < config.optim.learning_rate
     assert run.data_position(7)["next_step"] == 7
-    assert json.loads((tmp_path / CONFIG_FILE).read_text())["epochs"] == 0.5
+    assert json.loads((tmp_path / CONFIG).read_text())["epochs"] == 0.5

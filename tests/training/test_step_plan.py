@@ -99,7 +99,7 @@ def test_flops_are_weighted_by_passes(monkeypatch, passes, micro, platform):
     kind = {"tpu": "TPU v5 lite", "cpu": "cpu"}[platform]
     result = step_plan.make_plan(TASK, config, [types.SimpleNamespace(platform=platform, device_kind=kind)] * 4)
     if platform == "cpu":
-        assert result.flops_per_device == micro * 1e12 + 1e12
+        assert result.flops_per_device == micro * 1e12 + passes * 1e12
         assert result.bound is result.step_seconds is None
         return
     repeated = 5 * 2 * 8 * 32 * 64

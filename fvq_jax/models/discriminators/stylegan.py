@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from fvq_jax.models.layers import fan_in_uniform, matmul_precision
 
 SIZES = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
+IMAGE_SIZES = SIZES[1:]  # the smallest is where the network ends
 
 
 class StyleGANDiscriminator(nn.Module):
@@ -35,8 +36,8 @@ class StyleGANDiscriminator(nn.Module):
 
         ValueError if `image_size` is not a power of two in 8..1024, or not the size of the images.
         """
-        if self.image_size not in SIZES[1:]:
-            raise ValueError(f"image_size={self.image_size} must be one of {', '.join(map(str, SIZES[1:]))}")
+        if self.image_size not in IMAGE_SIZES:
+            raise ValueError(f"image_size={self.image_size} must be one of {', '.join(map(str, IMAGE_SIZES))}")
         if images.shape[1:3] != (self.image_size, self.image_size):
             raise ValueError(
                 f"the discriminator is for images of {self.image_size}x{self.image_size} pixels, "

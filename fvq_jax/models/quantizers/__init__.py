@@ -12,7 +12,9 @@ QUANTIZERS: dict[str, type[Quantizer]] = {"vector": VectorQuantizer}
 
 def quantizer_fields(name: str) -> dict[str, Field]:
     """The settings of a quantizer, including `name`. ValueError, which lists the known names, for another name."""
-    name_field = Field(name, f"Quantizer: {', '.join(QUANTIZERS)}.", choices=tuple(QUANTIZERS), stays=True)
+    name_field = Field(
+        name, "Kind of the quantizer, see fvq_jax/models/quantizers/.", choices=tuple(QUANTIZERS), stays=True
+    )
     return {"name": name_field, **settings_of(_kind(name))}
 
 

@@ -47,12 +47,12 @@ class VectorQuantizer(Quantizer):
     )
     search_precision: str = setting(
         "highest",
-        "Precision of the products of the search: highest, bf16_3x, bf16_rescored or bf16; see ops/nearest.py.",
+        "Precision of the products of the search, see ops/nearest.py.",
         choices=tuple(PASSES),
         stays=True,
     )
     search_implementation: str = setting(
-        "auto", "Program of the search: auto (a kernel on TPU and GPU) or xla (a scan).", choices=IMPLEMENTATIONS
+        "auto", "Program of the search: a kernel on TPU and GPU with auto, else a scan.", choices=IMPLEMENTATIONS
     )
     codebook_weight: float = setting(1.0, "Weight of the codebook loss, which pulls codes to latents.")
     commitment_weight: float = setting(0.25, "Weight of the commitment loss, which pulls latents to their codes.")
@@ -160,7 +160,8 @@ class VectorQuantizer(Quantizer):
 
     def uncounted_flops(self, tokens: int, platform: str) -> tuple[float, int]:
         """The flops of the search that XLA does not count, and their passes."""
-        search, passes = 2.0 * tokens * self.codebook_size * self.code_dim, PASSES[self.search_precision]
+        search = 2.0 * tokens * self.codebook_size * self.code_dim
+        passes = 1 if platform == "cpu" else PASSES[self.search_precision]
         if runs_kernel(self.search_implementation, platform):
             return search, passes
         shards = 1 if self.mesh is None else self.mesh.shape["codebook"]

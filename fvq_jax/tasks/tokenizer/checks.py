@@ -5,14 +5,12 @@ from ml_collections import ConfigDict
 from fvq_jax.config.checks import near
 from fvq_jax.data.fields import check_pictures
 from fvq_jax.evals.pixel_metrics import SSIM_WINDOW
-from fvq_jax.models.discriminators.stylegan import SIZES
+from fvq_jax.models.discriminators.stylegan import IMAGE_SIZES
 from fvq_jax.models.layers import GROUPS
 from fvq_jax.models.quantizers import make_quantizer
 from fvq_jax.runtime.errors import InputError, require
 from fvq_jax.runtime.mesh import mesh_shape
 from fvq_jax.tasks.tokenizer.fields import QUANTIZER, downsampling, has_discriminator
-
-STYLEGAN_SIZES = SIZES[1:]  # images must be larger than the smallest, at which the network ends
 
 
 def check(config: ConfigDict, devices: int) -> None:
@@ -64,7 +62,7 @@ def _check_images(config: ConfigDict) -> None:
     ):
         require(not wanted or size >= least, f"data.image_size {size} is below {least}: {reason}")
     require(
-        not adversarial or kind != "stylegan" or size in STYLEGAN_SIZES,
+        not adversarial or kind != "stylegan" or size in IMAGE_SIZES,
         f"data.image_size {size} does not fit adversarial.discriminator=stylegan, which takes "
-        f"{', '.join(map(str, STYLEGAN_SIZES))}",
+        f"{', '.join(map(str, IMAGE_SIZES))}",
     )

@@ -120,9 +120,7 @@ class Evaluator:
     @functools.cached_property
     def _plane(self):
         def plane(folded):
-            table: Any = self._plain_net.apply(
-                {**folded, "params": {"quantizer": folded["params"]["quantizer"]}}, method="table"
-            )
+            table: Any = self._plain_net.apply(folded, method="table")
             return None if table is None else principal_plane(table)
 
         return jax.jit(plane, out_shardings=replicated(self._mesh))

@@ -12,6 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from fvq_jax.config.checks import all_fields, validate
+from fvq_jax.inference.tokenizer import Tokenizer
 from fvq_jax.models.quantizers import QUANTIZERS, make_quantizer, quantizer_fields, quantizer_settings
 from fvq_jax.models.quantizers.base import Quantizer
 from fvq_jax.models.quantizers.vector import VectorQuantizer
@@ -144,6 +145,15 @@ def test_a_run_with_it_resumes_bit_for_bit(tmp_path):
         np.testing.assert_array_equal(value, kept(states[1])[name])
     saved = json.loads((tmp_path / "whole" / "config.json").read_text())["tokenizer"]["quantizer"]
     assert saved == {"name": "ema", "codebook_size": 64, "code_dim": 8, "decay": 0.5}
+
+    # Used after training, it is a plain quantizer that searches the table it has come to.
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "whole")
+    np.testing.assert_array_equal(tokenizer.codebook, kept(states[0])["quantizer/codebook"])
+    codes = tokenizer.encode(random_images(2, 12))
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = Tokenizer.from_pretrained(tmp_path / "saved")
+    np.testing.assert_array_equal(again.encode(random_images(2, 12)), codes)
+    np.testing.assert_array_equal(again.decode(codes), tokenizer.decode(codes))
 
 
 def test_the_settings_of_a_quantizer_are_its_section_and_nothing_else():
