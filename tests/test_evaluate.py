@@ -13,9 +13,9 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from fvq_jax import evaluate
 from fvq_jax.data.decode import open_image
+from fvq_jax.data.evaluation_set import Sample
 from fvq_jax.data.folder import FolderSource
 from fvq_jax.data.prepare import main as prepare
-from fvq_jax.data.sample import Sample
 from fvq_jax.data.transforms import center_no_resize, resize_center
 from fvq_jax.evals import reconstruction
 from fvq_jax.evals.frechet import frechet_distance

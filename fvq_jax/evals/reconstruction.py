@@ -15,11 +15,11 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int, Int64, UInt8
 
+from fvq_jax.data.evaluation_set import Sample
 from fvq_jax.data.npz_rows import ImageWriter
 from fvq_jax.data.pipeline import eval_batches
 from fvq_jax.data.prefetch import Prefetch
 from fvq_jax.data.record import Source
-from fvq_jax.data.sample import Sample
 from fvq_jax.evals.examples import ExampleCollector, Examples
 from fvq_jax.evals.frechet import FeatureStatistics, frechet_distance
 from fvq_jax.evals.inception_score import SPLITS, InceptionScore
@@ -105,7 +105,7 @@ def collect(
 
     Args:
       reconstruct: encodes and decodes.
-      source: the pictures; all, or `images` of them, in the order of `data.sample.Sample`.
+      source: the pictures; all, or `images` of them, in the order of `data.evaluation_set.Sample`.
       networks: which metrics beyond pixels to compute.
       codebook_size: how many codes there are.
       size: side of the crops.

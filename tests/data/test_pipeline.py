@@ -14,9 +14,9 @@ from PIL import Image
 
 from fvq_jax.data import pipeline
 from fvq_jax.data.decode import decode_image
+from fvq_jax.data.evaluation_set import Sample
 from fvq_jax.data.folder import FolderSource
 from fvq_jax.data.photos import PhotoSource
-from fvq_jax.data.sample import Sample
 from fvq_jax.data.transforms import center_no_resize
 from fvq_jax.runtime.errors import InputError
 from tests.helpers import odd_pictures

@@ -3,7 +3,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from fvq_jax.data.sample import Sample
+from fvq_jax.data.evaluation_set import Sample
 from fvq_jax.evals import reconstruction
 from fvq_jax.evals.networks import Networks
 from fvq_jax.models.frozen.inception import CLASSES

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from fvq_jax.data.sample import Sample
+from fvq_jax.data.evaluation_set import Sample
 from fvq_jax.data.sources import make_source
 from fvq_jax.evals import reconstruction
 from fvq_jax.evals.frechet import frechet_distance

@@ -3,8 +3,8 @@ import pickle
 import numpy as np
 import pytest
 
+from fvq_jax.data.evaluation_set import Sample
 from fvq_jax.data.pipeline import eval_batches
-from fvq_jax.data.sample import Sample
 
 
 class Numbers:
