@@ -212,10 +212,11 @@ def test_flags_reach_the_run(tmp_path):
     code = """
 import jax
 from fvq_jax import main
+from fvq_jax.runtime import flags
 from fvq_jax.training.loop import Result
 
 def train(task, config, workdir, profile_steps):
-    cache, timeout = jax.config.jax_compilation_cache_dir, main.DISTRIBUTED_TIMEOUT.value
+    cache, timeout = jax.config.jax_compilation_cache_dir, flags.DISTRIBUTED_TIMEOUT.value
     print(cache, timeout, task.__name__, config.seed, workdir, *profile_steps)
     return Result({}, interrupted=True)
 
