@@ -5,9 +5,11 @@ set -euo pipefail
 usage() {
   cat <<'END'
 usage: launch/local.sh [--dry-run] [--devices=D] N CONFIG [OVERRIDES...]
+       launch/local.sh [--dry-run] [--devices=D] N PROGRAM FLAGS...
 
-Starts N times `python -m fvq_jax.main --distributed --config=CONFIG OVERRIDES...`. Only the first process prints; the
-last line of another one is shown if it fails. If one fails the others are stopped, with SIGTERM and, where that does
+Starts N times `python -m fvq_jax.main --distributed --config=CONFIG OVERRIDES...`, or `python -m fvq_jax.PROGRAM FLAGS...
+--distributed` for another PROGRAM: tokenize, sample or evaluate. Only the first process prints; the last line of another
+one is shown if it fails. If one fails the others are stopped, with SIGTERM and, where that does
 not end them in time, SIGKILL. SIGTERM and SIGINT are passed on, so that the run is saved.
 
   --devices=D  D simulated CPU devices per process; without it process I of N uses GPU I
@@ -19,6 +21,7 @@ seconds between SIGTERM and SIGKILL (60). Exit code: 0 all ended well, 75 interr
 first process that failed; 2 also for wrong arguments.
 
   launch/local.sh --devices=4 2 configs/fvq16k.py:smoke
+  launch/local.sh 8 sample --generator=runs/generator --tokenizer=runs/fvq16k --random=50000 --out=samples
 END
 }
 
@@ -37,18 +40,25 @@ while [[ ${1:-} == -* ]]; do
   esac
   shift
 done
-(($# >= 2)) || refuse 'N and CONFIG are needed'
+(($# >= 2)) || refuse 'N and CONFIG, or N, PROGRAM and FLAGS, are needed'
 [[ $1 =~ ^[1-9][0-9]*$ ]] || refuse "N must be a whole number above 0, not $1"
 [[ -z $devices || $devices =~ ^[1-9][0-9]*$ ]] || refuse "--devices must be a whole number above 0, not $devices"
-processes=$1 config=$2
+processes=$1 what=$2
 shift 2
 
-command=("${PYTHON:-.venv/bin/python}" -m fvq_jax.main --distributed "--config=$config" "$@")
-if [[ " $*" != *' --workdir'* ]]; then
-  name=${config##*/}
-  name=${name/.py/}
-  command+=("--workdir=runs/local-${name//[^A-Za-z0-9=._]/-}")
-fi
+python=("${PYTHON:-.venv/bin/python}" -m)
+case $what in
+  # A command of the program, such as extract, comes before its flags.
+  tokenize | sample | evaluate) command=("${python[@]}" "fvq_jax.$what" "$@" --distributed) ;;
+  *)
+    command=("${python[@]}" fvq_jax.main --distributed "--config=$what" "$@")
+    if [[ " $*" != *' --workdir'* ]]; then
+      name=${what##*/}
+      name=${name/.py/}
+      command+=("--workdir=runs/local-${name//[^A-Za-z0-9=._]/-}")
+    fi
+    ;;
+esac
 environment=("JAX_COORDINATOR_ADDRESS=127.0.0.1:${PORT:-12355}" "JAX_NUM_PROCESSES=$processes")
 [[ -z $devices ]] || environment+=(JAX_PLATFORMS=cpu "JAX_NUM_CPU_DEVICES=$devices" XLA_FLAGS=)
 

@@ -4,7 +4,7 @@ set -euo pipefail
 
 usage() {
   cat <<'END'
-usage: launch/tpu_pod.sh COMMAND --name=NAME --zone=ZONE [OPTIONS] [-- FLAGS OF fvq_jax.main...]
+usage: launch/tpu_pod.sh COMMAND --name=NAME --zone=ZONE [OPTIONS] [-- [PROGRAM] FLAGS...]
 
   run      everything: create or reuse the slice, install this checkout on every worker, start the program on all of them,
            show what worker 0 prints, and after a preemption do it again, until the program says it is done. Ctrl-C ends
@@ -25,6 +25,7 @@ usage: launch/tpu_pod.sh COMMAND --name=NAME --zone=ZONE [OPTIONS] [-- FLAGS OF 
   --ssh=FLAG        one more flag of gcloud's ssh and scp, such as --ssh=--tunnel-through-iap; may be repeated
   --dry-run         print the commands for a slice that does not exist yet, instead of running them
 
+PROGRAM is tokenize, sample or evaluate; without it the program is the training, fvq_jax.main.
 In FLAGS, gs://BUCKET/PATH is a mounted bucket: every worker mounts it and the program gets the mounted folder.
 
 Environment: POLL, seconds between two looks at a slice (30); GRACE, seconds that the other workers have to end after the
@@ -82,7 +83,8 @@ if [[ $subcommand == run || $subcommand == create ]]; then
     :*) fail 2 "--version is needed: the runtime of $type is not known here" ;;
   esac
 fi
-if [[ $subcommand == run && (" $*" != *' --config='* || " $*" != *' --workdir='*) ]]; then
+if [[ $subcommand == run && ! ${1:-} =~ ^(tokenize|sample|evaluate)$ ]] &&
+  [[ " $*" != *' --config='* || " $*" != *' --workdir='* ]]; then
   fail 2 'after -- the program needs --config=FILE and --workdir=DIR'
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

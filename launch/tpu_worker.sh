@@ -7,7 +7,8 @@ usage() {
 usage: launch/tpu_worker.sh [--dry-run] install | start FLAGS... | status | log | stop | kill
 
   install   a virtual environment with the requirements and jax[tpu], unless it is there already
-  start     `python -m fvq_jax.main --distributed FLAGS...`, independent of this session; nothing if it runs already.
+  start     `python -m fvq_jax.main --distributed FLAGS...`, independent of this session; nothing if it runs already. If
+            the first of FLAGS is tokenize, sample or evaluate, that program is started and not fvq_jax.main.
             In FLAGS gs://BUCKET/PATH becomes ~/gcs/BUCKET/PATH, where the bucket is mounted with gcsfuse
   status    one line: fvq_jax-status HOST none | running | ended CODE | stopped CODE
   log       what the program prints, until it ends
@@ -44,7 +45,15 @@ run() {
 
 # Whether the program runs. After a restart of the machine the process id could belong to another program.
 running() {
-  [[ -s $state/pid ]] && tr '\0' ' ' 2>/dev/null <"/proc/$(<"$state/pid")/cmdline" | grep -q 'fvq_jax\.main'
+  [[ -s $state/pid ]] && tr '\0' ' ' 2>/dev/null <"/proc/$(<"$state/pid")/cmdline" | grep -q 'fvq_jax\.'
+}
+
+# Sets `program` to the program with its flags; a command of the program, such as extract, comes before the flags.
+choose() {
+  case ${1:-} in
+    tokenize | sample | evaluate) program=("fvq_jax.$1" "${@:2}" --distributed) ;;
+    *) program=(fvq_jax.main --distributed "$@") ;;
+  esac
 }
 
 install() {
@@ -90,7 +99,8 @@ start() {
     arguments+=("$argument")
   done
   if [[ $dry_run ]]; then
-    run .venv/bin/python -m fvq_jax.main --distributed "${arguments[@]}"
+    choose "${arguments[@]}"
+    run .venv/bin/python -m "${program[@]}"
     return
   fi
   if running; then
@@ -108,7 +118,8 @@ start() {
 # Runs detached from any session: starts the program and notes how it ended.
 supervise() {
   trap : TERM INT # a machine that shuts down signals every process; the program's exit code still has to be noted
-  .venv/bin/python -m fvq_jax.main --distributed "$@" &
+  choose "$@"
+  .venv/bin/python -m "${program[@]}" &
   echo $! >"$state/pid"
   local code=0
   while wait $! || code=$?; ((code > 128)) && kill -0 $! 2>/dev/null; do code=0; done

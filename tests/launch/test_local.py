@@ -88,3 +88,11 @@ def test_local_refuses(arguments):
     result = run("local.sh", *arguments)
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_local_starts_another_program_and_its_command_comes_first(local):
+    for given in (["sample", "--generator=g", "--out=o"], ["tokenize", "extract", "--out=o"]):
+        result = run("local.sh", "--dry-run", "2", *given, **local)
+        assert result.returncode == 0
+        for line in result.stdout.splitlines():
+            assert line.split()[-len(given) - 2 :] == ["-m", f"fvq_jax.{given[0]}", *given[1:], "--distributed"]

@@ -86,3 +86,10 @@ def test_slurm_refuses(slurm, tmp_path):
         result = run("slurm.sbatch", *arguments, cwd=cwd, **slurm)
         assert result.returncode == 2
         assert len(result.stderr.splitlines()) == 1
+
+
+def test_slurm_starts_another_program_and_its_command_comes_first(slurm, tmp_path):
+    given = ["extract", "--tokenizer=t", "--out=o"]
+    assert run("slurm.sbatch", "tokenize", *given, PYTHON="python", **slurm).returncode == 0
+    started = (tmp_path / "srun").read_text().split()
+    assert started[-7:] == ["python", "-m", "fvq_jax.tokenize", *given, "--distributed"]

@@ -207,3 +207,9 @@ def test_pod_refuses(cloud, tmp_path, arguments):
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "calls").exists()
+
+
+def test_pod_starts_another_program_which_needs_no_config(cloud):
+    result = run("tpu_pod.sh", "run", *SLICE, "--type=v5p-64", "--dry-run", "--", "sample", "--out=o", **cloud)
+    assert result.returncode == 0
+    assert "start sample --out=o" in result.stdout.replace("\\", "")

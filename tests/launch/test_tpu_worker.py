@@ -22,3 +22,12 @@ def test_an_unknown_command_is_refused(tmp_path):
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_starts_another_program_with_its_command_first(tmp_path):
+    programs = put(tmp_path / "bin", gcsfuse="")
+    worker = {"HOME": str(tmp_path), "PATH": f"{programs}:{os.environ['PATH']}"}
+    flags = ["tokenize", "extract", "--out=gs://bucket/codes"]
+    started = run("tpu_worker.sh", "--dry-run", "start", *flags, **worker).stdout.splitlines()[-1].split()
+    out = f"--out={tmp_path}/gcs/bucket/codes"
+    assert started == [".venv/bin/python", "-m", "fvq_jax.tokenize", "extract", out, "--distributed"]
