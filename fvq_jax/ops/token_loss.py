@@ -1,0 +1,271 @@
+"""Cross entropy of codes under a linear head, streamed over the vocabulary, on one device or on a mesh.
+
+The logits of all tokens for all codes would be the largest array of a generator by far: 2 TiB for 524,288 tokens and
+1,048,576 codes in float32. They are computed one block of tokens and codes at a time, and once more for the gradient,
+which has a closed form.
+
+On a mesh no device ever holds the whole head either. The rows of its codes are divided over `codebook`. Every device
+sends its tokens around a ring along that axis; each stop adds what its own rows say about them, and after a full turn
+they are back. The columns of the head may be stored in parts along `data`: a block of rows is put together when it is
+used, in the dtype of the products, and its gradient is summed over `data` in float32 and divided again.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from fvq_jax.ops.sharded_codebook import TOKENS
+from fvq_jax.ops.split_matmul import multiply_parts
+
+HEAD = P("codebook", "data")  # how the rows and columns of the head are divided
+BUDGET = 64 * 2**20  # bytes for what the blocks of one device need
+
+_Blocks = tuple[int, int]
+
+
+def token_nll(
+    hidden: Float[Array, "b t d"],
+    output: Float[Array, "v d"],
+    codes: Int[Array, "b t"],
+    *,
+    mesh: Mesh | None = None,
+    dtype: DTypeLike = jnp.float32,
+    blocks: tuple[int, int] | None = None,
+) -> tuple[Float[Array, "b t"], Bool[Array, "b t"]]:
+    """The negative log likelihood of every code under the logits `hidden @ output.T`, and whether it is the likeliest.
+
+    Gradients reach `hidden` and `output`, in closed form. Logits are sums in float32 of products in `dtype`; their
+    maximum, exponentials and logarithm are float32. For the gradient, softmax minus one-hot is rounded to `dtype`, and
+    its products are summed in float32, over tokens, codes and devices.
+
+    Beside copies of `hidden` in `dtype` and of its gradient in float32, temporaries stay below `BUDGET` on each device.
+
+    Args:
+      hidden: the states that predict the codes; on a mesh, divided by images over all devices.
+      output: a row for every code; on a mesh with axes `data` and `codebook`, laid out as `HEAD`.
+      codes: from 0 to v - 1; any other number makes the likelihood NaN.
+      mesh: sizes must divide: b by the number of devices, v by `codebook`, d by `data`.
+      dtype: of the products: float32 (at the highest precision) or bfloat16.
+      blocks: how many tokens and codes are looked at together; the default follows from `BUDGET`. Any positive numbers.
+
+    Returns:
+      float32 in nats, and a boolean: no code has a larger logit, and none of a lower number an equal one.
+
+    Raises:
+      ValueError: sizes that the mesh does not divide, or blocks that are not positive.
+    """
+    dtype = jnp.dtype(dtype)
+    blocks = block_sizes(output.shape[1], dtype) if blocks is None else blocks
+    if min(blocks) < 1:
+        raise ValueError(f"blocks must be at least 1, not {blocks}")
+    if mesh is not None:
+        data, codebook = mesh.shape["data"], mesh.shape["codebook"]
+        for what, size, parts in (
+            ("images", len(hidden), data * codebook),
+            ("codes", len(output), codebook),
+            ("columns of the head", output.shape[1], data),
+        ):
+            if size % parts:
+                raise ValueError(f"{size} {what} cannot be divided evenly over {parts} devices; use a multiple of that")
+    return _token_nll(hidden, output, codes, mesh, dtype, blocks)
+
+
+def block_sizes(width: int, dtype: DTypeLike) -> tuple[int, int]:
+    """How many tokens and codes of this width are looked at together, so that temporaries stay within `BUDGET`.
+
+    As many tokens as codes, a multiple of 128: that needs the fewest reads of memory for a product.
+    """
+    narrow = jnp.dtype(dtype).itemsize
+    square = 8 + narrow  # logits and probabilities of a token and a code, and their gradient in `dtype`
+    side = width * (2 * narrow + 24)  # of a token and a code: the states, and both gradients with what is added to them
+    size = 128
+    while square * (size + 128) ** 2 + side * (size + 128) <= BUDGET:
+        size += 128
+    return size, size
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _token_nll(hidden, output, codes, mesh, dtype, blocks):
+    return _forward(hidden, output, codes, mesh, dtype, blocks)[0]
+
+
+def _forward(hidden, output, codes, mesh, dtype, blocks):
+    def forward(hidden, rows, codes):
+        shape, hidden, codes = codes.shape, _flat(hidden), codes.reshape(-1)
+        first = _first_row(rows, mesh)
+
+        def look(tokens, seen):
+            """Adds what the rows of this device say about these tokens."""
+            states, codes = tokens
+
+            def block_of_codes(at, fresh_codes, seen):
+                weights = _whole_rows(rows, at, dtype, mesh)
+                numbers = first + at.numbers
+
+                def block_of_tokens(at, fresh, seen):
+                    logits = multiply_parts(at.of(states), weights)
+                    logits = jnp.where(fresh_codes[None], logits, -jnp.inf)
+                    before = jax.tree.map(at.of, seen)
+                    after = _seen(before, logits, numbers, (at.of(codes)[:, None] == numbers[None]) & fresh_codes[None])
+                    after = jax.tree.map(lambda new, old: jnp.where(fresh, new, old), after, before)
+                    return jax.tree.map(at.put, seen, after)
+
+                return _each_block(len(states), blocks[0], block_of_tokens, seen)
+
+            return _each_block(len(rows), blocks[1], block_of_codes, seen)
+
+        n = len(codes)
+        nothing = {
+            "top": jnp.full(n, -jnp.inf, jnp.float32),
+            "total": jnp.zeros(n, jnp.float32),
+            "best": jnp.zeros(n, jnp.int32),
+            "own": jnp.full(n, jnp.nan, jnp.float32),
+        }
+        seen = _around(mesh, look, (hidden, codes), nothing)
+        log_sum = seen["top"] + jnp.log(seen["total"])
+        return tuple(x.reshape(shape) for x in (log_sum - seen["own"], seen["best"] == codes, log_sum))
+
+    states = hidden.astype(dtype)
+    nll, hit, log_sum = _on(mesh, forward, (TOKENS, HEAD, TOKENS), (TOKENS,) * 3)(states, output, codes)
+    return (nll, hit), (states, output, codes, log_sum)
+
+
+def _backward(mesh, dtype, blocks, residuals, cotangents):
+    def backward(hidden, rows, codes, log_sum, slope):
+        shape, hidden = hidden.shape, _flat(hidden)
+        first = _first_row(rows, mesh)
+
+        def look(tokens, gradients):
+            states, codes, log_sum, slope = tokens
+
+            def block_of_codes(at, fresh_codes, gradients):
+                to_states, to_rows = gradients
+                weights = _whole_rows(rows, at, dtype, mesh)
+                numbers = first + at.numbers
+                rows_at = at
+
+                def block_of_tokens(at, fresh, gradients):
+                    to_states, to_weights = gradients
+                    x = at.of(states)
+                    likely = jnp.exp(multiply_parts(x, weights) - at.of(log_sum)[:, None])
+                    chosen = at.of(codes)[:, None] == numbers[None]
+                    to_logits = (likely - chosen) * at.of(slope)[:, None]
+                    to_logits = jnp.where(fresh[:, None] & fresh_codes[None], to_logits, 0).astype(dtype)
+                    to_states = at.put(to_states, at.of(to_states) + multiply_parts(to_logits, weights.T))
+                    return to_states, to_weights + multiply_parts(to_logits.T, x.T)
+
+                zero = jnp.zeros(weights.shape, jnp.float32)
+                to_states, to_weights = _each_block(len(states), blocks[0], block_of_tokens, (to_states, zero))
+                if mesh is not None:
+                    to_weights = jax.lax.psum_scatter(to_weights, "data", scatter_dimension=1, tiled=True)
+                return to_states, rows_at.put(to_rows, rows_at.of(to_rows) + to_weights)
+
+            return _each_block(len(rows), blocks[1], block_of_codes, gradients)
+
+        # The gradient of the states goes around with them, that of the rows stays where they are.
+        zero = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(rows.shape, jnp.float32)
+        tokens = hidden, codes.reshape(-1), log_sum.reshape(-1), slope.reshape(-1)
+        to_states, to_rows = _around(mesh, look, tokens, zero, travels=(True, False))
+        return to_states.reshape(shape), to_rows
+
+    states, output, codes, log_sum = residuals
+    run = _on(mesh, backward, (TOKENS, HEAD, TOKENS, TOKENS, TOKENS), (TOKENS, HEAD))
+    to_hidden, to_output = run(states, output, codes, log_sum, cotangents[0])
+    return to_hidden, to_output.astype(output.dtype), None
+
+
+_token_nll.defvjp(_forward, _backward)
+
+
+def _seen(before, logits, numbers, own):
+    """What is known after these codes: the largest logit and its code, the sum of exp(logit - top), the own logit."""
+    top = logits.max(axis=1)
+    # In floating point, since a CPU has a fast program for its minima only; the count of a block is exact in it.
+    count = jnp.arange(len(numbers), dtype=jnp.float32)
+    place = jnp.where(logits == top[:, None], count[None], len(numbers) - 1).min(axis=1)
+    best = numbers[place.astype(jnp.int32)]
+    # Around the ring, the rows of lower numbers may come later.
+    better = (top > before["top"]) | ((top == before["top"]) & (best < before["best"]))
+    highest = jnp.maximum(top, before["top"])
+    return {
+        "top": highest,
+        "total": before["total"] * jnp.exp(before["top"] - highest) + jnp.exp(logits - highest[:, None]).sum(axis=1),
+        "best": jnp.where(better, best, before["best"]),
+        "own": jnp.where(own.any(axis=1), jnp.sum(jnp.where(own, logits, 0), axis=1), before["own"]),
+    }
+
+
+class _Block:
+    """A part of an array's first axis."""
+
+    def __init__(self, start: Any, size: int):
+        self._start, self._size = start, size
+        self.numbers = start + jnp.arange(size)
+
+    def of(self, x):
+        return jax.lax.dynamic_slice_in_dim(x, self._start, self._size)
+
+    def put(self, x, part):
+        return jax.lax.dynamic_update_slice_in_dim(x, part, self._start, axis=0)
+
+
+def _each_block(length: int, size: int, body: Callable[..., Any], carry: Any) -> Any:
+    """Calls carry = body(block, fresh, carry) for all blocks of an axis of that length.
+
+    Nothing is padded: the last block ends where the axis ends, and may begin with entries that were seen before. `fresh`
+    says of every entry whether it was not.
+    """
+    size = min(size, length)
+
+    def step(i, carry):
+        start = jnp.minimum(i * size, length - size)
+        block = _Block(start, size)
+        return body(block, block.numbers >= i * size, carry)
+
+    return jax.lax.fori_loop(0, -(-length // size), step, carry)
+
+
+def _around(mesh, look, tokens, carry, travels: Any = True):
+    """carry = look(tokens, carry) at every device of the ring along `codebook`; the parts of carry that travel do so."""
+    devices = 1 if mesh is None else mesh.shape["codebook"]
+    if devices == 1:
+        return look(tokens, carry)
+    ring = [(i, (i + 1) % devices) for i in range(devices)]
+
+    def send(x):
+        return jax.lax.ppermute(x, "codebook", ring)
+
+    def stop(_, both):
+        tokens, carry = both
+        following = jax.tree.map(send, tokens)  # needs no result, so it can be sent meanwhile
+        carry = look(tokens, carry)
+        carry = jax.tree.map(lambda go, part: jax.tree.map(send, part) if go else part, travels, carry)
+        return following, carry
+
+    return jax.lax.fori_loop(0, devices, stop, (tokens, carry))[1]
+
+
+def _whole_rows(rows, block, dtype, mesh):
+    part = block.of(rows).astype(dtype)
+    return part if mesh is None else jax.lax.all_gather(part, "data", axis=1, tiled=True)
+
+
+def _first_row(rows, mesh):
+    return 0 if mesh is None else jax.lax.axis_index("codebook") * len(rows)
+
+
+def _flat(x):
+    return x.reshape(-1, x.shape[-1])
+
+
+def _on(mesh, function, in_specs, out_specs):
+    if mesh is None:
+        return function
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
