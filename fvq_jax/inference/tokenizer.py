@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, Int
 from numpy.typing import ArrayLike
 
 from fvq_jax.inference.saved import SavedTokenizer, load, save_folder
-from fvq_jax.interop.tokenizer_checkpoint import ENDINGS, write_checkpoint
+from fvq_jax.interop.named_tensors import ENDINGS
+from fvq_jax.interop.tokenizer_checkpoint import write_checkpoint
 from fvq_jax.models.tokenizer import TokenizerNet
 from fvq_jax.ops.pixels import to_float
 from fvq_jax.runtime.errors import InputError

@@ -27,7 +27,7 @@ def infer_network(
     Raises:
       InputError: the tensors belong to no tokenizer, or to one that does not exist here; names `source`.
     """
-    evidence = _Evidence(tensors, source)
+    evidence = Evidence(tensors, source, "FVQ or LlamaGen tokenizer")
     ch = evidence.size("encoder.conv_in.weight 0", "encoder.conv_in.bias 0", "encoder.conv_blocks.0.res.0.norm1.bias 0")
     widths = []
     for level in range(evidence.count(r"encoder\.conv_blocks\.(\d+)\.")):
@@ -56,7 +56,7 @@ def infer_network(
     )
 
 
-def _infer_bridge(evidence: "_Evidence") -> BridgeSpec:
+def _infer_bridge(evidence: "Evidence") -> BridgeSpec:
     if not evidence.any(_BRIDGE):
         return BridgeSpec("none")
     if evidence.any(f"{_BRIDGE}linear."):
@@ -75,12 +75,13 @@ def _infer_bridge(evidence: "_Evidence") -> BridgeSpec:
     return BridgeSpec(kind, width, patch, evidence.count(rf"{re.escape(_BRIDGE)}blocks\.(\d+)\."))
 
 
-class _Evidence:
-    """Answers questions about the names and shapes of the tensors in a checkpoint."""
+class Evidence:
+    """Answers questions about the names and shapes of the tensors in a checkpoint; `what` is what they should be."""
 
-    def __init__(self, tensors: Mapping[str, np.ndarray], source: str):
+    def __init__(self, tensors: Mapping[str, np.ndarray], source: str, what: str):
         self._shapes = {key: value.shape for key, value in tensors.items()}
         self._source = source
+        self._what = what
 
     def any(self, prefix: str) -> bool:
         """Whether a name starts like this."""
@@ -100,7 +101,5 @@ class _Evidence:
                 votes[shape[int(axis)]] += 1
         size = votes.most_common(1)[0][0] if votes else 0
         if not size:
-            raise InputError(
-                f"{self._source} is no FVQ or LlamaGen tokenizer: it lacks {places[0].split()[0]}, or that is empty"
-            )
+            raise InputError(f"{self._source} is no {self._what}: it lacks {places[0].split()[0]}, or that is empty")
         return size

@@ -3,27 +3,20 @@
 Reading needs no PyTorch, and neither does writing .safetensors; a .pt file is written by PyTorch itself.
 """
 
-import argparse
 import os
 import re
-import types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 from absl import logging
 
 from fvq_jax.interop.infer import infer_network
-from fvq_jax.interop.named_tensors import write_safetensors
-from fvq_jax.interop.torch_file import load_torch_file, named_tensors, read_tensors
+from fvq_jax.interop.named_tensors import check_ending, read_checkpoint_file, write_checkpoint_file
 from fvq_jax.interop.torch_layout import USAGE_BUFFER, USAGE_BUFFER_SIZE, tokenizer_params, torch_tensors
 from fvq_jax.models.tokenizer import TokenizerNet
-from fvq_jax.runtime.errors import InputError
-from fvq_jax.runtime.files import replace_whole
 
-ENDINGS = (".safetensors", ".pt", ".pth")
 L2_NORM = ("codebook_l2_norm", "l2_norm")  # what the published training programs call it in their arguments
 
 
@@ -42,16 +35,11 @@ def read_checkpoint(
     Raises:
       InputError: the file is damaged, or its tensors are not exactly those of a tokenizer.
     """
+    tensors, facts = read_checkpoint_file(path, track)
     if str(path).endswith(".safetensors"):
-        tensors, track = read_tensors(path, track), iter  # a .pt file is only mapped, and read as it is converted
-        with safetensors.safe_open(path, "np") as file:
-            arguments: Any = file.metadata() or {}
-    else:
-        content = load_torch_file(path)
-        tensors = dict(named_tensors(content))
-        arguments = content.get("args") if isinstance(content, Mapping) else None
+        track = iter  # a .pt file was only mapped, and is read as it is converted
     tensors = _unwrap(tensors)
-    said = _said_l2_norm(arguments)
+    said = _said_l2_norm(facts)
     net = infer_network(tensors, str(path), l2_normalize=bool(said if l2_norm is None else l2_norm))
     if said is None and l2_norm is None and net.quantizer.bridge == "none":
         logging.warning(
@@ -73,18 +61,10 @@ def write_checkpoint(path: str | os.PathLike[str], net: TokenizerNet, params: di
         or PyTorch is needed and missing.
     """
     path = Path(path)
-    if path.suffix not in ENDINGS:
-        raise InputError(f"cannot tell the format of {path}: the name must end in one of {', '.join(ENDINGS)}")
+    check_ending(path)
     tensors = torch_tensors(net, params)
     tensors[USAGE_BUFFER] = np.zeros(USAGE_BUFFER_SIZE, np.float32)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".safetensors":
-            write_safetensors(path, tensors, {"format": "pt", L2_NORM[0]: str(net.quantizer.l2_normalize).lower()})
-        else:
-            _write_torch(path, tensors, net.quantizer.l2_normalize)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    write_checkpoint_file(path, tensors, {L2_NORM[0]: net.quantizer.l2_normalize})
 
 
 def _unwrap(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -104,30 +84,9 @@ def _unwrap(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name.removeprefix(prefix): value for name, value in plain.items() if name.startswith(prefix)}
 
 
-def _said_l2_norm(arguments: Any) -> bool | None:
-    """What a checkpoint's `args`, or a .safetensors file's metadata, say about unit-length codes; None if nothing."""
-    if isinstance(arguments, types.SimpleNamespace | argparse.Namespace):
-        arguments = vars(arguments)
+def _said_l2_norm(facts: Mapping[str, Any]) -> bool | None:
+    """What a checkpoint says about unit-length codes; None if nothing."""
     for name in L2_NORM:
-        value = arguments.get(name) if isinstance(arguments, Mapping) else None
-        if value is not None:
-            return str(value).lower() == "true"
+        if facts.get(name) is not None:
+            return str(facts[name]).lower() == "true"
     return None
-
-
-def _write_torch(path: Path, tensors: dict[str, np.ndarray], l2_norm: bool) -> None:
-    try:
-        import torch
-    except ImportError as error:
-        raise InputError(
-            "writing a .pt file needs PyTorch, which is not installed: "
-            "pip install torch --index-url https://download.pytorch.org/whl/cpu (the CPU build is enough), "
-            "or write a .safetensors file, which needs no PyTorch"
-        ) from error
-    # A plain dictionary: PyTorch's own safe loading (weights_only) refuses an argparse.Namespace.
-    weights = {key: torch.from_numpy(np.array(value, np.float32)) for key, value in tensors.items()}
-    try:
-        with replace_whole(path) as unfinished:
-            torch.save({"model": weights, "args": {L2_NORM[0]: l2_norm}}, unfinished)
-    except RuntimeError as error:  # PyTorch raises it for a path that cannot be written
-        raise OSError(" ".join(str(error).split())) from error
