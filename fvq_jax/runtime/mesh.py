@@ -89,6 +89,12 @@ def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
+def local_rows(rows: jax.Array) -> np.ndarray:
+    """This process's rows of an array whose rows are divided over the mesh, in order."""
+    shards = sorted(rows.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return np.concatenate([np.asarray(shard.data) for shard in shards])
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The layout of an array that every device holds whole."""
     return NamedSharding(mesh, P())

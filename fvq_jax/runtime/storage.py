@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fvq_jax.runtime.errors import InputError, RunError, StorageError
 
-CHECKPOINTS, CONFIG = "checkpoints", "config.json"  # in the workdir of a run
+CHECKPOINTS, CONFIG, PROVENANCE = "checkpoints", "config.json", "provenance.json"  # in the workdir of a run
 # The disk is full, over quota, read-only, broken, or gone: errors that a mistake in the program would not raise.
 _ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 _SAID = re.compile(r"No space left on device|Disk quota exceeded|Read-only file system|Input/output error")

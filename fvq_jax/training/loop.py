@@ -245,6 +245,7 @@ class _Loop:
         values |= task.window_scalars(metrics.counts)
         values |= {
             f"{task.unit}_per_second": times.examples_per_second,
+            **{f"{part}_per_second": n * times.examples_per_second for part, n in task.parts().items()},
             "time/data": times.data,
             "time/compute": times.compute,
             "time/longest_silence": self._heartbeat.longest_silence(),

@@ -1,7 +1,7 @@
 """The learning-rate schedule (in the paper: learning annealing) and the optimizers, in Optax."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from fvq_jax.config.fields import DECAYS
+from fvq_jax.runtime.names import path_name
 
 
 def learning_annealing(
@@ -80,19 +81,34 @@ def make_optimizer(
     b2: float,
     clip_norm: float,
     own_rates: Mapping[str, optax.Schedule] | None = None,
+    weight_decay: float | None = None,
+    decayed: Callable[[str], bool] = lambda name: True,
 ) -> optax.GradientTransformation:
     """Adam after clipping by the global gradient norm of the network; `clip_norm` 0 leaves gradients as they are.
 
-    `own_rates` gives modules, such as "quantizer", a schedule of their own: all parameters below that name follow it,
-    and all others follow `rate`.
+    Args:
+      rate: the learning rate at every step.
+      b1, b2: Adam's decays; its epsilon is 1e-8.
+      clip_norm: the largest gradient norm.
+      own_rates: gives modules, such as "quantizer", a schedule of their own: all parameters below that name follow it,
+        and all others follow `rate`.
+      weight_decay: AdamW (arXiv 1711.05101): every step also shrinks a parameter by the rate times this share of it.
+        None: plain Adam. The optimizer's state has one more part with a number, 0 included, than with None.
+      decayed: whether the parameter with this path, such as "layers/wqkv", is shrunk.
     """
     clip = optax.clip_by_global_norm(clip_norm) if clip_norm > 0 else optax.identity()
-    adam = optax.scale_by_adam(b1, b2)
+    first = [clip, optax.scale_by_adam(b1, b2)]
+    if weight_decay is not None:
+
+        def mask(params: Any) -> Any:
+            return jax.tree.map_with_path(lambda path, _: decayed(path_name(path)), params)
+
+        first.append(optax.add_decayed_weights(weight_decay, mask))
     if not own_rates:
-        return optax.chain(clip, adam, optax.scale_by_learning_rate(rate))
+        return optax.chain(*first, optax.scale_by_learning_rate(rate))
 
     def label(path: tuple[Any, ...], _: Any) -> str:
         return next((key.key for key in path if getattr(key, "key", None) in own_rates), "rest")
 
     rates = {name: optax.scale_by_learning_rate(schedule) for name, schedule in {"rest": rate, **own_rates}.items()}
-    return optax.chain(clip, adam, optax.partition(rates, lambda params: jax.tree.map_with_path(label, params)))
+    return optax.chain(*first, optax.partition(rates, lambda params: jax.tree.map_with_path(label, params)))

@@ -22,7 +22,7 @@ from fvq_jax.config.resume import check_continues
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.files import replace_whole
 from fvq_jax.runtime.mesh import make_mesh
-from fvq_jax.runtime.storage import CONFIG, complete_steps
+from fvq_jax.runtime.storage import CONFIG, PROVENANCE, complete_steps
 from fvq_jax.runtime.workdir_lock import hold
 from fvq_jax.training.metric_files import read_metrics
 from fvq_jax.training.state import TrainState
@@ -101,12 +101,18 @@ def prepare(
             raise InputError(f"init_from: {error}") from error
     if first and not (workdir / CONFIG).exists():  # only now, after all checks
         try:
-            with replace_whole(workdir / CONFIG) as unfinished:
-                unfinished.write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
+            if provenance := task.provenance():
+                _write_json(workdir / PROVENANCE, provenance)
+            _write_json(workdir / CONFIG, json.loads(config.to_json()))
         except OSError as error:
             raise InputError(f"workdir {workdir} cannot be written: {error.strerror or error}") from None
     step = TrainStep.of(task, config, mesh, total, warmup)
     return Run(config, workdir, mesh, task, step, total, first, init_params)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with replace_whole(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _check_workdir(workdir: Path, task_class: type[Task], config: ConfigDict) -> None:

@@ -184,7 +184,15 @@ class Task(abc.ABC):
     def batches(self, step: int) -> Batches:
         """This process's share of the endless training batches, starting at `step`; (seed, step) determine a batch."""
 
+    def provenance(self) -> dict[str, Any]:
+        """What a user of the main network must know of its data, as JSON; kept as a file of the workdir unless {}."""
+        return {}
+
     # --- figures ------------------------------------------------------------------------------------------------
+
+    def parts(self) -> dict[str, int]:
+        """What an example is made of, and of how many, in the plural: {"tokens": 256} adds tokens_per_second."""
+        return {}
 
     @abc.abstractmethod
     def window_scalars(self, counts: dict[str, np.ndarray]) -> dict[str, float]:

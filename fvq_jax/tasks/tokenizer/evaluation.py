@@ -24,7 +24,7 @@ from fvq_jax.evals.reference import Moments
 from fvq_jax.models.tokenizer import TokenizerNet, fold
 from fvq_jax.ops.pixels import to_float
 from fvq_jax.runtime.errors import InputError
-from fvq_jax.runtime.mesh import BATCH, global_batch, replicated
+from fvq_jax.runtime.mesh import BATCH, global_batch, local_rows, replicated
 
 
 def evaluation_networks(config: ConfigDict) -> Networks:
@@ -64,7 +64,7 @@ class Evaluator:
         def reconstruct(crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             images = global_batch({"image": crops}, self._mesh)["image"]
             images, codes = self._reconstruct(folded, images)
-            return _local_rows(images), _local_rows(codes)
+            return local_rows(images), local_rows(codes)
 
         found = collect(
             reconstruct,
@@ -124,9 +124,3 @@ class Evaluator:
             return None if table is None else principal_plane(table)
 
         return jax.jit(plane, out_shardings=replicated(self._mesh))
-
-
-def _local_rows(rows: jax.Array) -> np.ndarray:
-    """This process's rows of a global array, in order."""
-    shards = sorted(rows.addressable_shards, key=lambda shard: shard.index[0].start or 0)
-    return np.concatenate([np.asarray(shard.data) for shard in shards])
