@@ -25,10 +25,10 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fvq_jax.data.array_record import MANIFEST
 from fvq_jax.data.crops import RandomCrops
 from fvq_jax.data.npz_rows import ImageWriter
 from fvq_jax.data.record import Source
+from fvq_jax.data.shards import MANIFEST
 from fvq_jax.data.sources import make_source
 from fvq_jax.evals.networks import FILES, Networks, load_networks, option
 from fvq_jax.evals.projection import principal_plane

@@ -1,14 +1,12 @@
-"""Batches of pictures by Grain: order, decoding, augmentation, batching, the share of each host, worker processes.
+"""Batches of pictures by Grain: decoding, augmentation, and files that cannot be read.
 
-The training stream is endless and a pure function of (seed, step): it depends neither on the number of
-hosts nor on the number of workers, and a run resumes at step s by asking for step s. Placing batches on
-devices and converting uint8 to floats is left to the caller.
+`stream` has the order, the share of each host and the workers. Placing batches on devices and converting uint8 to
+floats is left to the caller.
 """
 
 import functools
 import itertools
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import grain
@@ -19,17 +17,16 @@ from PIL import Image
 
 from fvq_jax.data.decode import UnreadableImageError, open_stored
 from fvq_jax.data.record import Source
+from fvq_jax.data.stream import Stream, endless_order, local_batches, padded_order
 from fvq_jax.data.transforms import random_flip, random_resize_crop, resize_center
-from fvq_jax.data.worker import follow_parent
 from fvq_jax.runtime.errors import InputError
 
-_MAX_THREADS = 4
 _UNREADABLE_LIMIT = 0.01
 # OSError: the file has gone, or may not be read.
 _UNREADABLE = (OSError, UnreadableImageError)
 
 
-class Batches(Iterator[dict[str, np.ndarray]]):
+class Batches(Stream):
     """Iterator over one host's batches; counts the unreadable files that come by.
 
     `skipped` maps the name of each such file to how often it was replaced; every new one is logged.
@@ -38,32 +35,15 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     """
 
     def __init__(self, dataset: grain.MapDataset, source: Source, num_workers: int):
-        self.skipped: dict[str, int] = {}
+        super().__init__(dataset, num_workers)
         self._source = source
-        # Each worker builds every num_workers-th batch, so the order is that of one process.
-        threads = 0 if num_workers else min(_MAX_THREADS, os.cpu_count() or 1)
-        batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
-        if num_workers:
-            options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
-            batches = batches.mp_prefetch(options, worker_init_fn=follow_parent)
-        self._iterator = iter(batches)
 
     def __next__(self) -> dict[str, np.ndarray]:
-        try:
-            columns = next(self._iterator)
-        except InputError as error:  # Grain has added lines to its message
-            raise InputError(str(error).partition("\n")[0]) from None
-        # Copied out of the memory shared with the worker: that memory is freed when its last reference goes, and a
-        # device array on the host may hold a reference until the program ends.
-        batch = {name: np.array(column) for name, column in columns.items()}
+        batch = super().__next__()
         unreadable = batch.pop("unreadable")
         for index in unreadable[unreadable >= 0]:
             self._skip(int(index))
         return batch
-
-    def close(self) -> None:
-        """Stops threads and worker processes; the iterator cannot be used afterwards."""
-        self._iterator.close()
 
     def _skip(self, index: int) -> None:
         name = self._source.name(index)
@@ -103,21 +83,16 @@ def train_batches(
     once per epoch, in an order that `seed` and the epoch decide. With `num_workers` 0 a few threads of
     this process read pictures, otherwise that many processes. Raises InputError for sizes that cannot work.
     """
-    local_size = _local_batch_size(batch_size, process_count)
     if resize_min and not image_size <= resize_min <= resize_max:
         raise InputError(
             f"data.resize_min={resize_min} and data.resize_max={resize_max} cannot work: needed is "
             f"image_size ({image_size}) <= resize_min <= resize_max, or resize_min=0 for no resizing"
         )
-    if not 0 <= seed < 2**32:
-        raise InputError(f"seed={seed} cannot order the data: use 0 to {2**32 - 1}")
     load = functools.partial(
         _load_to_train, source=source, image_size=image_size, resize_min=resize_min, resize_max=resize_max, flip=flip
     )
-    dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().random_map(load)
-    # Batches have one host's size, and each host takes its own: contiguous rows of the global batch.
-    dataset = dataset.batch(local_size, drop_remainder=True)
-    dataset = dataset[start_step * process_count + process_index :: process_count]
+    place = {"start_step": start_step, "process_index": process_index, "process_count": process_count}
+    dataset = local_batches(endless_order(len(source), seed).random_map(load), batch_size, **place)
     return Batches(dataset, source, num_workers)
 
 
@@ -136,18 +111,10 @@ def eval_batches(
     Rows with a False `mask` must not count: they fill up the last batch, or stand in for an unreadable file. Every
     process gets the same number of batches, and the same part of each as in `train_batches`.
     """
-    local_size = _local_batch_size(batch_size, process_count)
-    padded = -(-len(source) // batch_size) * batch_size
     load = functools.partial(_load_to_score, source=source, image_size=image_size, crop=crop)
-    dataset = grain.MapDataset.range(padded).map(load)
-    dataset = dataset.batch(local_size, drop_remainder=True)[process_index::process_count]
+    place = {"process_index": process_index, "process_count": process_count}
+    dataset = local_batches(padded_order(len(source), batch_size).map(load), batch_size, **place)
     return Batches(dataset, source, num_workers)
-
-
-def _local_batch_size(batch_size: int, process_count: int) -> int:
-    if batch_size <= 0 or batch_size % process_count:
-        raise InputError(f"batch size {batch_size} must be a positive multiple of the {process_count} processes")
-    return batch_size // process_count
 
 
 def _too_many(names: list[str], files: int) -> InputError:

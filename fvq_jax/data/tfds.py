@@ -9,9 +9,9 @@ import os
 import numpy as np
 import tensorflow_datasets as tfds
 
-from fvq_jax.data.array_record import allow_open_files
 from fvq_jax.data.decode import UnreadableImageError
 from fvq_jax.data.record import Record
+from fvq_jax.data.shards import allow_open_files
 from fvq_jax.runtime.errors import InputError
 
 

@@ -6,10 +6,10 @@ import resource
 import numpy as np
 import pytest
 
-from fvq_jax.data import array_record
-from fvq_jax.data.array_record import ArrayRecordSource, Manifest, allow_open_files, pack, unpack
+from fvq_jax.data.array_record import PICTURES, ArrayRecordSource, pack, unpack
 from fvq_jax.data.folder import FolderSource
 from fvq_jax.data.pipeline import eval_batches, train_batches
+from fvq_jax.data.shards import Manifest, allow_open_files
 from fvq_jax.runtime.errors import InputError
 from tests.data.test_prepare import run
 from tests.helpers.pictures import damage, write_pictures
@@ -115,7 +115,7 @@ def test_without_a_whole_manifest_nothing_is_read(prepared, tmp_path):
     manifest.unlink()
     assert "preparing did not finish" in refusal(prepared)
     assert "nowhere' does not exist" in refusal(tmp_path / "nowhere")
-    Manifest({"format": array_record.FORMAT, "classes": []}, ()).write(prepared)
+    Manifest({"format": PICTURES.format, "classes": []}, ()).write(prepared)
     assert "holds no picture" in refusal(prepared)
 
 

@@ -16,9 +16,10 @@ from concurrent.futures.process import BrokenProcessPool
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from fvq_jax.data import prepare
+from fvq_jax.data import prepare, shards
 from fvq_jax.data.array_record import ArrayRecordSource
 from fvq_jax.data.folder import FolderSource
+from fvq_jax.data.journal import JOURNAL
 from fvq_jax.runtime.errors import InputError
 from tests.helpers.pictures import damage, write_pictures
 
@@ -135,7 +136,7 @@ def test_stopped_and_started_again_it_gives_the_same_bytes(folder, prepared, tmp
     command = [sys.executable, program, folder, out, "--shard-size=50", "--workers=1"]
     environment = os.environ | {"PYTHONPATH": str(pathlib.Path(prepare.__file__).parents[2])}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    journal = out / prepare.JOURNAL
+    journal = out / JOURNAL
     wait_for(lambda: journal.exists() and journal.read_bytes().count(b"\n") == 2 and unfinished(out), process)
     process.send_signal(number)
     _, errors = process.communicate(timeout=PATIENCE)
@@ -209,7 +210,7 @@ def test_bad_input_is_refused(folder, tmp_path, capsys, monkeypatch):
         run(folder, tmp_path / "out", "--sharding")
     assert caught.value.code == 2
     (tmp_path / "out").mkdir()
-    with open(tmp_path / "out" / prepare.JOURNAL, "wb") as journal:
+    with open(tmp_path / "out" / JOURNAL, "wb") as journal:
         fcntl.flock(journal, fcntl.LOCK_EX)
         assert "another process is preparing" in refusal(capsys, folder, tmp_path / "out")
 
@@ -221,7 +222,7 @@ def test_a_full_disk_is_bad_input_and_what_is_written_stays(folder, prepared, tm
         opened.append(path)
         return ArrayRecordWriter("/dev/full" if len(opened) == 3 else path, options)
 
-    monkeypatch.setattr(prepare, "ArrayRecordWriter", writer)
+    monkeypatch.setattr(shards, "ArrayRecordWriter", writer)
     line = refusal(capsys, folder, out)
     assert f"cannot write {out / SHARDS[2]}" in line
     assert "No space left" in line
@@ -229,7 +230,7 @@ def test_a_full_disk_is_bad_input_and_what_is_written_stays(folder, prepared, tm
     assert files(out) == files(prepared)
 
 
-@pytest.mark.parametrize("name", [prepare.JOURNAL, "manifest.json"])
+@pytest.mark.parametrize("name", [JOURNAL, "manifest.json"])
 def test_so_it_is_when_the_disk_has_no_room_for_journal_or_manifest(
     name, folder, prepared, tmp_path, capsys, monkeypatch
 ):
@@ -254,8 +255,8 @@ def test_a_line_of_the_journal_for_which_half_the_room_is_left(folder, prepared,
         line = refusal(capsys, folder, out)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert f"cannot write {out / prepare.JOURNAL}: File too large" in line
-    assert (out / prepare.JOURNAL).stat().st_size == 64
+    assert f"cannot write {out / JOURNAL}: File too large" in line
+    assert (out / JOURNAL).stat().st_size == 64
     assert run(folder, out) == 0
     assert files(out) == files(prepared)
 
