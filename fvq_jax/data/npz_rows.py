@@ -6,6 +6,7 @@ the rows first go to temporary files beside the target, and the target appears o
 """
 
 import io
+import math
 import os
 import tempfile
 import zipfile
@@ -22,6 +23,7 @@ from fvq_jax.runtime.files import replace_whole
 
 _BUFFER = 1 << 20
 _Writer = TypeVar("_Writer", bound="_RowWriter")
+_Member = IO[bytes] | io.BufferedIOBase  # an array inside an .npz
 _Array = tuple[str, np.dtype, tuple[int, ...], Iterable[bytes]]  # name, type, shape of a row, content
 
 
@@ -174,19 +176,69 @@ class CodeReader:
                 rows = self._read(codes, self._type, (count, *self.shape[1:]))
                 yield rows, self._read(names, self._name_type, (count,)).tolist()
 
-    def _read(self, member: IO[bytes] | io.BufferedIOBase, dtype: np.dtype, shape: Iterable[int]) -> np.ndarray:
-        shape = tuple(shape)
-        needed = dtype.itemsize * int(np.prod(shape))
+    def _read(self, member: _Member, dtype: np.dtype, shape: Iterable[int]) -> np.ndarray:
+        return _read_rows(self._path, member, dtype, tuple(shape))
+
+
+class ImageReader:
+    """The pictures of an .npz as ADM's programs write them: `arr_0` uint8 [N, H, W, 3]; `shape` is that of `arr_0`.
+
+    `labels` int64 [N] are those in `arr_1`, which ADM's programs write for class-conditional samples; None without
+    them. InputError if `path` holds no such pictures.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self._path = Path(path)
+        self.labels: np.ndarray | None = None
         try:
-            content = member.read(needed)
-        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise InputError(f"{self._path} is damaged: {error}") from error
-        if len(content) < needed:
-            raise InputError(f"{self._path} is damaged: it ends early")
-        return np.frombuffer(content, dtype).reshape(shape)
+            with zipfile.ZipFile(path) as archive:
+                with archive.open("arr_0.npy") as member:
+                    self.shape, dtype = _read_header(member)
+                if "arr_1.npy" in archive.namelist():
+                    with archive.open("arr_1.npy") as member:
+                        shape, kind = _read_header(member)
+                        if kind.kind in "iu" and shape == self.shape[:1]:
+                            self.labels = _read_rows(self._path, member, kind, shape).astype(np.int64)
+        except KeyError as error:
+            raise InputError(f"{path} holds no pictures: it needs an array arr_0, uint8 [N, H, W, 3]") from error
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise InputError(
+                f"cannot read pictures from {path}: {getattr(error, 'strerror', None) or error}"
+            ) from error
+        if dtype != np.uint8 or len(self.shape) != 4 or self.shape[-1] != 3 or 0 in self.shape:
+            raise InputError(
+                f"{path} holds no pictures: arr_0 must be uint8 [N, H, W, 3], not {dtype} {list(self.shape)}"
+            )
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def batches(self, size: int, *, part: int = 0, parts: int = 1) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
+        """The pictures in order, at most `size` at a time. InputError if the file is damaged.
+
+        Of several hosts, each gets its `part`: every `parts`-th batch.
+        """
+        with zipfile.ZipFile(self._path) as archive, archive.open("arr_0.npy") as member:
+            _read_header(member)
+            for number, start in enumerate(range(0, len(self), size)):
+                shape = (min(size, len(self) - start), *self.shape[1:])
+                rows = _read_rows(self._path, member, np.dtype(np.uint8), shape)
+                if number % parts == part:
+                    yield rows
 
 
-def _read_header(member: IO[bytes] | io.BufferedIOBase) -> tuple[tuple[int, ...], np.dtype]:
+def _read_rows(path: Path, member: _Member, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    needed = dtype.itemsize * math.prod(shape)
+    try:
+        content = member.read(needed)
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+    if len(content) < needed:
+        raise InputError(f"{path} is damaged: it ends early")
+    return np.frombuffer(content, dtype).reshape(shape)
+
+
+def _read_header(member: _Member) -> tuple[tuple[int, ...], np.dtype]:
     version = np.lib.format.read_magic(member)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran_order, dtype = read(member)

@@ -18,8 +18,8 @@ class InceptionScore:
     """Running sums of the Inception Score (arXiv 1606.03498); those of disjoint sets simply add up.
 
     The score is exp of the mean divergence between each picture's class probabilities p and their mean over the
-    pictures: E[sum p log p] - sum E[p] log E[p]. As usual it is computed for `SPLITS` parts of the set; the classes
-    must be mixed in each part.
+    pictures: E[sum p log p] - sum E[p] log E[p]. As usual it is computed for parts of the set, `SPLITS` of them unless
+    told otherwise; the classes must be mixed in each part.
 
     Attributes:
       count: pictures in each split [s].
@@ -32,12 +32,12 @@ class InceptionScore:
     probabilities: Float64[np.ndarray, "s classes"]
 
     @classmethod
-    def empty(cls, classes: int) -> "InceptionScore":
+    def empty(cls, classes: int, splits: int = SPLITS) -> "InceptionScore":
         """The sums of no pictures."""
-        return cls(np.zeros(SPLITS), np.zeros(SPLITS), np.zeros((SPLITS, classes)))
+        return cls(np.zeros(splits), np.zeros(splits), np.zeros((splits, classes)))
 
     def add(self, logits: Float[np.ndarray, "n classes"], split: Int[np.ndarray, "n"]) -> None:
-        """Counts pictures in, each in its split 0..SPLITS-1."""
+        """Counts pictures in, each in its split, counted from 0."""
         logits = logits.astype(np.float64)
         logits -= logits.max(axis=1, keepdims=True)
         log_sum = np.log(np.exp(logits).sum(axis=1, keepdims=True))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fvq_jax.data.npz_rows import CodeReader, CodeWriter
+from fvq_jax.data.npz_rows import CodeReader, CodeWriter, ImageReader, ImageWriter
 from fvq_jax.runtime.errors import InputError
 
 ROWS = np.random.default_rng(0).integers(0, 2**18, (7, 2, 3)).astype(np.int32)
@@ -106,3 +106,55 @@ def test_members_that_end_early_are_noticed(tmp_path):
             archive.writestr(name, content[:-8])
     with pytest.raises(InputError, match=r"x\.npz is damaged: it ends early"):
         list(CodeReader(path).batches(3))
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_pictures_are_read_in_parts(save, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (11, 5, 4, 3), dtype=np.uint8)
+    save(tmp_path / "a.npz", images, np.arange(11))
+    reader = ImageReader(tmp_path / "a.npz")
+    assert (len(reader), reader.shape) == (11, (11, 5, 4, 3))
+    np.testing.assert_array_equal(reader.labels, np.arange(11))
+    batches = list(reader.batches(4))
+    assert [len(batch) for batch in batches] == [4, 4, 3]
+    np.testing.assert_array_equal(np.concatenate(batches), images)
+    halves = [list(reader.batches(2, part=part, parts=2)) for part in range(2)]
+    np.testing.assert_array_equal(np.concatenate([halves[0][1], halves[1][0]]), images[[4, 5, 2, 3]])
+
+
+def test_the_writers_pictures_are_read_without_labels(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3), dtype=np.uint8)
+    with ImageWriter(tmp_path / "a.npz", 4, 4) as writer:
+        writer.write(images)
+    reader = ImageReader(tmp_path / "a.npz")
+    assert reader.labels is None
+    np.testing.assert_array_equal(next(reader.batches(8)), images)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"codes": np.zeros(3)}, r"holds no pictures: it needs an array arr_0, uint8 \[N, H, W, 3\]"),
+        ({"arr_0": np.zeros((2, 4, 4, 3), np.float32)}, r"arr_0 must be uint8 .*, not float32 \[2, 4, 4, 3\]"),
+        ({"arr_0": np.zeros((2, 3, 4, 4), np.uint8)}, r"arr_0 must be uint8 .*, not uint8 \[2, 3, 4, 4\]"),
+        ({"arr_0": np.zeros((0, 4, 4, 3), np.uint8)}, r"not uint8 \[0, 4, 4, 3\]"),
+    ],
+)
+def test_what_holds_no_pictures_is_refused(arrays, message, tmp_path):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(InputError, match=message):
+        ImageReader(tmp_path / "a.npz")
+
+
+def test_damaged_pictures_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"cannot read pictures from .*none.npz: No such file"):
+        ImageReader(tmp_path / "none.npz")
+    (tmp_path / "text.npz").write_text("hello")
+    with pytest.raises(InputError, match=r"cannot read pictures from .*text.npz: File is not a zip file"):
+        ImageReader(tmp_path / "text.npz")
+    with zipfile.ZipFile(tmp_path / "short.npz", "w") as archive, archive.open("arr_0.npy", "w") as member:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (5, 4, 4, 3)}
+        np.lib.format.write_array_header_1_0(member, header)
+        member.write(bytes(100))
+    with pytest.raises(InputError, match=r"short.npz is damaged: it ends early"):
+        list(ImageReader(tmp_path / "short.npz").batches(2))

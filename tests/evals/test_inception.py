@@ -6,9 +6,10 @@ import torch
 
 from fvq_jax.evals.inception import load_inception
 from fvq_jax.interop.inception import inception_params
-from fvq_jax.models.frozen.inception import resize_bilinear
+from fvq_jax.models.frozen.inception import SPATIAL_FEATURES, resize_bilinear
 from fvq_jax.runtime.errors import InputError
 from tests.helpers.golden_case import load_case, relative_error
+from tests.helpers.torch_inception import Network
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +24,17 @@ def test_features_and_logits_equal_the_published_ones(case, tmp_path):
     assert set(outputs) == {"64", "192", "768", "2048", "logits_unbiased"}
     for name, expected in case.outputs.items():
         assert relative_error(outputs[name], expected) < 1e-4, name
+
+
+def test_features_equal_those_of_an_independent_program(case, tmp_path):
+    """With the features of sFID: which layer, which of its channels, and their order."""
+    images = np.random.default_rng(0).integers(0, 256, (2, 40, 56, 3), dtype=np.uint8)
+    exact = Network(case.weights, torch.float64)(images)
+    safetensors.numpy.save_file(case.weights, tmp_path / "inception.safetensors")
+    outputs = load_inception(tmp_path / "inception.safetensors", spatial=True)(images)
+    assert exact["spatial"].shape == (2, SPATIAL_FEATURES)
+    for name, expected in exact.items():
+        assert relative_error(outputs[name], expected) < 1e-5, name
 
 
 def test_resize_aligns_top_left_corners():

@@ -17,6 +17,8 @@ from jaxtyping import Array, Float, UInt8
 SIDE = 299
 CLASSES = 1008
 FEATURES = (64, 192, 768, 2048)
+SPATIAL, SPATIAL_CHANNELS = "spatial", 7  # name of sFID's features, and how many channels of a layer they are
+SPATIAL_FEATURES = 17 * 17 * SPATIAL_CHANNELS
 Features = Float[Array, "_ _ _ _"]
 
 
@@ -25,14 +27,21 @@ class InceptionV3(nn.Module):
 
     The parameters of a convolution are named after it as in the published weights (`Mixed_5b.branch1x1`): kernel [h, w,
     in, out] and bias [out], with the BatchNorm inside; `fc`: kernel [2048, 1008].
+
+    Attributes:
+      spatial: whether the features of sFID are returned too.
     """
+
+    spatial: bool = False
 
     @nn.compact
     def __call__(self, images: UInt8[Array, "b H W 3"]) -> dict[str, Float[Array, "b _"]]:
         """For images of any size, the features `64`, `192`, `768` and `2048`, named by their channels, and logits.
 
         The features are means over pixels after a stage. `logits_unbiased` [b, 1008] are the logits without the bias of
-        the last layer, as the Inception Score uses them.
+        the last layer, as the Inception Score uses them. With `spatial` also `spatial` [b, 2023]: the first 7 channels
+        of `Mixed_6d.branch1x1` at all 17 x 17 pixels, channels last, which is what the evaluation suite of ADM
+        (guided-diffusion) reads from the tensor `mixed_6/conv` for sFID.
         """
         outputs = {}
 
@@ -53,6 +62,9 @@ class InceptionV3(nn.Module):
         x = _block_35_to_17("Mixed_6a", x)
         for name, width in (("Mixed_6b", 128), ("Mixed_6c", 160), ("Mixed_6d", 160), ("Mixed_6e", 192)):
             x = _block_17(name, x, width)
+            if self.spatial and name == "Mixed_6d":
+                # The output of a block begins with its branch1x1.
+                outputs[SPATIAL] = x[..., :SPATIAL_CHANNELS].reshape(len(x), SPATIAL_FEATURES)
         x = _block_17_to_8("Mixed_7a", tap(x))
         x = _block_8("Mixed_7b", x, _mean_pool)
         x = tap(_block_8("Mixed_7c", x, _max_pool))
@@ -94,7 +106,10 @@ def _block_35_to_17(name: str, x: Features) -> Features:
 
 
 def _block_17(name: str, x: Features, width: int) -> Features:
-    """A block at 17 x 17 pixels; 7 x 7 windows are split into 1 x 7 and 7 x 1, with `width` channels inside."""
+    """A block at 17 x 17 pixels; 7 x 7 windows are split into 1 x 7 and 7 x 1, with `width` channels inside.
+
+    The 192 channels of `branch1x1` come first in the result.
+    """
     one = _conv(f"{name}.branch1x1", x, 192)
     seven = _conv(f"{name}.branch7x7_1", x, width)
     seven = _conv(f"{name}.branch7x7_2", seven, width, (1, 7))
