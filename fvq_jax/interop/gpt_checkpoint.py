@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 from absl import logging
 
 from fvq_jax.interop.gpt_layout import NAMES, gpt_facts, gpt_params, gpt_tensors, infer_gpt
 from fvq_jax.interop.named_tensors import check_ending, read_checkpoint_file, write_checkpoint_file
-from fvq_jax.interop.torch_file import load_torch_file, named_tensors
+from fvq_jax.interop.torch_file import tensor_names
 from fvq_jax.models.gpt import GPT
-from fvq_jax.runtime.errors import InputError
 
 # Names that torch.compile, FSDP and activation checkpointing put between those of the modules.
 _INSIDE = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -81,15 +79,7 @@ def write_gpt(path: str | os.PathLike[str], net: GPT, params: Mapping[str, Any])
 
 def is_gpt_file(path: str | os.PathLike[str]) -> bool:
     """Whether a file holds tensors of a generator; reads no tensor. InputError if it is missing or damaged."""
-    if str(path).endswith(".safetensors"):
-        try:
-            with safetensors.safe_open(path, "np") as file:
-                names: Iterable[str] = list(file.keys())
-        except (OSError, safetensors.SafetensorError) as error:
-            raise InputError(f"cannot read {path}: {' '.join(str(error).split())}") from error
-    else:
-        names = (name for name, _ in named_tensors(load_torch_file(path)))
-    return any(re.search(r"(^|\.)(tok_embeddings|cls_embedding)\.", name) for name in names)
+    return any(re.search(r"(^|\.)(tok_embeddings|cls_embedding)\.", name) for name in tensor_names(path))
 
 
 def _unwrap(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

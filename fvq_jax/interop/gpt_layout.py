@@ -189,7 +189,8 @@ def _classes(rows: int, classes: int | None, facts: Mapping[str, Any], source: s
         )
     if classes < 1 or rows not in (classes, classes + 1):
         raise InputError(
-            f"{source} has a table of {rows} classes, which fits neither {classes} classes nor these and no class"
+            f"{source} has {rows} rows in its table of classes; {classes} classes need {classes}, "
+            f"or {classes + 1} with the one for no class"
         )
     return classes, float(said or CLASS_DROPOUT) if rows > classes else 0.0
 

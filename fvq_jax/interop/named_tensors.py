@@ -10,10 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 
-from fvq_jax.interop.torch_file import load_torch_file, named_tensors, read_tensors
+from fvq_jax.interop.torch_file import load_torch_file, named_tensors, open_safetensors, read_tensors
 from fvq_jax.models.tokenizer import TokenizerNet
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.files import replace_whole
@@ -53,7 +52,7 @@ def read_checkpoint_file(
     """
     if str(path).endswith(".safetensors"):
         tensors = read_tensors(path, track)
-        with safetensors.safe_open(path, "np") as file:
+        with open_safetensors(path) as file:
             return tensors, {name: _decoded(text) for name, text in (file.metadata() or {}).items()}
     content = load_torch_file(path)
     arguments = content.get("args") if isinstance(content, Mapping) else None

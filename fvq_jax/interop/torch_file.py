@@ -6,6 +6,7 @@ called. The callers know what the tensors mean: the other modules of `fvq_jax.in
 """
 
 import collections
+import contextlib
 import io
 import os
 import pickle
@@ -49,12 +50,21 @@ def read_tensors(
     the file holds no tensor.
     """
     if str(path).endswith(".safetensors"):
-        tensors = _load_safetensors(path, track)
+        with open_safetensors(path) as file:
+            tensors = {name: file.get_tensor(name) for name in track(file.keys())}
     else:
         tensors = dict(named_tensors(load_torch_file(path)))
     if not tensors:
         raise InputError(f"{path} holds no tensors")
     return tensors
+
+
+def tensor_names(path: str | os.PathLike[str]) -> list[str]:
+    """The names of the tensors that `read_tensors` gives; reads no tensor. InputError as for `load_torch_file`."""
+    if str(path).endswith(".safetensors"):
+        with open_safetensors(path) as file:
+            return list(file.keys())
+    return [name for name, _ in named_tensors(load_torch_file(path))]
 
 
 def load_torch_file(path: str | os.PathLike[str]) -> Any:
@@ -227,12 +237,12 @@ class _Parameter(np.ndarray):
         del state
 
 
-def _load_safetensors(
-    path: str | os.PathLike[str], track: Callable[[Iterable[str]], Iterable[str]]
-) -> dict[str, np.ndarray]:
+@contextlib.contextmanager
+def open_safetensors(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """A .safetensors file, open for reading. InputError if it is missing or damaged."""
     try:
         with safetensors.safe_open(path, "np") as file:
-            return {name: file.get_tensor(name) for name in track(file.keys())}
+            yield file
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or _one_line(error)}") from error
     except safetensors.SafetensorError as error:
