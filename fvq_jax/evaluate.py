@@ -28,8 +28,7 @@ from tqdm import tqdm
 from fvq_jax.data.crops import RandomCrops
 from fvq_jax.data.npz_rows import ImageWriter
 from fvq_jax.data.record import Source
-from fvq_jax.data.shards import MANIFEST
-from fvq_jax.data.sources import make_source
+from fvq_jax.data.sources import kind_of, make_source
 from fvq_jax.evals.networks import FILES, Networks, load_networks, option
 from fvq_jax.evals.projection import principal_plane
 from fvq_jax.evals.protocol import PROTOCOLS
@@ -240,9 +239,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def _source(given: str | None, size: int, images: int, trained: ConfigDict | None) -> tuple[Source, str]:
     """The pictures, and what to call them."""
     if given is not None:
-        prepared = (Path(given) / MANIFEST).is_file()
-        kind = "photos" if given == "photos" else "array_record" if prepared else "folder"
-        return make_source(kind, "eval", image_size=size, eval_dir=given, eval_images=images), given
+        return make_source(kind_of(given), "eval", image_size=size, eval_dir=given, eval_images=images), given
     if trained is None:
         raise InputError("--data=FOLDER is missing: only the workdir of a run says what that is evaluated on")
     trained.data.image_size, trained.eval.images = size, images

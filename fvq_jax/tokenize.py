@@ -1,47 +1,69 @@
-"""Command line: a folder of pictures to a file of codes, and back to pictures.
+"""Command line: pictures to codes, and back.
 
   python -m fvq_jax.tokenize encode FOLDER CODES.npz --tokenizer=PATH --size=256
   python -m fvq_jax.tokenize decode CODES.npz FOLDER --tokenizer=PATH
+  python -m fvq_jax.tokenize extract --tokenizer=PATH --data=DATA --out=DIR --size=256 --crops=ten --scales=1.1,1.05
 
 `encode` writes `codes` int32 [N, h, w] of central crops, and `names` [N], paths below the folder. PATH is anything that
 `Tokenizer.from_pretrained` reads. Files that are no readable pictures are named and skipped. Memory does not grow with
-the number of pictures, except for their sorted names (about 100 bytes each). Exit codes: 0, and 2 for bad input.
+the number of pictures, except for their sorted names (about 100 bytes each).
+
+`extract` writes what a generator is trained on: the codes of several crops of every picture, with its label and name,
+in shards (see `data.extraction`). DATA is a folder of pictures, one that `fvq_jax.data.prepare` wrote, `photos` (the
+bundled ones) or `tfds:NAME[:SPLIT]`. It may be killed at any moment, and goes on where it was when it is started again.
+With `--distributed` it is one of several processes, which share the work.
+
+Exit codes: 0 done, 2 bad input, 75 interrupted (start it again), 1 if pictures stop coming or a process is lost.
 """
 
 import argparse
 import collections
 import os
+import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePath
+from typing import Literal
 
+import jax
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
+from fvq_jax.data.croppings import Cropping
 from fvq_jax.data.decode import UnreadableImageError, open_image
+from fvq_jax.data.extraction import Encoder, Work, extract
 from fvq_jax.data.folder import FolderSource
 from fvq_jax.data.npz_rows import CodeReader, CodeWriter
+from fvq_jax.data.record import Source
+from fvq_jax.data.sources import kind_of, make_source
 from fvq_jax.data.transforms import resize_center
 from fvq_jax.inference.tokenizer import Tokenizer
 from fvq_jax.ops.pixels import to_uint8
 from fvq_jax.runtime import exits
-from fvq_jax.runtime.arguments import Parser, true_or_false
+from fvq_jax.runtime.agreement import everywhere
+from fvq_jax.runtime.arguments import Parser, add_place, place, true_or_false
 from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.interrupt import Interrupt
 
 Crop = UInt8[np.ndarray, "s s 3"] | None  # None for a file that cannot be read
 _THREADS = min(8, os.cpu_count() or 1)
+# A data set's own name may end in :VERSION, which begins with a digit; a split may hold a colon, as in train[:90%].
+_TFDS = re.compile(r"tfds:(?P<name>[^:]+(:[\d*][^:]*)?)(:(?P<split>[A-Za-z].*))?")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Encodes or decodes; returns the exit code."""
     args = _parse(argv)
-    return exits.run(lambda: _tokenize(args))
+    where = place(args) if args.command == "extract" else None
+    return exits.run(lambda: _tokenize(args), where.join if where else None)
 
 
 def _tokenize(args: argparse.Namespace) -> int:
+    if args.command == "extract":
+        return _extract(args)
     if args.batch < 1:
         raise InputError(f"--batch must be at least 1, not {args.batch}")
     if args.command == "encode":
@@ -56,12 +78,10 @@ def encode(source: Path, target: Path, tokenizer_path: Path, size: int, batch: i
     """Writes the codes of all pictures below `source` to `target`; returns what was done. InputError for bad input."""
     files = FolderSource(source)
     tokenizer = Tokenizer.from_pretrained(tokenizer_path, l2_norm=l2_norm)
-    factor = tokenizer.downsampling
-    if size < 1 or size % factor:
-        raise InputError(f"--size {size} is not divisible by the down-sampling of {factor}: use a multiple of it")
+    grid = _grid(size, tokenizer.downsampling)
     skipped = 0
     with (
-        CodeWriter(target, size // factor, size // factor) as writer,
+        CodeWriter(target, grid, grid) as writer,
         tqdm(total=len(files), unit=" images", desc="encoding") as bar,
     ):
         for names, crops in _crops(files, size, batch):
@@ -76,8 +96,7 @@ def encode(source: Path, target: Path, tokenizer_path: Path, size: int, batch: i
             bar.update(len(names))
         if not writer.rows:
             raise InputError(f"none of the {len(files)} files in {source} is a readable picture")
-    height = size // factor
-    return f"{target}: {writer.rows} x {height} x {height} codes, {skipped} of {len(files)} files skipped"
+    return f"{target}: {writer.rows} x {grid} x {grid} codes, {skipped} of {len(files)} files skipped"
 
 
 def decode(source: Path, target: Path, tokenizer_path: Path, batch: int, l2_norm: bool | None) -> str:
@@ -99,21 +118,128 @@ def decode(source: Path, target: Path, tokenizer_path: Path, batch: int, l2_norm
     return f"{target}: {len(written)} pictures"
 
 
+def _extract(args: argparse.Namespace) -> int:
+    """Extracts codes; returns the exit code."""
+    with Interrupt() as interrupt:
+        source, cropping, encoder = everywhere(lambda: _prepare(args))
+        work = Work(args.batch, args.shard_size, args.workers, args.timeout, args.verify)
+        message = extract(source, cropping, encoder, args.out, work, interrupt)
+    if not message:
+        signal = f"by {interrupt.signal.name}" if interrupt.signal else "in another process"
+        return exits.fail(f"interrupted {signal}: start me again", exits.INTERRUPTED)
+    if jax.process_index() == 0:
+        sys.stdout.write(f"{message}\n")
+    return 0
+
+
+def _prepare(args: argparse.Namespace) -> tuple[Source, Cropping, Encoder]:
+    """Checks the options of `extract` and loads what they name; InputError for whatever cannot work."""
+    cropping = Cropping.parse(args.crops, args.scales, args.size, args.seed)
+    source = _source(args.data, args.split, args.size)
+    tokenizer = Tokenizer.from_pretrained(args.tokenizer, l2_norm=args.l2_norm)
+    grid = _grid(args.size, tokenizer.downsampling)
+    condition = args.condition or "none"
+    if tokenizer.classes and condition == "none":
+        raise InputError(
+            "this tokenizer has a bridge with classes: give --condition=label (each picture with its own) or "
+            "--condition=null (all with that of no class), and the same where the codes are decoded"
+        )
+    if not tokenizer.classes and condition != "none":
+        raise InputError(f"--condition={condition} is for a tokenizer whose bridge has classes: leave it out")
+
+    def encode(crops: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        return tokenizer.encode(crops, {"none": None, "label": labels, "null": "null"}[condition])
+
+    quantizer = tokenizer.trained_net.quantizer
+    shape = quantizer.code_shape(grid, grid)
+    path = os.path.abspath(args.tokenizer)
+    return source, cropping, Encoder(encode, tokenizer.fingerprint, path, quantizer.size, shape, condition)
+
+
+def _source(data: str, split: str | None, size: int) -> Source:
+    """The pictures that `--data` and `--split` name."""
+    which: Literal["train", "eval"] = "eval" if split == "eval" else "train"
+    if found := _TFDS.fullmatch(data):
+        train, held_out = (found["split"] or usual for usual in ("train", "validation"))
+        return make_source(
+            "tfds", which, image_size=size, tfds_name=found["name"], train_split=train, eval_split=held_out
+        )
+    kind = kind_of(data)
+    if split is not None and kind != "photos":
+        raise InputError(f"--split={split} is for photos and tfds: give --data the folder of that split")
+    return make_source(kind, which, image_size=size, train_dir=data, eval_dir=data)
+
+
+def _grid(size: int, factor: int) -> int:
+    """Codes along a side of a crop."""
+    if size < 1 or size % factor:
+        raise InputError(f"--size {size} is not divisible by the down-sampling of {factor}: use a multiple of it")
+    return size // factor
+
+
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="fvq_jax.tokenize", description="Pictures to codes and back.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="encode|decode")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="encode|decode|extract")
     for name, source, target in (("encode", "FOLDER", "CODES.npz"), ("decode", "CODES.npz", "FOLDER")):
         command = commands.add_parser(name, help=f"{source} to {target}")
         command.add_argument("source", metavar=source, type=Path)
         command.add_argument("target", metavar=target, type=Path)
-        command.add_argument("--tokenizer", required=True, type=Path, help="checkpoint, saved tokenizer or workdir")
+        _add_tokenizer(command)
         command.add_argument("--batch", type=int, default=64, help="images at a time (default: 64)")
-        command.add_argument(
-            "--l2_norm", type=true_or_false, help="whether codes have unit length, if a file does not say"
-        )
         if name == "encode":
             command.add_argument("--size", required=True, type=int, help="side of the central crop, in pixels")
+    _add_extract(commands.add_parser("extract", help="pictures to a folder of codes to train a generator on"))
     return parser.parse_args(argv)
+
+
+def _add_tokenizer(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--tokenizer", required=True, type=Path, help="checkpoint, saved tokenizer or workdir")
+    command.add_argument("--l2_norm", type=true_or_false, help="whether codes have unit length, if a file does not say")
+
+
+def _add_extract(command: argparse.ArgumentParser) -> None:
+    _add_tokenizer(command)
+    command.add_argument(
+        "--data",
+        required=True,
+        help="folder of pictures or of prepared files, photos, or tfds:NAME[:SPLIT]",
+    )
+    command.add_argument("--split", choices=("train", "eval"), help="of photos and tfds (default: train)")
+    command.add_argument("--out", required=True, metavar="DIR", type=Path, help="new folder, or one begun before")
+    command.add_argument("--size", type=int, default=256, help="side of a crop, in pixels (default: 256)")
+    command.add_argument(
+        "--crops",
+        default="center",
+        help="center; ten (corners and centre, and the same mirrored); or random:N, half of them mirrored "
+        "(default: center)",
+    )
+    command.add_argument(
+        "--scales",
+        metavar="S,S,...",
+        help="the shorter side of the picture before it is cropped, in units of --size (default: 1 for center, "
+        "1.1,1.05 for ten, not resized for random)",
+    )
+    command.add_argument("--seed", type=int, default=0, help="of random crops (default: 0)")
+    command.add_argument(
+        "--condition",
+        choices=("label", "null"),
+        help="what a bridge with classes is given: the label of each picture, or null for no class",
+    )
+    command.add_argument(
+        "--batch", type=int, default=64, help="crops at a time in each process (default: 64; 16 per device are enough)"
+    )
+    command.add_argument(
+        "--workers", type=int, default=0, help="processes that read pictures, beside each process (default: 0, threads)"
+    )
+    command.add_argument("--shard-size", type=int, default=4096, help="pictures in one file (default: 4096)")
+    command.add_argument(
+        "--timeout",
+        type=float,
+        default=300.0,
+        help="seconds to wait for a picture; 0: no limit (default: 300)",
+    )
+    command.add_argument("--verify", action="store_true", help="compare shards that are there with their checksums")
+    add_place(command)
 
 
 def _crops(files: FolderSource, size: int, batch: int) -> Iterator[tuple[list[str], list[Crop]]]:

@@ -5,7 +5,7 @@ import dataclasses
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,13 +29,23 @@ class Journal:
       shards: the shards that are whole, by name; in the other processes those that they have added themselves.
     """
 
-    def __init__(self, out: Path, plan: Mapping[str, Any], kind: Kind, options: Mapping[str, str], *, process: int = 0):
-        """`options` names the command-line option behind each field of the plan that is compared by itself.
+    def __init__(
+        self,
+        out: Path,
+        plan: Mapping[str, Any],
+        kind: Kind,
+        options: Mapping[str, str],
+        *,
+        notes: Collection[str] = (),
+        process: int = 0,
+    ):
+        """`options` says, for a field of the plan, what to call it when another value is refused.
 
-        The field `pictures` of the plan is the fingerprint of the source.
+        The field `pictures` of the plan is the fingerprint of the source. The fields `notes` may be others than those
+        that the folder was begun with.
         """
         self.shards: dict[str, Shard] = {}
-        self._out, self._plan, self._kind, self._options = out, dict(plan), kind, options
+        self._out, self._plan, self._kind, self._options, self._notes = out, dict(plan), kind, options, notes
         self._first = process == 0
         self._path = out / (JOURNAL if self._first else _OTHERS.replace("*", f"{process:05d}"))
 
@@ -105,7 +115,7 @@ class Journal:
             plan, shards = lines[0], list(map(Shard.of, lines[1:]))
         else:
             plan, shards = self._plan, []
-        if plan != self._plan:
+        if self._compared(plan) != self._compared(self._plan):
             if not lines:
                 self._path.unlink(missing_ok=True)
             self._refuse(plan)
@@ -130,6 +140,9 @@ class Journal:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise InputError(f"cannot write {self._path}: {error.strerror}") from error
+
+    def _compared(self, plan: Mapping[str, Any]) -> dict[str, Any]:
+        return {field: value for field, value in plan.items() if field not in self._notes}
 
     def _refuse(self, plan: Mapping[str, Any]) -> None:
         for field, option in self._options.items():

@@ -78,6 +78,7 @@ class PhotoSource:
                 f"data.image_size={image_size} is too large for the bundled photographs: at most {largest} leaves "
                 "a region to evaluate on; use data.source='folder' for larger pictures"
             )
+        self.classes = [pathlib.PurePath(photo.name).stem for photo in self._photos]
         if split == "train":
             most_tiles = max(len(photo.tiles) for photo in self._photos)
             self._length = len(self._photos) * most_tiles * _CROPS_PER_TILE

@@ -1,14 +1,24 @@
 """The sources, by their names in a config. What each is, and how to prepare it: docs/data.md."""
 
+from pathlib import Path
 from typing import Literal
 
 from fvq_jax.data.array_record import ArrayRecordSource
 from fvq_jax.data.folder import FolderSource
 from fvq_jax.data.photos import PhotoSource
 from fvq_jax.data.record import Source
+from fvq_jax.data.shards import MANIFEST
 from fvq_jax.runtime.errors import InputError
 
 SOURCES = ("tfds", "folder", "array_record", "photos")
+
+
+def kind_of(path: str) -> str:
+    """The name in SOURCES of the pictures that a command line names by one word: `photos`, or else a folder.
+
+    A folder named photos is given as ./photos. One that `fvq_jax.data.prepare` wrote has a manifest.
+    """
+    return "photos" if path == "photos" else "array_record" if (Path(path) / MANIFEST).is_file() else "folder"
 
 
 def make_source(

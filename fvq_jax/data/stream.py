@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import grain
 import numpy as np
+from absl import flags
 
 from fvq_jax.data.worker import follow_parent
 from fvq_jax.runtime.errors import InputError, require
@@ -33,6 +34,8 @@ class Stream(Iterator[dict[str, np.ndarray]]):
         threads = 0 if num_workers else min(_MAX_THREADS, os.cpu_count() or 1)
         batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
         if num_workers:
+            if not flags.FLAGS.is_parsed():  # Grain hands the flags on to its processes; not every program has flags
+                flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
             batches = batches.mp_prefetch(options, worker_init_fn=follow_parent)
         self._iterator = iter(batches)
