@@ -44,21 +44,15 @@ def scale_to_batch(config: ConfigDict, batch: int, *, rate: float = 1e-4, per: i
     shrink, config.batch_size = config.batch_size / batch, batch
     config.eval.batch_size = max(config.eval.batch_size, batch)  # so that as many devices divide it
     config.optim.learning_rate = rate * batch / per
-    for section, field in (
-        (config.adversarial, "start"),
-        (config.eval, "every_steps"),
-        (config.checkpoint, "every_steps"),
-    ):
-        if section[field]:
-            section[field] = max(1, round(section[field] * shrink))
+    for section, field in (("adversarial", "start"), ("eval", "every_steps"), ("checkpoint", "every_steps")):
+        if section in config and config[section][field]:  # a generator has no discriminator
+            config[section][field] = max(1, round(config[section][field] * shrink))
 
 
 def shrink_to_smoke(config: ConfigDict) -> None:
     """The same kind of run in seconds on a CPU: bundled photographs, tiny networks, every loss but LPIPS."""
-    config.steps, config.epochs = 6, 0.0
+    _shorten_to_smoke(config)
     config.optim.warmup_steps, config.optim.warmup_epochs = 2, 0.0
-    config.optim.learning_rate = 1e-3
-    config.batch_size = config.eval.batch_size = 8
     config.tokenizer.ch = 32
     config.tokenizer.ch_mult = (1, 1)
     config.tokenizer.num_res_blocks = 1
@@ -73,7 +67,20 @@ def shrink_to_smoke(config: ConfigDict) -> None:
     config.data.source = "photos"
     config.data.image_size = 32
     config.data.resize_min = config.data.resize_max = 0
-    config.data.num_workers = 0
     config.eval.images = 64
+
+
+def shrink_generator_to_smoke(config: ConfigDict) -> None:
+    """The same kind of training of a generator in seconds on a CPU; vocabulary and grid stay those of the codes."""
+    _shorten_to_smoke(config)
+    config.generator.layers, config.generator.width, config.generator.heads = 2, 64, 4
+    config.eval.images = 64
+
+
+def _shorten_to_smoke(config: ConfigDict) -> None:
+    config.steps, config.epochs = 6, 0.0
+    config.optim.learning_rate = 1e-3
+    config.batch_size = config.eval.batch_size = 8
+    config.data.num_workers = 0
     config.checkpoint.every_steps = 3
     config.log.every_steps = 1

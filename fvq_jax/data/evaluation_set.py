@@ -1,16 +1,36 @@
-"""Which pictures an evaluation looks at, and in which order."""
+"""Which pictures, or codes of pictures, an evaluation looks at, and in which order."""
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import grain
 
-from fvq_jax.data.record import Record, Source
+from fvq_jax.data.codes import CodeInfo, CodeRecord, CodeSource
+
+R = TypeVar("R", covariant=True)
+
+
+class Records(Protocol[R]):
+    """Any source of records by index: of pictures (`record.Source`) or of codes (`codes.CodeSource`)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> R:
+        """Record `index`."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What to call record `index`."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Changes with the records, not with where they lie."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
+class Sample(Generic[R]):
     """`count` records, evenly spaced over a source, in a pseudo-random order that only their number decides.
 
     Sources list one class after the other. The order is shuffled because some scores (the Inception Score, here or in
@@ -18,13 +38,13 @@ class Sample:
     The records are evenly spaced because the first `count` of a source would be of few classes.
     """
 
-    source: Source
+    source: Records[R]
     count: int
 
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, position: int) -> Record:
+    def __getitem__(self, position: int) -> R:
         return self.source[self.index(position)]
 
     def name(self, position: int) -> str:
@@ -42,3 +62,15 @@ class Sample:
     def index(self, position: int) -> int:
         """The index in the source of the record at a position."""
         return int(self._order[position]) * len(self.source) // self.count
+
+
+@dataclasses.dataclass(frozen=True)
+class CodeSample(Sample[CodeRecord]):
+    """A sample of codes, which is a source of codes."""
+
+    source: CodeSource
+
+    @property
+    def info(self) -> CodeInfo:
+        """What the codes are."""
+        return self.source.info

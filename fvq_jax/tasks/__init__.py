@@ -5,10 +5,11 @@ from ml_collections import ConfigDict
 from fvq_jax.config.checks import all_fields
 from fvq_jax.config.fields import make_config
 from fvq_jax.runtime.errors import InputError
+from fvq_jax.tasks.generator.task import GeneratorTask
 from fvq_jax.tasks.tokenizer.task import TokenizerTask
 from fvq_jax.training.task import Task
 
-TASKS: dict[str, type[Task]] = {"tokenizer": TokenizerTask}
+TASKS: dict[str, type[Task]] = {"tokenizer": TokenizerTask, "generator": GeneratorTask}
 
 
 def task_of(config: ConfigDict) -> type[Task]:

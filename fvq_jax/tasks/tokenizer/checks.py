@@ -44,6 +44,12 @@ def _check_quantizer(config: ConfigDict, devices: int) -> None:
         raise
     except ValueError as error:
         raise InputError(f"{QUANTIZER}: {error}") from None
+    require(
+        not quantizer.classes,
+        f"{QUANTIZER}: {quantizer.description} has a table for each of {quantizer.classes} classes, and such a "
+        "quantizer can be used but not trained, since every picture of a batch would need a table of its own: "
+        "use one without classes",
+    )
 
 
 def _check_images(config: ConfigDict) -> None:

@@ -1,0 +1,47 @@
+"""How many flops of a training step XLA's count leaves out: it counts the body of a loop once."""
+
+from fvq_jax.models.gpt import GPT, hidden_width
+from fvq_jax.ops.token_loss import block_sizes
+
+
+def layer_flops(net: GPT, images: int) -> float:
+    """Flops of one layer in a forward pass; matrix products only, a multiplication and an addition are two.
+
+    Attention is counted over all pairs of positions, since that is what is computed.
+    """
+    width, hidden = net.width, net.hidden or hidden_width(net.width)
+    weights = 4 * width**2 + 3 * width * hidden
+    return 2.0 * images * net.length * (weights + 2 * net.length * width)
+
+
+def head_flops(net: GPT, images: int) -> float:
+    """Flops of the logits of all codes in a forward pass."""
+    return 2.0 * images * net.length * net.vocab * net.width
+
+
+def step_flops(net: GPT, images: int) -> float:
+    """Flops of a training step over so many images: the forward pass and twice as much for the gradients.
+
+    With `remat` the layers are computed once more. The streamed loss computes its logits once more in any case.
+    """
+    return (4 if net.remat else 3) * net.layers * layer_flops(net, images) + 4 * head_flops(net, images)
+
+
+def uncounted_flops(net: GPT, images: int, devices: int, codebook: int, micro_batches: int = 1) -> float:
+    """What a count with every loop body once leaves out of `step_flops`, over all devices and micro-batches.
+
+    Counted are one layer of the scan, and one block of tokens and codes of the loss.
+
+    Args:
+      net: the network.
+      images: of a step.
+      devices: of the mesh.
+      codebook: size of the mesh's `codebook` axis, which divides the codes of the head.
+      micro_batches: into how many parts the images of a step are cut.
+    """
+    tokens, codes = block_sizes(net.width, net.dtype)
+    tokens = min(tokens, images * net.length // micro_batches // devices)
+    codes = min(codes, net.vocab // codebook)
+    block = 4 * 2.0 * tokens * codes * net.width * devices * micro_batches
+    layer = (4 if net.remat else 3) * layer_flops(net, images)
+    return step_flops(net, images) - layer - block
