@@ -3,6 +3,7 @@
 A native folder holds `weights.safetensors`, everything that encoding and decoding need, with the bridge folded into the
 codebook; `config.json`, the shape of the network; and, if there is a bridge, `bridge.safetensors`, the codebook before
 the bridge and the bridge itself. Only the layout "fvq" and further training need this last file; it may be deleted.
+If the bridge has classes, no codebook is folded, since every class has its own: then the last file is needed always.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from fvq_jax.interop.tokenizer_checkpoint import read_checkpoint
 from fvq_jax.interop.torch_file import read_tensors
 from fvq_jax.models.quantizers import make_quantizer, quantizer_settings
 from fvq_jax.models.tokenizer import TokenizerNet, fold
-from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.errors import InputError, require
 from fvq_jax.runtime.files import replace_whole
 from fvq_jax.runtime.names import flatten, nest
 from fvq_jax.runtime.storage import CHECKPOINTS, CONFIG
@@ -44,7 +45,8 @@ _OLD_QUANTIZER = (
 class SavedTokenizer:
     """A network, its parameters (float32, on the host) with the bridge if that is known, and the folded codebook.
 
-    `folded` is the codebook [k, d] that replaces codebook and bridge; None if it has not been computed.
+    `folded` is the codebook [k, d] that replaces codebook and bridge; None if it has not been computed, or if the
+    bridge has classes.
     """
 
     net: TokenizerNet
@@ -117,7 +119,7 @@ def save_folder(path: str | os.PathLike[str], saved: SavedTokenizer) -> None:
     bridged = saved.net.quantizer.foldable
     trained = {name: value for name, value in named.items() if bridged and name.startswith("quantizer/")}
     weights = {name: value for name, value in named.items() if name not in trained}
-    if bridged:
+    if bridged and not saved.net.quantizer.classes:
         weights["quantizer/codebook"] = saved.folded
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -160,17 +162,18 @@ def _read_folder(path: Path) -> SavedTokenizer:
         raise InputError(f"{path / CONFIG} is not the config of a tokenizer that this version can read")
     net = _network(config.get("tokenizer"), path / CONFIG)
     weights = read_tensors(path / WEIGHTS)
-    plain = net.clone(quantizer=net.quantizer.folded())
-    check_tensors(weights, _shapes(plain), str(path / WEIGHTS))
+    plain, classes = net.clone(quantizer=net.quantizer.folded()), net.quantizer.classes
+    usable = {name: shape for name, shape in _shapes(plain).items() if not (classes and name.startswith("quantizer/"))}
+    check_tensors(weights, usable, str(path / WEIGHTS))
     if not net.quantizer.foldable:
         return SavedTokenizer(net, nest(weights))
-    folded = weights["quantizer/codebook"]
     if not (path / BRIDGE).exists():
+        require(not classes, f"{path / BRIDGE} is missing: a tokenizer with a table per class needs it")
         return SavedTokenizer(plain, nest(weights))
     trained = read_tensors(path / BRIDGE)
     wanted = {name: shape for name, shape in _shapes(net).items() if name.startswith("quantizer/")}
     check_tensors(trained, wanted, str(path / BRIDGE))
-    return SavedTokenizer(net, nest(weights | trained), folded)
+    return SavedTokenizer(net, nest(weights | trained), weights.get("quantizer/codebook"))
 
 
 def _read_workdir(path: Path) -> SavedTokenizer:

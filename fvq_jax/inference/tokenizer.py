@@ -1,9 +1,11 @@
 """A trained tokenizer for use: turns images into codes and back on all local devices, and loads and saves itself.
 
-`saved` and `interop` read and write the files; `models` defines the network.
+`saved` and `interop` read and write the files; `models` defines the network; `class_tables` makes the tables of a
+tokenizer that has one per class.
 """
 
 import functools
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +19,15 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 from numpy.typing import ArrayLike
 
+from fvq_jax.inference.class_tables import NULL, ClassTables
 from fvq_jax.inference.saved import SavedTokenizer, load, save_folder
 from fvq_jax.interop.named_tensors import ENDINGS
 from fvq_jax.interop.tokenizer_checkpoint import write_checkpoint
+from fvq_jax.models.quantizers import quantizer_settings
 from fvq_jax.models.tokenizer import TokenizerNet
 from fvq_jax.ops.pixels import to_float
 from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.names import flatten
 
 LAYOUTS = ("llamagen", "fvq")
 MAX_PER_DEVICE = 16  # images at once: larger batches go through in parts
@@ -30,6 +35,9 @@ MAX_PER_DEVICE = 16  # images at once: larger batches go through in parts
 
 class Tokenizer:
     """Encoder, quantizer and decoder with trained weights; everything in float32, results in the host's memory.
+
+    Its bridge is folded into one table, or, if the bridge has `classes`, into a table per class when that is needed.
+    Then `encode` and `decode` need the labels, and codes must be decoded with those that they were encoded with.
 
     Programs are compiled once for every height and width, and for few batch sizes: a batch is padded to the next power
     of two of images per device, at most `MAX_PER_DEVICE`.
@@ -39,16 +47,24 @@ class Tokenizer:
         self._saved = saved
         self.net = saved.net.clone(quantizer=saved.net.quantizer.folded())
         self.params = saved.params
-        if saved.net.quantizer.foldable:
+        if saved.net.quantizer.foldable and not self.classes:
             folded = _folded_codebook(saved.net, saved.params) if saved.folded is None else saved.folded
             self._saved = SavedTokenizer(saved.net, saved.params, folded)
             self.params = {**saved.params, "quantizer": {"codebook": folded}}
         mesh = Mesh(np.array(jax.local_devices()), ("data",))
         self._devices = mesh.size
         self._by_rows = NamedSharding(mesh, P("data"))
-        self._on_devices = jax.device_put(self.params, NamedSharding(mesh, P()))
+        everywhere, networks, self._tables = NamedSharding(mesh, P()), dict(self.params), None
+        if self.classes:
+            self._tables = ClassTables(saved.net.quantizer, networks.pop("quantizer"), everywhere)
+        self._on_devices = jax.device_put(networks, everywhere)
         self._encode = jax.jit(functools.partial(_encode, self.net))
         self._decode = jax.jit(functools.partial(_decode, self.net))
+        # With classes, the networks run on whole batches and only search and look-up class by class.
+        self._latents = jax.jit(functools.partial(_encode, self.net, method="encode_latent"))
+        self._search = jax.jit(functools.partial(_search, self.net))
+        self._look_up = jax.jit(functools.partial(_look_up, self.net))
+        self._pixels = jax.jit(functools.partial(_decode, self.net, method="decode_vectors"))
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], *, l2_norm: bool | None = None) -> "Tokenizer":
@@ -81,23 +97,68 @@ class Tokenizer:
         """Pixels per code along one side."""
         return self.net.downsampling
 
+    @property
+    def classes(self) -> int:
+        """How many classes of pictures have a table of their own; 0 if there is a single table."""
+        return self.trained_net.quantizer.classes
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Says which codes come out, in 16 hexadecimal digits: codes of one tokenizer are noise to another.
+
+        It is the start of a SHA-256 over the weights of encoder and `quant_conv` (names, shapes, float32 values) and
+        the quantizer's name, number and dimension of codes, and whether they have unit length. The decoder does not
+        count, so that codes stay valid when it is fine-tuned. Neither does the table, since the last bits of a folded
+        one depend on the processor: a tokenizer that differs in nothing but its table is not told apart.
+        """
+        quantizer = self.trained_net.quantizer
+        name, unit_length = quantizer_settings(quantizer)["name"], bool(getattr(quantizer, "l2_normalize", False))
+        digest = hashlib.sha256(repr((name, quantizer.size, quantizer.latent_dim, unit_length)).encode())
+        weights = flatten({part: self.params[part] for part in ("encoder", "quant_conv")})
+        for path, value in sorted(weights.items()):
+            digest.update(f"{path} {list(value.shape)}".encode())
+            digest.update(np.ascontiguousarray(value, "<f4").tobytes())
+        return digest.hexdigest()[:16]
+
+    def table(self, condition: int | np.integer | str | None = None) -> Float[np.ndarray, "k d"] | None:
+        """The table that is searched, on the host; None if the quantizer has no table.
+
+        Args:
+          condition: with `classes`, a label in [0, classes) or "null", the table of no class; otherwise None.
+
+        Raises:
+          InputError: another condition.
+        """
+        if self._tables is None:
+            if condition is not None:
+                raise InputError("this tokenizer has a single table and no classes: leave condition out")
+            return self.codebook
+        return np.asarray(self._tables.of(self._tables.number(condition)))
+
     @functools.cached_property
     def codebook(self) -> Float[np.ndarray, "k d"] | None:
         """The table that is searched: the bridge is applied, and rows have unit length if the codes do.
 
-        None if the quantizer has no table.
+        None if the quantizer has no table. InputError if every class has its own: see `table`.
         """
+        if self._tables is not None:
+            raise InputError(
+                f"this tokenizer has a table for each of {self.classes} classes and no single one: "
+                f'use table(label) or table("{NULL}")'
+            )
         table: Any = jax.jit(functools.partial(self.net.apply, method="table"))({"params": self.params})
         return None if table is None else np.asarray(table)
 
-    def encode(self, images: ArrayLike) -> Int[np.ndarray, "b h w"]:
+    def encode(self, images: ArrayLike, labels: ArrayLike | str | None = None) -> Int[np.ndarray, "b h w"]:
         """Images to codes: a numpy array, int32 [b, h, w], in [0, k).
 
         Args:
           images: [b, H, W, 3], uint8, or floating-point in [-1, 1]; any b, H and W multiples of `downsampling`.
+          labels: with `classes`, the classes of the images, whole numbers [b] in [0, classes), or "null", which takes
+            the table of no class for all of them; otherwise None.
 
         Raises:
-          InputError: another shape, type or range.
+          InputError: another shape, type or range; labels are missing, or not needed.
         """
         images = np.asarray(images)
         factor = self.downsampling
@@ -120,17 +181,22 @@ class Tokenizer:
                     f"floating-point images must be in [-1, 1], not from {images.min():g} to {images.max():g} "
                     "(uint8 images are scaled here)"
                 )
-        codes = (0, height // factor, width // factor)
-        return self._in_parts(self._encode, images, np.zeros(codes, np.int32))
+        grid = (height // factor, width // factor)
+        nothing, numbers = np.zeros((0, *grid), np.int32), self._numbers(labels, len(images))
+        if numbers is None:
+            return self._in_parts(self._encode, images, nothing)
+        latents = np.zeros((0, *grid, self.net.quantizer.latent_dim), np.float32)
+        return self._by_class(self._search, self._in_parts(self._latents, images, latents), numbers, nothing)
 
-    def decode(self, codes: ArrayLike) -> Float[np.ndarray, "b H W 3"]:
+    def decode(self, codes: ArrayLike, labels: ArrayLike | str | None = None) -> Float[np.ndarray, "b H W 3"]:
         """Codes to images: a numpy array, float32 [b, H, W, 3], in [-1, 1].
 
         Args:
           codes: whole numbers [b, h, w] in [0, k), of any h and w.
+          labels: as for `encode`, and the same.
 
         Raises:
-          InputError: another shape, type or range.
+          InputError: another shape, type or range; labels are missing, or not needed.
         """
         codes = np.asarray(codes)
         if codes.ndim != 3 or 0 in codes.shape[1:] or not jnp.issubdtype(codes.dtype, jnp.integer):
@@ -139,9 +205,20 @@ class Tokenizer:
         if codes.size and not 0 <= codes.min() <= codes.max() < size:
             raise InputError(f"codes must be in 0..{size - 1}, and these are from {codes.min()} to {codes.max()}")
         height, width = (side * self.downsampling for side in codes.shape[1:])
-        return self._in_parts(self._decode, codes.astype(np.int32), np.zeros((0, height, width, 3), np.float32))
+        codes, nothing = codes.astype(np.int32), np.zeros((0, height, width, 3), np.float32)
+        numbers = self._numbers(labels, len(codes))
+        if numbers is None:
+            return self._in_parts(self._decode, codes, nothing)
+        vectors = np.zeros((0, *codes.shape[1:], self.net.quantizer.latent_dim), np.float32)
+        return self._in_parts(self._pixels, self._by_class(self._look_up, codes, numbers, vectors), nothing)
 
-    def save_pretrained(self, path: str | os.PathLike[str], layout: str | None = None) -> None:
+    def save_pretrained(
+        self,
+        path: str | os.PathLike[str],
+        layout: str | None = None,
+        *,
+        condition: int | np.integer | str | None = None,
+    ) -> None:
         """Saves the tokenizer.
 
         Args:
@@ -152,16 +229,21 @@ class Tokenizer:
             tensors, a .pt or .pth file `{"model": tensors, "args": {"codebook_l2_norm": ...}}`, as LlamaGen's programs
             expect: `vq_model.load_state_dict(torch.load(path)["model"])`. That VQModel must have the same sizes and the
             same `codebook_l2_norm`, whose default there is True.
+          condition: with `classes`, the one whose table the layout "llamagen" holds: a label or "null". The other
+            forms hold the bridge, and so the tables of all classes.
 
         Raises:
           InputError: the layout cannot hold this tokenizer, or it cannot be written to `path`.
         """
+        if condition is not None and not (self.classes and layout == "llamagen"):
+            raise InputError('condition is for the layout "llamagen" of a tokenizer with classes: leave it out')
         if layout is None:
             if Path(path).suffix in ENDINGS or Path(path).is_file():
                 raise InputError(f"without a layout a folder is written, and {path} is a file: {_layouts()}")
             save_folder(path, self._saved)
         elif layout == "llamagen":
-            write_checkpoint(path, self.net, self.params)
+            table = {"quantizer": {"codebook": self.table(condition)}} if self.classes else {}
+            write_checkpoint(path, self.net, {**self.params, **table})
         elif layout == "fvq":
             write_checkpoint(path, self.trained_net, self.trained_params)
         else:
@@ -174,8 +256,32 @@ class Tokenizer:
             f"down-sampling {self.downsampling})"
         )
 
-    def _in_parts(self, program: Callable[[Any, Any], Any], rows: np.ndarray, nothing: np.ndarray) -> np.ndarray:
-        """Runs `program` on a batch of any size, in parts; an empty batch gives `nothing`."""
+    def _numbers(self, labels: ArrayLike | str | None, rows: int) -> Int[np.ndarray, "b"] | None:
+        """The class of every row; None for a tokenizer without classes. InputError for labels that do not fit it."""
+        if self._tables is not None:
+            return self._tables.numbers(labels, rows)
+        if labels is not None:
+            raise InputError("this tokenizer has a single table and no classes: leave labels out")
+        return None
+
+    def _by_class(
+        self, program: Callable[[Any, Any], Any], rows: np.ndarray, numbers: np.ndarray, nothing: np.ndarray
+    ) -> np.ndarray:
+        """Runs `program` with the table of each class that occurs on the rows that belong to it."""
+        assert self._tables is not None
+        results = np.empty((len(rows), *nothing.shape[1:]), nothing.dtype)
+        for chosen, table in self._tables.by_class(numbers):
+            results[chosen] = self._in_parts(program, rows[chosen], nothing, {"codebook": table})
+        return results
+
+    def _in_parts(
+        self, program: Callable[[Any, Any], Any], rows: np.ndarray, nothing: np.ndarray, params: Any = None
+    ) -> np.ndarray:
+        """Runs `program` on a batch of any size, in parts; an empty batch gives `nothing`.
+
+        `params` are its parameters, on the devices; None takes those of the networks.
+        """
+        params = self._on_devices if params is None else params
         results = [nothing]
         for start in range(0, len(rows), MAX_PER_DEVICE * self._devices):
             part = rows[start : start + MAX_PER_DEVICE * self._devices]
@@ -183,19 +289,30 @@ class Tokenizer:
             size = self._devices * 2 ** (per_device - 1).bit_length()
             padded = np.zeros((size, *part.shape[1:]), part.dtype)
             padded[: len(part)] = part
-            result = program(self._on_devices, jax.device_put(padded, self._by_rows))
+            result = program(params, jax.device_put(padded, self._by_rows))
             results.append(np.asarray(result)[: len(part)])
         return np.concatenate(results)
 
 
-def _encode(net: TokenizerNet, params: dict[str, Any], images: Array) -> Any:
+# Programs on a batch. `params` are those of the network, or of its quantizer in `_search` and `_look_up`.
+
+
+def _encode(net: TokenizerNet, params: dict[str, Any], images: Array, method: str = "encode") -> Any:
     images = to_float(images) if images.dtype == jnp.uint8 else images
-    return net.apply({"params": params}, images, method="encode")
+    return net.apply({"params": params}, images, method=method)
 
 
-def _decode(net: TokenizerNet, params: dict[str, Any], codes: Array) -> Array:
-    images: Any = net.apply({"params": params}, codes, method="decode")
+def _decode(net: TokenizerNet, params: dict[str, Any], codes: Array, method: str = "decode") -> Array:
+    images: Any = net.apply({"params": params}, codes, method=method)
     return jnp.clip(images, -1, 1)
+
+
+def _search(net: TokenizerNet, params: dict[str, Any], latents: Array) -> Any:
+    return net.quantizer.apply({"params": params}, latents, method="encode")
+
+
+def _look_up(net: TokenizerNet, params: dict[str, Any], codes: Array) -> Any:
+    return net.quantizer.apply({"params": params}, codes, method="decode")
 
 
 def _folded_codebook(net: TokenizerNet, params: dict[str, Any]) -> np.ndarray:

@@ -66,13 +66,12 @@ def _infer_bridge(evidence: "Evidence") -> BridgeSpec:
     patch, across = (evidence.size(f"{compress}.weight {axis}") for axis in (2, 3))
     if patch != across:
         raise ValueError(f"its patches of {patch} x {across} codes are not square")
-    kind = "vit"
+    kind, classes = "vit", 0
     if evidence.any(f"{_BRIDGE}y_embedder."):
-        kind = "dit"
-        classes = evidence.size(f"{_BRIDGE}y_embedder.embedding_table.weight 0")
-        if classes != 1:
-            raise ValueError(f"it is conditional on {classes} classes")
-    return BridgeSpec(kind, width, patch, evidence.count(rf"{re.escape(_BRIDGE)}blocks\.(\d+)\."))
+        # One row without classes; otherwise a row per class and a last one for no class, which all published bridges
+        # with classes have, since all of them drop classes in training.
+        kind, classes = "dit", evidence.size(f"{_BRIDGE}y_embedder.embedding_table.weight 0") - 1
+    return BridgeSpec(kind, width, patch, evidence.count(rf"{re.escape(_BRIDGE)}blocks\.(\d+)\."), classes)
 
 
 class Evidence:

@@ -69,9 +69,9 @@ class TokenizerNet(nn.Module):
         """Quantized vectors to images, not clipped."""
         return self.decoder(self.post_quant_conv(vectors))
 
-    def table(self) -> Float[Array, "k d"] | None:
-        """The table of vectors that the quantizer searches; None if it has no table."""
-        return self.quantizer.table()
+    def table(self, condition: Int[Array, ""] | int | None = None) -> Float[Array, "k d"] | None:
+        """The table of vectors that the quantizer searches (see `Quantizer.table`); None if it has no table."""
+        return self.quantizer.table(condition)
 
     def __call__(
         self, images: Float[Array, "b H W 3"], *, train: bool = False, key: Shaped[Array, ""] | None = None
@@ -85,7 +85,8 @@ def fold(net: TokenizerNet, variables: dict[str, Any]) -> tuple[TokenizerNet, di
     """The same tokenizer for use after training: the table that its quantizer searches replaces codebook and bridge.
 
     Codes and reconstructions are unchanged; inference, evaluation and export use the result. `variables` are the
-    parameters and the state, if any. A quantizer that is not foldable keeps its parameters and state.
+    parameters and the state, if any. A quantizer that is not foldable keeps its parameters and state. With a quantizer
+    that has a table per class the result is the tokenizer of no class.
     """
     plain = net.clone(quantizer=net.quantizer.folded())
     if not net.quantizer.foldable:

@@ -116,6 +116,10 @@ REFUSED = [
     ({"tokenizer.ch_mult": (1, True)}, ["tokenizer.ch_mult", "positive whole numbers", "True"]),
     # codebook, bridge and mesh
     ({"tokenizer.quantizer.bridge": "M/4"}, ["tokenizer.quantizer: unknown bridge 'M/4'", "XS, S, B, L, XL", "L/4"]),
+    (
+        {"tokenizer.quantizer.bridge": "dit-XS/2-c4"},
+        ["tokenizer.quantizer: bridge dit-XS/2-c4 has a table for each of 4 classes", "can be used but not trained"],
+    ),
     ({"tokenizer.quantizer.bridge": ""}, ["tokenizer.quantizer: unknown bridge ''", "none, linear, mlp5"]),
     (
         {"tokenizer.quantizer.codebook_size": 60},

@@ -78,7 +78,7 @@ class EmaQuantizer(Quantizer):
         rows = table[flat] if self.mesh is None else sharded_lookup(flat, table, self.mesh)
         return rows.reshape(*codes.shape, self.code_dim)
 
-    def table(self):
+    def table(self, condition=None):
         return self.codebook.value
 
     def counts(self, codes):

@@ -137,9 +137,12 @@ class BridgeBlock(nn.Module):
 
 
 class PatchBridge(nn.Module):
-    """Patches of the square raster of codes to tokens, blocks, and back; `kind` is vit or dit."""
+    """Patches of the square raster of codes to tokens, blocks, and back; `kind` is vit or dit.
 
-    def __init__(self, kind, codes, dim, width, patch):
+    A dit with `classes` has a vector for each of them and one for no class.
+    """
+
+    def __init__(self, kind, codes, dim, width, patch, classes=0):
         super().__init__()
         self.side, self.patch = round(codes**0.5), patch
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(dim, width, patch, stride=patch)})
@@ -147,16 +150,16 @@ class PatchBridge(nn.Module):
         self.final_layer = nn.ModuleDict({"linear": nn.Linear(width, patch * patch * dim)})
         if kind == "dit":
             self.pos_embed = nn.Parameter(torch.zeros(1, codes // patch**2, width), requires_grad=False)
-            self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(1, width)})
+            self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(classes + 1, width)})
             self.final_layer["adaLN_modulation"] = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, codebook):
+    def forward(self, codebook, label=0):
         raster = codebook.T.reshape(1, -1, self.side, self.side)
         x = self.x_embedder["proj"](raster)[0].flatten(1).T
         condition, shift, scale = None, 0, 0
         if hasattr(self, "y_embedder"):
             x = x + self.pos_embed[0]
-            condition = self.y_embedder["embedding_table"].weight
+            condition = self.y_embedder["embedding_table"](torch.tensor([label]))
             shift, scale = self.final_layer["adaLN_modulation"](condition).chunk(2, dim=-1)
         for block in self.blocks:
             x = block(x, condition)
@@ -165,27 +168,27 @@ class PatchBridge(nn.Module):
         return x.reshape(rows, rows, self.patch, self.patch, -1).transpose(1, 2).reshape(codebook.shape)
 
 
-def make_bridge(name, codes, dim):
+def make_bridge(name, codes, dim, classes=0):
     """None for `none`; `linear`; or `vit:QBridge-SIZE/P`, `dit:QBridge-SIZE/P`."""
     if name in ("none", "linear"):
         return LinearBridge(dim) if name == "linear" else None
     kind, _, size = name.partition(":QBridge-")
     size, patch = size.split("/")
-    return PatchBridge(kind, codes, dim, BRIDGE_WIDTH[size], int(patch))
+    return PatchBridge(kind, codes, dim, BRIDGE_WIDTH[size], int(patch), classes)
 
 
 class Quantizer(nn.Module):
-    def __init__(self, codes, dim, bridge, l2_norm):
+    def __init__(self, codes, dim, bridge, l2_norm, classes=0):
         super().__init__()
         self.l2_norm = l2_norm
         self.embedding = nn.Embedding(codes, dim)
         self.register_buffer("codebook_used", torch.zeros(65536))
-        if (bridge := make_bridge(bridge, codes, dim)) is not None:
+        if (bridge := make_bridge(bridge, codes, dim, classes)) is not None:
             self.qbridge = bridge
 
-    def table(self):
-        """The codes that are searched, [k, d]."""
-        table = self.qbridge(self.embedding.weight) if hasattr(self, "qbridge") else self.embedding.weight
+    def table(self, *label):
+        """The codes that are searched, [k, d]; for a bridge with classes, those of a label."""
+        table = self.qbridge(self.embedding.weight, *label) if hasattr(self, "qbridge") else self.embedding.weight
         return F.normalize(table, dim=-1) if self.l2_norm else table
 
 
@@ -212,12 +215,13 @@ class Tokenizer(nn.Module):
         blocks, z, dim = config["num_res_blocks"], config["z_channels"], config["codebook_dim"]
         self.encoder = ConvNet(3, z, widths, blocks, config["ch"])
         self.decoder = ConvNet(z, 3, widths, blocks + 1)
-        self.quantize = Quantizer(config["codebook_size"], dim, config["bridge"], config.get("l2_norm", False))
+        options = config["bridge"], config.get("l2_norm", False), config.get("classes", 0)
+        self.quantize = Quantizer(config["codebook_size"], dim, *options)
         self.quant_conv, self.post_quant_conv = nn.Conv2d(z, dim, 1), nn.Conv2d(dim, z, 1)
 
-    def forward(self, images, temperature=None):
-        """Encodes, quantizes and decodes images [b, 3, H, W] in [-1, 1]."""
-        latent, table = self.quant_conv(self.encoder(images)), self.quantize.table()
+    def forward(self, images, temperature=None, label=()):
+        """Encodes, quantizes and decodes images [b, 3, H, W] in [-1, 1]; `label` is empty or (the class of all,)."""
+        latent, table = self.quant_conv(self.encoder(images)), self.quantize.table(*label)
         z = latent.permute(0, 2, 3, 1)
         z = F.normalize(z, dim=-1) if self.quantize.l2_norm else z
         flat = z.flatten(0, 2)

@@ -65,6 +65,11 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     @property
+    def classes(self) -> int:
+        """How many classes of pictures have a `table` of their own; 0 if there is a single table."""
+        return 0
+
+    @property
     def description(self) -> str:
         """What distinguishes it, apart from number and dimension of codes, in a few words for people."""
         raise NotImplementedError
@@ -102,8 +107,13 @@ class Quantizer(nn.Module):
         """The vectors that codes stand for; `upto` limits a quantizer with levels or scales to the first ones."""
         raise NotImplementedError
 
-    def table(self) -> Float[Array, "k d"] | None:
-        """The vectors that are searched, one per code; None if there is no such table."""
+    def table(self, condition: Int[Array, ""] | int | None = None) -> Float[Array, "k d"] | None:
+        """The vectors that are searched, one per code; None if there is no such table.
+
+        Args:
+          condition: with `classes`, the class whose table it is, in [0, classes); None or `classes` means no class.
+            The other methods use the table of no class. ValueError if there are no classes and one is given.
+        """
         raise NotImplementedError
 
     def counts(self, codes: Int[Array, "b ..."]) -> Int[Array, "levels k"]:
@@ -124,7 +134,10 @@ class Quantizer(nn.Module):
 
     @property
     def foldable(self) -> bool:
-        """Whether `folded` is simpler than this one, that is, the table that its parameters make can replace them."""
+        """Whether `folded` is simpler than this one, that is, the table that its parameters make can replace them.
+
+        With `classes`, the table of a class replaces them for that class only.
+        """
         raise NotImplementedError
 
     def folded(self) -> "Quantizer":

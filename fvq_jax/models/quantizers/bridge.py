@@ -9,6 +9,8 @@ Through a bridge, the gradient of one selected code moves all codes, so no code 
               codes. SIZE is XS, S, B, L or XL; SIZE/P-dN sets the number of blocks (default 2).
   dit-SIZE/P  the same with DiT blocks (arXiv 2212.09748): the position embedding is fixed, and every layer norm is
               shifted, scaled and gated by one learned vector, which replaces DiT's class embedding.
+  dit-SIZE/P-cN  with such a vector for each of N classes and one more for "no class": a table per class. The bridge
+              makes one of them at a time; it can be used, and not be trained.
 
 Arrays are [k, d] on both sides, parameters and results float32.
 """
@@ -35,12 +37,16 @@ XAVIER = nn.initializers.xavier_uniform()
 
 @dataclasses.dataclass(frozen=True)
 class BridgeSpec:
-    """The parts of a bridge name; `width`, `patch` and `depth` are 0 for bridges without groups."""
+    """The parts of a bridge name; `width`, `patch` and `depth` are 0 for bridges without groups.
+
+    `classes` is how many classes the table depends on; 0 if there is a single table.
+    """
 
     kind: str  # none | linear | mlp5 | vit | dit
     width: int = 0
     patch: int = 0
     depth: int = 0
+    classes: int = 0
 
     @property
     def group_size(self) -> int:
@@ -52,14 +58,15 @@ def parse_bridge(name: str) -> BridgeSpec:
     """Reads a bridge name; ValueError with the possible names if it is none of them."""
     if name in ("none", "linear", "mlp5"):
         return BridgeSpec(name)
-    match = re.fullmatch(r"(dit-)?(XS|S|B|L|XL)/([1-9]\d*)(?:-d([1-9]\d*))?", name)
-    if not match:
+    match = re.fullmatch(r"(dit-)?(XS|S|B|L|XL)/([1-9]\d*)(?:-d([1-9]\d*))?(?:-c([1-9]\d*))?", name)
+    if not match or (match[5] and not match[1]):
         raise ValueError(
             f"unknown bridge {name!r}: use none, linear, mlp5 or SIZE/P[-dN] with SIZE one of {', '.join(HEAD_WIDTH)}, "
-            "for instance L/4 or B/8-d4; dit-SIZE/P[-dN] has DiT blocks"
+            "for instance L/4 or B/8-d4; dit-SIZE/P[-dN] has DiT blocks, and with -cN a table for each of N classes"
         )
-    dit, size, patch, depth = match.groups()
-    return BridgeSpec("dit" if dit else "vit", HEADS * HEAD_WIDTH[size], int(patch), int(depth or 2))
+    dit, size, patch, depth, classes = match.groups()
+    kind = "dit" if dit else "vit"
+    return BridgeSpec(kind, HEADS * HEAD_WIDTH[size], int(patch), int(depth or 2), int(classes or 0))
 
 
 def bridge_name(spec: BridgeSpec) -> str:
@@ -70,7 +77,8 @@ def bridge_name(spec: BridgeSpec) -> str:
     if spec.width not in sizes:
         raise ValueError(f"no bridge is {spec.width} wide: the sizes are {', '.join(map(str, sizes))}")
     depth = "" if spec.depth == 2 else f"-d{spec.depth}"
-    return f"{'dit-' if spec.kind == 'dit' else ''}{sizes[spec.width]}/{spec.patch}{depth}"
+    classes = f"-c{spec.classes}" if spec.classes else ""
+    return f"{'dit-' if spec.kind == 'dit' else ''}{sizes[spec.width]}/{spec.patch}{depth}{classes}"
 
 
 def rows_of_groups(codebook_size: int, group_size: int, groups: str) -> int:
@@ -189,7 +197,7 @@ class VQBridge(nn.Module):
     """Compresses, processes and recovers the codes. Its last layer starts at 0: all codes tie, and code 0 is chosen.
 
     Attributes:
-      spec: kind (vit or dit), width, patch and depth.
+      spec: kind (vit or dit), width, patch, depth and classes.
       groups: "2d" (published: patches of the sqrt(k) x sqrt(k) raster) or "1d" (runs of consecutive codes).
       dtype: compute dtype of the blocks. The recovered codes are float32 at full precision: rounded to bfloat16, some
         would be equal, and the search chooses only the first of equal codes.
@@ -200,21 +208,29 @@ class VQBridge(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, codebook: Float[Array, "k d"]) -> Float[Array, "k d"]:
-        """The bridged codebook."""
+    def __call__(
+        self, codebook: Float[Array, "k d"], condition: Int[Array, ""] | int | None = None
+    ) -> Float[Array, "k d"]:
+        """The bridged codebook; `condition` is a class in [0, classes), and None or `classes` means no class."""
         grouped = group_codes(codebook, self.spec.group_size, self.groups)
         tokens = _dense(self.spec.width, self.dtype, "compress")(grouped)
-        condition = None
+        vector = None
         if self.spec.kind == "dit":
             tokens = tokens + self._positions(*tokens.shape).astype(self.dtype)
-            condition = self.param("class_embedding", nn.initializers.normal(0.02), (1, self.spec.width))
+            vector = self._class_vector(condition)
         for i in range(self.spec.depth):
-            tokens = BridgeBlock(self.dtype, name=f"block{i}")(tokens, condition)
+            tokens = BridgeBlock(self.dtype, name=f"block{i}")(tokens, vector)
         tokens = _layer_norm(tokens, jnp.float32, "norm_out")
-        if condition is not None:
-            tokens = _modulate(tokens, *_modulation(condition, 2, "modulation_out"))
+        if vector is not None:
+            tokens = _modulate(tokens, *_modulation(vector, 2, "modulation_out"))
         recover = _dense(grouped.shape[-1], jnp.float32, "recover", nn.initializers.zeros)
         return ungroup_codes(recover(tokens), self.spec.group_size, self.groups)
+
+    def _class_vector(self, condition):
+        """The row [1, c] of a class; the last one is for no class, and the only one without classes."""
+        classes = self.spec.classes
+        rows = self.param("class_embedding", nn.initializers.normal(0.02), (classes + 1, self.spec.width))
+        return jax.lax.dynamic_slice_in_dim(rows, classes if condition is None else condition, 1) if classes else rows
 
     def _positions(self, g, width):
         """The position embedding: a parameter, so that a checkpoint's own one is used and kept, but never trained."""

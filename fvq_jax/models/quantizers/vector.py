@@ -81,6 +81,11 @@ class VectorQuantizer(Quantizer):
         return self.code_dim
 
     @property
+    def classes(self) -> int:
+        """The classes of the bridge."""
+        return parse_bridge(self.bridge).classes
+
+    @property
     def description(self) -> str:
         """The bridge, and whether codes have unit length."""
         return f"bridge {self.bridge}{', unit-length codes' if self.l2_normalize else ''}"
@@ -149,9 +154,12 @@ class VectorQuantizer(Quantizer):
             raise ValueError("a vector quantizer has a single level: leave upto out")
         return self._rows(self.table(), codes)
 
-    def table(self) -> Float[Array, "k d"]:
-        """The bridged codebook; of unit-length rows if `l2_normalize`."""
-        table = self.codebook if self.bridge_net is None else self.bridge_net(self.codebook)
+    def table(self, condition: Int[Array, ""] | int | None = None) -> Float[Array, "k d"]:
+        """The bridged codebook, if the bridge has classes that of one; of unit-length rows if `l2_normalize`."""
+        if condition is not None and not self.classes:
+            raise ValueError(f"the bridge {self.bridge} has no classes: leave condition out")
+        given = () if condition is None else (condition,)
+        table = self.codebook if self.bridge_net is None else self.bridge_net(self.codebook, *given)
         return l2_normalize(table) if self.l2_normalize else table
 
     def counts(self, codes: Int[Array, "b h w"]) -> Int[Array, "1 k"]:

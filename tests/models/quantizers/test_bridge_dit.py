@@ -21,10 +21,22 @@ def fresh(name, groups="2d", dtype=jnp.float32):
 def test_names():
     assert parse_bridge("dit-S/4") == BridgeSpec("dit", 64, 4, 2)
     assert parse_bridge("dit-XL/8-d3") == BridgeSpec("dit", 512, 8, 3)
-    for name in ("dit-XS/2", "dit-L/16-d5", "B/4", "S/2-d1", "linear", "mlp5", "none"):
+    assert parse_bridge("dit-L/4-c1000") == BridgeSpec("dit", 256, 4, 2, classes=1000)
+    for name in (
+        "dit-XS/2",
+        "dit-L/16-d5",
+        "dit-L/4-c1000",
+        "dit-B/2-d4-c7",
+        "B/4",
+        "S/2-d1",
+        "linear",
+        "mlp5",
+        "none",
+    ):
         assert bridge_name(parse_bridge(name)) == name
-    with pytest.raises(ValueError, match=r"unknown bridge 'dit-M/4'.*dit-SIZE/P\[-dN\]"):
-        parse_bridge("dit-M/4")
+    for name in ("dit-M/4", "L/4-c10", "dit-L/4-c0", "dit-L/4-c10-d2"):
+        with pytest.raises(ValueError, match=rf"unknown bridge '{name}'.*dit-SIZE/P\[-dN\].*-cN a table for each"):
+            parse_bridge(name)
     with pytest.raises(ValueError, match="no bridge is 48 wide: the sizes are 32, 64, 128, 256, 512"):
         bridge_name(BridgeSpec("vit", 48, 4, 2))
 
@@ -100,3 +112,20 @@ def test_under_bfloat16_codes_and_parameters_stay_float32():
     assert table.dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
     assert 1e-5 < relative_error(table, exact) < 0.05
+
+
+def test_every_class_has_a_table_and_the_last_one_is_that_of_no_class():
+    bridge, params = fresh("dit-XS/2-c3")
+    assert params["class_embedding"].shape == (4, 32)
+    params = spread_codes({"bridge": params})["bridge"]
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), params)
+    table = jax.jit(lambda params, *condition: bridge.apply({"params": params}, random_codebook(), *condition))
+    tables = [table(params, number) for number in range(4)]
+    assert min(relative_error(tables[i], tables[j]) for i in range(4) for j in range(i)) > 1e-3
+    np.testing.assert_array_equal(table(params), tables[3])
+    # Each is that of a bridge without classes that has this row alone.
+    plain = make_bridge("dit-XS/2", "2d", jnp.float32)
+    for number, expected in enumerate(tables):
+        row = {**params, "class_embedding": params["class_embedding"][number : number + 1]}
+        assert relative_error(jax.jit(plain.apply)({"params": row}, random_codebook()), expected) < 1e-6

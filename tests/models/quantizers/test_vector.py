@@ -212,3 +212,11 @@ def test_flops_that_are_not_counted(implementation, platform):
     kernel = implementation == "auto" and platform == "tpu"
     assert flops == pytest.approx(2 * 100 * 4096 * D * (1 if kernel else 6 / 8))
     assert passes == (1 if platform == "cpu" else 3)
+
+
+def test_a_condition_needs_a_bridge_with_classes():
+    assert (make().classes, make(bridge="none").classes, make(bridge="dit-XS/2-c4").classes) == (0, 0, 4)
+    assert make(bridge="dit-XS/2-c4").folded().classes == 0
+    _, params = latents_and_params()
+    with pytest.raises(ValueError, match="the bridge XS/2-d1 has no classes: leave condition out"):
+        make().apply({"params": params}, 1, method="table")
