@@ -110,10 +110,11 @@ def _forward(hidden, output, codes, mesh, dtype, blocks):
                 numbers = first + at.numbers
 
                 def block_of_tokens(at, fresh, seen):
-                    logits = multiply_parts(at.of(states), weights)
-                    logits = jnp.where(fresh_codes[None], logits, -jnp.inf)
+                    logits = multiply_parts(weights, at.of(states))
+                    logits = jnp.where(fresh_codes[:, None], logits, -jnp.inf)
+                    own = (numbers[:, None] == at.of(codes)[None]) & fresh_codes[:, None]
                     before = jax.tree.map(at.of, seen)
-                    after = _seen(before, logits, numbers, (at.of(codes)[:, None] == numbers[None]) & fresh_codes[None])
+                    after = _seen(before, logits, numbers, own)
                     after = jax.tree.map(lambda new, old: jnp.where(fresh, new, old), after, before)
                     return jax.tree.map(at.put, seen, after)
 
@@ -154,18 +155,16 @@ def _backward(mesh, dtype, blocks, residuals, cotangents):
                 def block_of_tokens(at, fresh, gradients):
                     to_states, to_weights = gradients
                     x = at.of(states)
-                    likely = jnp.exp(multiply_parts(x, weights) - at.of(log_sum)[:, None])
-                    chosen = at.of(codes)[:, None] == numbers[None]
-                    to_logits = (likely - chosen) * at.of(slope)[:, None]
-                    to_logits = jnp.where(fresh[:, None] & fresh_codes[None], to_logits, 0).astype(dtype)
-                    to_states = at.put(to_states, at.of(to_states) + multiply_parts(to_logits, weights.T))
-                    return to_states, to_weights + multiply_parts(to_logits.T, x.T)
+                    likely = jnp.exp(multiply_parts(weights, x) - at.of(log_sum)[None])
+                    own = numbers[:, None] == at.of(codes)[None]
+                    to_logits = (likely - own) * at.of(slope)[None]
+                    to_logits = jnp.where(fresh_codes[:, None] & fresh[None], to_logits, 0).astype(dtype)
+                    to_states = at.put(to_states, at.of(to_states) + multiply_parts(to_logits.T, weights.T))
+                    return to_states, to_weights + multiply_parts(to_logits, x.T)
 
                 zero = jnp.zeros(weights.shape, jnp.float32)
                 to_states, to_weights = _each_block(len(states), blocks[0], block_of_tokens, (to_states, zero))
-                if mesh is not None:
-                    to_weights = jax.lax.psum_scatter(to_weights, "data", scatter_dimension=1, tiled=True)
-                return to_states, rows_at.put(to_rows, rows_at.of(to_rows) + to_weights)
+                return to_states, rows_at.put(to_rows, rows_at.of(to_rows) + _own_columns(to_weights, mesh))
 
             return _each_block(len(rows), blocks[1], block_of_codes, gradients)
 
@@ -186,19 +185,19 @@ _token_nll.defvjp(_forward, _backward)
 
 def _seen(before, logits, numbers, own):
     """What is known after these codes: the largest logit and its code, the sum of exp(logit - top), the own logit."""
-    top = logits.max(axis=1)
+    top = logits.max(axis=0)
     # In floating point, since a CPU has a fast program for its minima only; the count of a block is exact in it.
     count = jnp.arange(len(numbers), dtype=jnp.float32)
-    place = jnp.where(logits == top[:, None], count[None], len(numbers) - 1).min(axis=1)
+    place = jnp.where(logits == top[None], count[:, None], len(numbers) - 1).min(axis=0)
     best = numbers[place.astype(jnp.int32)]
     # Around the ring, the rows of lower numbers may come later.
     better = (top > before["top"]) | ((top == before["top"]) & (best < before["best"]))
     highest = jnp.maximum(top, before["top"])
     return {
         "top": highest,
-        "total": before["total"] * jnp.exp(before["top"] - highest) + jnp.exp(logits - highest[:, None]).sum(axis=1),
+        "total": before["total"] * jnp.exp(before["top"] - highest) + jnp.exp(logits - highest[None]).sum(axis=0),
         "best": jnp.where(better, best, before["best"]),
-        "own": jnp.where(own.any(axis=1), jnp.sum(jnp.where(own, logits, 0), axis=1), before["own"]),
+        "own": jnp.where(own.any(axis=0), jnp.sum(jnp.where(own, logits, 0), axis=0), before["own"]),
     }
 
 
@@ -219,8 +218,8 @@ class _Block:
 def _each_block(length: int, size: int, body: Callable[..., Any], carry: Any) -> Any:
     """Calls carry = body(block, fresh, carry) for all blocks of an axis of that length.
 
-    Nothing is padded: the last block ends where the axis ends, and may begin with entries that were seen before. `fresh`
-    says of every entry whether it was not.
+    Nothing is padded: the last block ends where the axis ends, and may begin with entries that were seen before;
+    `fresh` says of every entry whether it is new.
     """
     size = min(size, length)
 
@@ -232,8 +231,11 @@ def _each_block(length: int, size: int, body: Callable[..., Any], carry: Any) ->
     return jax.lax.fori_loop(0, -(-length // size), step, carry)
 
 
-def _around(mesh, look, tokens, carry, travels: Any = True):
-    """carry = look(tokens, carry) at every device of the ring along `codebook`; the parts of carry that travel do so."""
+def _around(mesh: Mesh | None, look: Callable[..., Any], tokens: Any, carry: Any, travels: Any = True) -> Any:
+    """carry = look(tokens, carry) at every device of the ring along `codebook`.
+
+    `travels` says which parts of carry go around with the tokens; the others stay on their device.
+    """
     devices = 1 if mesh is None else mesh.shape["codebook"]
     if devices == 1:
         return look(tokens, carry)
@@ -252,9 +254,19 @@ def _around(mesh, look, tokens, carry, travels: Any = True):
     return jax.lax.fori_loop(0, devices, stop, (tokens, carry))[1]
 
 
+# A collective along the columns themselves would make XLA keep a transposed copy of all rows.
 def _whole_rows(rows, block, dtype, mesh):
     part = block.of(rows).astype(dtype)
-    return part if mesh is None else jax.lax.all_gather(part, "data", axis=1, tiled=True)
+    if mesh is None or mesh.shape["data"] == 1:
+        return part
+    return jnp.moveaxis(jax.lax.all_gather(part, "data"), 0, 1).reshape(len(part), -1)
+
+
+def _own_columns(rows, mesh):
+    if mesh is None or mesh.shape["data"] == 1:
+        return rows
+    parts = jnp.moveaxis(rows.reshape(len(rows), mesh.shape["data"], -1), 1, 0)
+    return jax.lax.psum_scatter(parts, "data")
 
 
 def _first_row(rows, mesh):
