@@ -70,7 +70,7 @@ def rotations(grid: tuple[int, int], head_width: int, base: float = 10000.0) -> 
 def rotate(x: Float[Array, "b t h c"], cos: Float[Array, "t p"], sin: Float[Array, "t p"]) -> Float[Array, "b t h c"]:
     """Rotates the pairs of channels (0, 1), (2, 3), ... by the angles of their positions; computed in float32."""
     even, odd = jnp.moveaxis(x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2), -1, 0)
-    cos, sin = cos[:, None], sin[:, None]
+    cos, sin = cos[None, :, None], sin[None, :, None]
     rotated = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
     return rotated.reshape(x.shape).astype(x.dtype)
 
@@ -78,7 +78,8 @@ def rotate(x: Float[Array, "b t h c"], cos: Float[Array, "t p"], sin: Float[Arra
 def rms_norm(x: Float[Array, "*b d"], weight: Float[Array, "d"], eps: float) -> Float[Array, "*b d"]:
     """Root-mean-square normalisation; computed and returned in float32."""
     x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * weight.astype(jnp.float32)
+    weight = weight.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * weight
 
 
 def matmul(x: Float[Array, "*b c"], kernel: Float[Array, "c f"]) -> Float[Array, "*b f"]:
@@ -292,7 +293,7 @@ def causal_attention(q: Float[Array, "b t h c"], k: Float[Array, "b t h c"], v: 
     precision = matmul_precision(q.dtype)
     scores = jnp.einsum("bqhc,bkhc->bhqk", q, k, precision=precision, preferred_element_type=jnp.float32)
     seen = jnp.tril(jnp.ones(scores.shape[-2:], bool))
-    scores = jnp.where(seen, scores * q.shape[-1] ** -0.5, -jnp.inf)
+    scores = jnp.where(seen[None, None], scores * q.shape[-1] ** -0.5, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bhqk,bkhc->bqhc", weights, v, precision=precision)
 
