@@ -14,7 +14,7 @@ VOCAB, CLASSES, GRID = 64, 4, (4, 4)
 
 
 def chain_codes(images: int, seed: int = 0, crops: int = 10) -> tuple[np.ndarray, np.ndarray]:
-    """(codes [images, crops, 16], labels [images]): a code is followed by one of two others, which the class decides."""
+    """(codes [images, crops, 16], labels [images]): the class and a code decide two that may follow it."""
     rng = np.random.default_rng(seed)
     labels = np.arange(images) % CLASSES
     following = np.random.default_rng(99).integers(0, VOCAB, (CLASSES, VOCAB, 2))
