@@ -41,8 +41,13 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "step": Metric("Step", ",.0f"),
     "rfid": Metric("rFID", ".2f", larger_is_better=False),
+    "fid": Metric("FID", ".2f", larger_is_better=False),
+    "sfid": Metric("sFID", ".2f", larger_is_better=False),
     "inception_score": Metric("Inception Score", ".1f", larger_is_better=True),
     "inception_score_std": Metric("Deviation of the Inception Score", ".1f"),
+    "precision": Metric("Precision", ".3f", larger_is_better=True),
+    "recall": Metric("Recall", ".3f", larger_is_better=True),
+    "class_accuracy": Metric("Class accuracy", ".1%", larger_is_better=True),
     "psnr": Metric("PSNR", ".2f", "dB", larger_is_better=True),
     "ssim": Metric("SSIM", ".3f", larger_is_better=True),
     "lpips_vgg": Metric("LPIPS", ".3f", larger_is_better=False, network="VGG16"),

@@ -45,7 +45,9 @@ def test_no_two_figures_have_the_same_heading():
 @pytest.mark.parametrize(
     ("names", "larger"),
     [
-        (("psnr", "ssim", "inception_score", "usage", "perplexity", "images_per_second"), True),
+        (("psnr", "ssim", "inception_score", "precision", "recall", "class_accuracy", "usage", "perplexity"), True),
+        (("images_per_second",), True),
+        (("fid", "sfid"), False),
         (("rfid", "lpips_vgg", "lpips_alex", "l1", "mse", "dead_codes", "peak_memory_bytes"), False),
         (("step", "parameters", "bits_per_pixel"), None),
     ],
