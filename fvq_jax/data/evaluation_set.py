@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import grain
 
@@ -11,6 +11,7 @@ from fvq_jax.data.codes import CodeInfo, CodeRecord, CodeSource
 R = TypeVar("R", covariant=True)
 
 
+@runtime_checkable
 class Records(Protocol[R]):
     """Any source of records by index: of pictures (`record.Source`) or of codes (`codes.CodeSource`)."""
 
