@@ -1,10 +1,14 @@
-"""The statistics of the real pictures, kept in a folder: only the first evaluation on a data set collects them."""
+"""The statistics of the real pictures, kept in a folder: only the first evaluation on a data set collects them.
+
+Statistics that others have collected come in the .npz files of ADM (guided-diffusion), see `read_statistics`.
+"""
 
 import dataclasses
 import hashlib
 import json
 import os
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +18,8 @@ from absl import logging
 from fvq_jax.data.crops import RandomCrops
 from fvq_jax.data.folder import FolderSource
 from fvq_jax.data.record import Source
+from fvq_jax.models.frozen.inception import FEATURES, SPATIAL_FEATURES
+from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.files import replace_whole
 
 Moments = tuple[np.ndarray, np.ndarray]
@@ -66,6 +72,42 @@ class Reference:
             logging.warning(
                 "cannot write %s: %s; its statistics are collected again next time", self.path, error.strerror or error
             )
+
+
+def read_statistics(path: str | os.PathLike[str]) -> tuple[Moments, Moments | None] | None:
+    """Mean and covariance of the features of FID, and of sFID if they are there, from a reference file of ADM.
+
+    `mu` [2048] and `sigma` [2048, 2048], `mu_s` [2023] and `sigma_s` [2023, 2023]. None if the file has no `mu`: then
+    it holds pictures only (`arr_0`), from which its statistics are computed. The pictures themselves are not read.
+
+    Raises:
+      InputError: the file cannot be read, or its statistics have other shapes.
+    """
+    try:
+        with open(path, "rb") as file, np.load(file) as arrays:
+            if "mu" not in arrays:
+                return None
+            pooled = _moments(arrays, "mu", "sigma", FEATURES[-1], path)
+            spatial = _moments(arrays, "mu_s", "sigma_s", SPATIAL_FEATURES, path) if "mu_s" in arrays else None
+            return pooled, spatial
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _moments(
+    arrays: Mapping[str, np.ndarray], mean: str, covariance: str, size: int, path: str | os.PathLike[str]
+) -> Moments:
+    if covariance not in arrays:
+        raise InputError(f"{path} has {mean} but no {covariance}")
+    found = arrays[mean], arrays[covariance]
+    if found[0].shape != (size,) or found[1].shape != (size, size):
+        raise InputError(
+            f"{path}: {mean} and {covariance} must be [{size}] and [{size}, {size}], not {list(found[0].shape)} and "
+            f"{list(found[1].shape)}"
+        )
+    return found
 
 
 def pictures_hash(source: Source) -> str:

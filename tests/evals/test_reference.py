@@ -7,7 +7,8 @@ from PIL import Image
 from fvq_jax.data.crops import RandomCrops
 from fvq_jax.data.folder import FolderSource
 from fvq_jax.data.photos import PhotoSource
-from fvq_jax.evals.reference import Reference
+from fvq_jax.evals.reference import Reference, read_statistics
+from fvq_jax.runtime.errors import InputError
 
 
 @pytest.fixture
@@ -78,3 +79,34 @@ def test_a_folder_that_cannot_be_written_costs_no_result(reference, tmp_path, ca
     (tmp_path / "cache").write_text("a file")
     reference().save((np.zeros(3), np.eye(3)))
     assert "cannot write" in caplog.text
+
+
+def statistics(pooled=2048, spatial=2023):
+    rng = np.random.default_rng(0)
+    means = {"mu": rng.normal(size=pooled), "mu_s": rng.normal(size=spatial)}
+    return means | {"sigma": np.eye(pooled), "sigma_s": 2 * np.eye(spatial)}
+
+
+def test_adm_reference_files_are_read(tmp_path):
+    arrays = statistics()
+    np.savez(tmp_path / "adm.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8), **arrays)
+    pooled, spatial = read_statistics(tmp_path / "adm.npz")
+    for found, name in zip((*pooled, *spatial), ("mu", "sigma", "mu_s", "sigma_s"), strict=True):
+        np.testing.assert_array_equal(found, arrays[name])
+    np.savez(tmp_path / "fid.npz", mu=arrays["mu"], sigma=arrays["sigma"])
+    assert read_statistics(tmp_path / "fid.npz")[1] is None
+    np.savez(tmp_path / "pictures.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8))
+    assert read_statistics(tmp_path / "pictures.npz") is None
+
+
+def test_wrong_statistics_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", **statistics(pooled=64))
+    with pytest.raises(InputError, match=r"mu and sigma must be \[2048\] and .*, not \[64\] and \[64, 64\]"):
+        read_statistics(tmp_path / "a.npz")
+    np.savez(tmp_path / "b.npz", mu=np.zeros(2048))
+    with pytest.raises(InputError, match=r"b\.npz has mu but no sigma"):
+        read_statistics(tmp_path / "b.npz")
+    (tmp_path / "c.npz").write_bytes(b"PK no archive")
+    for name in ("c.npz", "none.npz"):
+        with pytest.raises(InputError, match=f"cannot read .*{name}"):
+            read_statistics(tmp_path / name)
