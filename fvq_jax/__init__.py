@@ -4,11 +4,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fvq_jax.inference.generator import Generator
     from fvq_jax.inference.tokenizer import Tokenizer
 
-__all__ = ["Tokenizer"]
+__all__ = ["Generator", "Tokenizer"]
 
-_WHERE = {"Tokenizer": "fvq_jax.inference.tokenizer"}
+_WHERE = {"Generator": "fvq_jax.inference.generator", "Tokenizer": "fvq_jax.inference.tokenizer"}
 
 
 def __getattr__(name: str) -> Any:

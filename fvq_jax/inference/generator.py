@@ -1,0 +1,501 @@
+"""A trained generator for use: samples codes and pictures of classes, and says how likely given codes are.
+
+`models.gpt_cache` decodes, `ops.sampling` draws, `saved_generator` and `interop` read and write the files.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, UInt32
+from numpy.typing import ArrayLike
+
+from fvq_jax.inference.saved_generator import Provenance, SavedGenerator, load_generator, save_generator_folder
+from fvq_jax.inference.tokenizer import Tokenizer
+from fvq_jax.interop.gpt_checkpoint import write_gpt
+from fvq_jax.interop.named_tensors import ENDINGS
+from fvq_jax.models.gpt import GPT
+from fvq_jax.models.gpt_cache import Weights, decode, decoding_weights
+from fvq_jax.ops.sampling import SCHEDULES, draw, greedy, guidance_scales, guided, image_keys
+from fvq_jax.ops.token_loss import token_nll
+from fvq_jax.runtime.errors import InputError, require
+
+DTYPES = ("float32", "bfloat16")
+LAYOUT = "llamagen"
+MAX_PER_DEVICE = 256  # images that are sampled at once: larger batches go through in parts
+BUDGET = 4 * 2**30  # bytes on a device for the caches and logits of one part
+_LARGEST = 2**32  # seeds and numbers of images are below it
+_LIKELIHOODS = 16  # images per device whose codes are scored at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How codes are drawn; see `ops.sampling` for the formulas.
+
+    Attributes:
+      guidance: the scale of classifier-free guidance; up to 1, the classes alone decide and half the work is saved.
+      temperature: what the logits are divided by; 0 takes the likeliest code each time.
+      top_k: draw from so many of the likeliest codes; 0: from all.
+      top_p: draw from the likeliest codes that together have this probability; 1: from all.
+      schedule: of the guidance over the codes of an image: constant, cosine or linear.
+      interval: guide only the codes 0 to interval + 1; -1: all.
+      power: of the cosine schedule.
+    """
+
+    guidance: float | int = 1.75
+    temperature: float | int = 1.0
+    top_k: int = 0
+    top_p: float | int = 1.0
+    schedule: str = "constant"
+    interval: int = -1
+    power: float | int = 1.0
+
+    def check(self) -> None:
+        """Raises InputError if a value cannot be."""
+        for name, value, least in (("guidance", self.guidance, 0), ("temperature", self.temperature, 0)):
+            require(math.isfinite(value) and value >= least, f"{name} must be {least} or more, not {value}")
+        require(self.top_k >= 0, f"top_k must be a whole number, 0 (all codes) or more, not {self.top_k}")
+        require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1 (all codes), not {self.top_p}")
+        require(self.schedule in SCHEDULES, f"schedule must be one of {', '.join(SCHEDULES)}, not {self.schedule!r}")
+        require(self.interval >= -1, f"interval must be -1 (all codes are guided) or more, not {self.interval}")
+        require(math.isfinite(self.power) and self.power > 0, f"power must be above 0, not {self.power}")
+
+
+class Generator:
+    """A transformer over codes with trained weights, and optionally the tokenizer whose codes they are.
+
+    Everything runs on all local devices, which each hold the whole network; results are in the host's memory. Batches
+    may have any size: they are padded to the next power of two of images per device, so that few programs are compiled.
+    """
+
+    def __init__(self, saved: SavedGenerator, tokenizer: Tokenizer | None = None, *, dtype: DTypeLike = "float32"):
+        """Takes a loaded generator; `dtype`, float32 or bfloat16, is that of weights, matrix products and cache.
+
+        Raises:
+          InputError: the tokenizer does not belong to the generator, or the dtype is another one.
+        """
+        name = jnp.dtype(dtype).name
+        require(name in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not {name}")
+        self._saved = saved
+        self.net = saved.net.clone(dtype=jnp.dtype(dtype), mesh=None, remat=False)
+        self.tokenizer = tokenizer
+        if tokenizer is not None:
+            check_tokenizer(saved, tokenizer)
+        self._mesh = Mesh(np.array(jax.local_devices()), ("data",))
+        self._whole, self._by_rows = NamedSharding(self._mesh, P()), NamedSharding(self._mesh, P("data"))
+        self._samplers: dict[tuple[bool, ...], Callable[..., Array]] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
+        *,
+        heads: int | None = None,
+        grid: tuple[int, int] | None = None,
+        dtype: DTypeLike = "float32",
+        use_ema: bool | None = None,
+    ) -> "Generator":
+        """Loads LlamaGen's checkpoint, a folder that `save_pretrained` wrote, or a training workdir.
+
+        Args:
+          path: a .pt, .pth or .safetensors file, or a folder. From a workdir the newest checkpoint is taken.
+          tokenizer: anything that `Tokenizer.from_pretrained` reads, or a tokenizer; without one, only codes are made.
+          heads: attention heads, for a file of a size that was not published.
+          grid: rows and columns of the codes of an image, for a file that does not say it.
+          dtype: float32, or bfloat16, which halves memory and its traffic on a TPU or GPU.
+          use_ema: whether the moving average of the parameters is taken from a workdir; None: if there is one.
+
+        Raises:
+          InputError: there is no generator at `path`, it is incomplete, a keyword is needed or contradicts it, or the
+            tokenizer does not belong to it.
+        """
+        saved = load_generator(path, heads=heads, grid=grid, use_ema=use_ema)
+        if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+            tokenizer = Tokenizer.from_pretrained(tokenizer)
+        return cls(saved, tokenizer, dtype=dtype)
+
+    @property
+    def provenance(self) -> Provenance:
+        """Which codes it was trained on, as far as that is known."""
+        return self._saved.provenance
+
+    @property
+    def has_null_class(self) -> bool:
+        """Whether it knows pictures without a class, which guidance needs."""
+        return self.net.class_dropout > 0
+
+    def sample_codes(
+        self, labels: ArrayLike, seed: int | np.integer = 0, *, numbers: ArrayLike | None = None, **options: Any
+    ) -> Int[np.ndarray, "b h w"]:
+        """Draws the codes of one image for every label: a numpy array, int32 [b, h, w].
+
+        Args:
+          labels: whole numbers [b] from 0 to `net.classes`, which means "no class".
+          seed: in 0..2^32-1. An image follows from the seed, its number, its label and the options alone, whatever
+            else is in the batch and on how many devices it is made, except where two codes are equally likely to
+            within rounding.
+          numbers: the numbers of the images, [b], in 0..2^32-1; None: 0, 1, 2, ...
+          options: the fields of `Sampling`: guidance=1.75, temperature=1.0, top_k=0, top_p=1.0, schedule="constant",
+            interval=-1, power=1.0.
+
+        Raises:
+          InputError: a label, a number or an option that cannot be; guidance without a class for "no class".
+        """
+        sampling = Sampling(**options)
+        sampling.check()
+        labels = self._labels(labels)
+        scales = guidance_scales(
+            float(sampling.guidance),
+            self.net.length,
+            sampling.schedule,
+            interval=int(sampling.interval),
+            power=float(sampling.power),
+        )
+        doubled = bool(scales.max() > 1)
+        if doubled and not self.has_null_class:
+            raise InputError(
+                f"guidance={sampling.guidance:g} needs a model that knows pictures without a class, and this one was "
+                "trained without class dropout: use guidance=1"
+            )
+        numbers = np.arange(len(labels)) if numbers is None else np.asarray(numbers)
+        _check_numbers(seed, numbers, len(labels))
+        program = self._sampler(doubled, sampling.temperature == 0, sampling.top_k > 0, sampling.top_p < 1)
+        settings = (
+            np.uint32(seed),
+            scales,
+            np.float32(sampling.temperature),
+            np.int32(min(sampling.top_k, self.net.vocab)),
+            np.float32(sampling.top_p),
+        )
+        codes = self._in_parts(
+            lambda *rows: program(self._weights, *settings, *rows),
+            [labels, numbers.astype(np.uint32)],
+            np.zeros((0, self.net.length), np.int32),
+            self._most(doubled),
+        )
+        return codes.reshape(-1, *self.net.grid)
+
+    def sample(
+        self,
+        labels: ArrayLike,
+        seed: int | np.integer = 0,
+        *,
+        numbers: ArrayLike | None = None,
+        condition: str | None = None,
+        **options: Any,
+    ) -> Float[np.ndarray, "b H W 3"]:
+        """Draws one image for every label: a numpy array, float32 [b, H, W, 3] in [-1, 1].
+
+        Args:
+          labels, seed, numbers, options: see `sample_codes`.
+          condition: for a tokenizer with a table per class, see `decode`.
+
+        Raises:
+          InputError: as `sample_codes`, and if there is no tokenizer.
+        """
+        self._check_condition(condition)
+        return self.decode(self.sample_codes(labels, seed, numbers=numbers, **options), labels, condition=condition)
+
+    def decode(
+        self, codes: Int[np.ndarray, "b h w"], labels: ArrayLike, *, condition: str | None = None
+    ) -> Float[np.ndarray, "b H W 3"]:
+        """Codes that were sampled for `labels` as images, float32 [b, H, W, 3] in [-1, 1].
+
+        Args:
+          codes: from `sample_codes`.
+          labels: whole numbers [b]; looked at only if the tokenizer has a table per class.
+          condition: which of these tables: "label", those of the labels, or "null", the one of no class. It must be
+            what the codes that the generator was trained on were extracted with; None takes that. A tokenizer with a
+            single table has the condition "none".
+
+        Raises:
+          InputError: there is no tokenizer, or the condition does not fit.
+        """
+        condition, tokenizer = self._check_condition(condition), self.tokenizer
+        assert tokenizer is not None
+        if condition == "none":
+            return tokenizer.decode(codes)
+        if condition == "null":
+            return tokenizer.decode(codes, "null")
+        labels = self._labels(labels)
+        require(
+            len(labels) == 0 or int(labels.max()) < self.net.classes,
+            'pictures without a class have no label to be decoded with: use condition="null"',
+        )
+        return tokenizer.decode(codes, labels)
+
+    def logits(self, labels: ArrayLike, codes: ArrayLike) -> Float[np.ndarray, "b t v"]:
+        """The logits of every code at every position, given the true codes before it; float32 [b, t, v].
+
+        Args:
+          labels: whole numbers [b] from 0 to `net.classes`, which means "no class".
+          codes: whole numbers [b, t] or [b, h, w], from 0 to `net.vocab` - 1.
+
+        Raises:
+          InputError: another shape, type or range.
+        """
+        nothing = np.zeros((0, self.net.length, self.net.vocab), np.float32)
+        most = _power_below(BUDGET // (16 * self.net.length * self.net.vocab), _LIKELIHOODS)
+        return self._teacher_forced(self._logits, labels, codes, nothing, most)
+
+    def nll_bits(self, labels: ArrayLike, codes: ArrayLike) -> Float[np.ndarray, "b t"]:
+        """The bits that every code costs given those before it, -log2 of its probability; float32 [b, t].
+
+        Takes and raises what `logits` does; no array with the size of the logits is made.
+        """
+        nothing = np.zeros((0, self.net.length), np.float32)
+        return self._teacher_forced(self._nll_bits, labels, codes, nothing, _LIKELIHOODS)
+
+    def save_pretrained(self, path: str | os.PathLike[str], layout: str | None = None) -> None:
+        """Saves the generator, without its tokenizer, in float32.
+
+        Args:
+          path: a folder, or with a `layout` a file that ends in .safetensors, .pt or .pth (which need PyTorch).
+          layout: None writes this package's own folder; "llamagen" writes what LlamaGen's programs load.
+
+        Raises:
+          InputError: the layout is unknown, or it cannot be written to `path`.
+        """
+        if layout is None:
+            if Path(path).suffix in ENDINGS or Path(path).is_file():
+                raise InputError(f"without a layout a folder is written, and {path} is a file: use layout={LAYOUT!r}")
+            save_generator_folder(path, self._saved)
+        elif layout == LAYOUT:
+            write_gpt(path, self._saved.net, self._saved.params)
+        else:
+            raise InputError(f"unknown layout {layout!r}: use layout={LAYOUT!r} for a file, and none for a folder")
+
+    def __repr__(self) -> str:
+        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self._saved.params))
+        rows, columns = self.net.grid
+        return (
+            f"Generator({count:,} parameters, {self.net.classes} classes, {rows} x {columns} codes out of "
+            f"{self.net.vocab})"
+        )
+
+    # --- programs -----------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _weights(self) -> Weights:
+        return jax.device_put(decoding_weights(self._saved.params, self.net.dtype), self._whole)
+
+    @functools.cached_property
+    def _params(self) -> dict[str, Any]:
+        return jax.device_put(self._saved.params, self._whole)
+
+    def _sampler(self, doubled: bool, likeliest: bool, top_k: bool, top_p: bool) -> Callable[..., Array]:
+        """The program for one kind of sampling; values such as scale, temperature and k are arguments of it."""
+        kind = (doubled, likeliest, top_k and not likeliest, top_p and not likeliest)
+        if kind not in self._samplers:
+            self._samplers[kind] = self._spread(functools.partial(_sample, self.net, *kind), whole=6, rows=2)
+        return self._samplers[kind]
+
+    @functools.cached_property
+    def _logits(self) -> Callable[..., Array]:
+        return self._spread(functools.partial(_logits, self.net), whole=1, rows=2)
+
+    @functools.cached_property
+    def _nll_bits(self) -> Callable[..., Array]:
+        return self._spread(functools.partial(_nll_bits, self.net), whole=1, rows=2)
+
+    def _spread(self, program: Callable[..., Array], *, whole: int, rows: int) -> Callable[..., Array]:
+        """A program whose last arguments are divided by rows over the devices, with no traffic between them."""
+        specs = (P(),) * whole + (P("data"),) * rows
+        spread = jax.shard_map(program, mesh=self._mesh, in_specs=specs, out_specs=P("data"), check_vma=False)
+        return jax.jit(spread)
+
+    def _teacher_forced(
+        self, program: Callable[..., Array], labels: ArrayLike, codes: ArrayLike, nothing: np.ndarray, most: int
+    ) -> np.ndarray:
+        labels = self._labels(labels)
+        rows = [labels, self._codes(codes, len(labels))]
+        return self._in_parts(functools.partial(program, self._params), rows, nothing, most)
+
+    def _in_parts(
+        self, program: Callable[..., Array], rows: list[np.ndarray], nothing: np.ndarray, most: int
+    ) -> np.ndarray:
+        """Runs `program` on rows of any number, at most `most` per device at once; none of them give `nothing`."""
+        results, count, devices = [nothing], len(rows[0]), self._mesh.size
+        for start in range(0, count, most * devices):
+            parts = [array[start : start + most * devices] for array in rows]
+            size = devices * 2 ** (-(-len(parts[0]) // devices) - 1).bit_length()
+            padded = [
+                np.concatenate([part, np.zeros((size - len(part), *part.shape[1:]), part.dtype)]) for part in parts
+            ]
+            result = program(*jax.device_put(padded, self._by_rows))
+            results.append(np.asarray(result)[: len(parts[0])])
+        return np.concatenate(results)
+
+    def _most(self, doubled: bool) -> int:
+        """How many images are sampled at once on a device."""
+        net = self.net
+        cache = 2 * net.layers * net.width * net.length * jnp.dtype(net.dtype).itemsize
+        return _power_below(BUDGET // ((1 + doubled) * (cache + 16 * net.vocab)), MAX_PER_DEVICE)
+
+    # --- checks -------------------------------------------------------------------------------------------------
+
+    def _labels(self, labels: ArrayLike) -> Int[np.ndarray, "b"]:
+        array = np.asarray(labels)
+        array = array.astype(np.int32) if array.size == 0 else array
+        if array.ndim != 1 or not jnp.issubdtype(array.dtype, jnp.integer):
+            raise InputError(f"labels must be whole numbers [b], not {array.dtype} {list(array.shape)}")
+        last = self.net.classes - (not self.has_null_class)
+        if array.size and not 0 <= array.min() <= array.max() <= last:
+            none = f" ({last}: no class)" if self.has_null_class else ""
+            raise InputError(f"labels must be in 0..{last}{none}, and these are from {array.min()} to {array.max()}")
+        return array.astype(np.int32)
+
+    def _codes(self, codes: ArrayLike, rows: int) -> Int[np.ndarray, "b t"]:
+        array, net = np.asarray(codes), self.net
+        fitting = ((rows, net.length), (rows, *net.grid))
+        if array.shape not in fitting or not jnp.issubdtype(array.dtype, jnp.integer):
+            raise InputError(
+                f"codes must be whole numbers {list(fitting[0])} or {list(fitting[1])}, as many rows as labels, not "
+                f"{array.dtype} {list(array.shape)}"
+            )
+        if array.size and not 0 <= array.min() <= array.max() < net.vocab:
+            raise InputError(f"codes must be in 0..{net.vocab - 1}, and these are from {array.min()} to {array.max()}")
+        return array.reshape(rows, net.length).astype(np.int32)
+
+    def _check_condition(self, condition: str | None) -> str:
+        """The condition that codes are decoded with. InputError if there is no tokenizer, or it does not fit."""
+        if self.tokenizer is None:
+            raise InputError(
+                "there is no tokenizer to make pictures with: load the generator with tokenizer=..., or draw codes "
+                "alone with sample_codes"
+            )
+        known = self.provenance.condition
+        if not self.tokenizer.classes:
+            require(
+                condition in (None, "none"),
+                f"condition={condition!r} is for a tokenizer with a table per class, and this one has a single table: "
+                "leave it out",
+            )
+            return "none"
+        chosen = known if condition is None else condition
+        require(
+            chosen in ("label", "null"),
+            "this tokenizer has a table per class, and nothing says which one the generator's codes were extracted "
+            f'with: give condition="label" or condition="null", not {chosen!r}',
+        )
+        require(
+            known in ("", chosen),
+            f"condition={chosen!r} does not fit: the codes that the generator was trained on were extracted with "
+            f"condition={known!r}",
+        )
+        return chosen
+
+
+def check_tokenizer(saved: SavedGenerator, tokenizer: Tokenizer) -> None:
+    """Raises InputError, naming both, unless the generator's codes can be those of the tokenizer."""
+    net, known = saved.net, saved.provenance
+    size, found = tokenizer.net.quantizer.size, tokenizer.fingerprint
+    require(
+        size == net.vocab,
+        f"tokenizer and generator do not belong together: {tokenizer} has {size} codes, and the generator {net.vocab}",
+    )
+    require(
+        known.tokenizer in ("", found),
+        f"tokenizer and generator do not belong together: the generator was trained on codes of the tokenizer "
+        f"{known.tokenizer}, and this one is {found}",
+    )
+    sides = tuple(side * tokenizer.downsampling for side in net.grid)
+    require(
+        known.image_size == 0 or sides == (known.image_size,) * 2,
+        f"tokenizer and generator do not belong together: a grid of {net.grid[0]} x {net.grid[1]} codes is "
+        f"{sides[0]} x {sides[1]} pixels of this tokenizer, and the generator was trained on {known.image_size} x "
+        f"{known.image_size}",
+    )
+    with_classes = known.condition in ("label", "null")
+    require(
+        not known.condition or with_classes == (tokenizer.classes > 0),
+        f"tokenizer and generator do not belong together: the codes were extracted with condition="
+        f"{known.condition!r}, and the tokenizer has "
+        + (f"a table for each of {tokenizer.classes} classes" if tokenizer.classes else "a single table"),
+    )
+    require(
+        tokenizer.classes in (0, net.classes),
+        f"tokenizer and generator do not belong together: the tokenizer has {tokenizer.classes} classes, and the "
+        f"generator {net.classes}",
+    )
+
+
+def _check_numbers(seed: int | np.integer, numbers: np.ndarray, rows: int) -> None:
+    require(0 <= int(seed) < _LARGEST, f"seed must be in 0..{_LARGEST - 1}, not {seed}")
+    if numbers.shape != (rows,) or not (rows == 0 or jnp.issubdtype(numbers.dtype, jnp.integer)):
+        raise InputError(f"numbers must be whole numbers [{rows}], not {numbers.dtype} {list(numbers.shape)}")
+    if rows and not 0 <= numbers.min() <= numbers.max() < _LARGEST:
+        raise InputError(f"numbers of images must be in 0..{_LARGEST - 1}, not {numbers.min()} to {numbers.max()}")
+
+
+def _power_below(number: int, most: int) -> int:
+    """The largest power of two that is at most both numbers; at least 1."""
+    return 2 ** (max(1, min(number, most)).bit_length() - 1)
+
+
+# Programs on the rows of one device.
+
+
+def _sample(
+    net: GPT,
+    doubled: bool,
+    likeliest: bool,
+    cut_k: bool,
+    cut_p: bool,
+    weights: Weights,
+    seed: UInt32[Array, ""],
+    scales: Float[Array, "t"],
+    temperature: Float[Array, ""],
+    top_k: Int[Array, ""],
+    top_p: Float[Array, ""],
+    labels: Int[Array, "b"],
+    numbers: UInt32[Array, "b"],
+) -> Int[Array, "b t"]:
+    """Codes [b, t]. With guidance every image has two rows side by side, with its class and without."""
+    keys = image_keys(seed, numbers)
+    rows = jnp.stack([labels, jnp.full_like(labels, net.classes)], axis=1).reshape(-1) if doubled else labels
+
+    def choose(logits: Float[Array, "rows v"], position: Int[Array, ""]) -> Int[Array, "rows"]:
+        if doubled:
+            logits = guided(logits[0::2], logits[1::2], scales[position])
+        if likeliest:
+            chosen = greedy(logits)
+        else:
+            chosen = draw(
+                logits,
+                keys,
+                position,
+                temperature=temperature,
+                top_k=top_k if cut_k else None,
+                top_p=top_p if cut_p else None,
+            )
+        return jnp.repeat(chosen, 2) if doubled else chosen
+
+    codes = decode(net, weights, rows, choose)
+    return codes[0::2] if doubled else codes
+
+
+def _logits(
+    net: GPT, params: dict[str, Any], labels: Int[Array, "b"], codes: Int[Array, "b t"]
+) -> Float[Array, "b t v"]:
+    logits: Any = net.apply({"params": params}, labels, codes, method="logits")
+    return logits
+
+
+def _nll_bits(
+    net: GPT, params: dict[str, Any], labels: Int[Array, "b"], codes: Int[Array, "b t"]
+) -> Float[Array, "b t"]:
+    hidden: Any = net.apply({"params": params}, labels, codes)
+    nats, _ = token_nll(hidden, params["output"], codes, dtype=net.dtype)
+    return nats / jnp.log(2.0)
