@@ -8,7 +8,7 @@ from typing import Any
 
 import msgpack
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Integer
 
 from fvq_jax.data.code_record import CodeInfo, CodeRecord
 from fvq_jax.data.shards import Kind, OpenShards
@@ -22,7 +22,7 @@ CODES = Kind(
 )
 
 
-def pack(codes: Int[np.ndarray, "scales crops ..."], label: int, name: str) -> bytes:
+def pack(codes: Integer[np.ndarray, "scales crops ..."], label: int, name: str) -> bytes:
     """A record: a MessagePack map of the codes' bytes, in the type they have, the class, and the picture's name."""
     record = {"name": name, "label": label, "codes": codes.astype(codes.dtype.newbyteorder("<"), "C").tobytes()}
     return msgpack.packb(record, unicode_errors="surrogateescape")

@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import grain
 import jax
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Integer, UInt8
 from tqdm import tqdm
 
 from fvq_jax.data.croppings import Cropping
@@ -59,7 +59,7 @@ class Encoder:
       condition: what a class-conditional bridge is given: "none" if there is none, "label" or "null".
     """
 
-    encode: Callable[[UInt8[np.ndarray, "n s s 3"], Int[np.ndarray, "n"]], Int[np.ndarray, "n ..."]]
+    encode: Callable[[UInt8[np.ndarray, "n s s 3"], Int[np.ndarray, "n"]], Integer[np.ndarray, "n ..."]]
     fingerprint: str
     path: str
     vocab: int

@@ -7,12 +7,12 @@ import re
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Integer
 
 from fvq_jax.data.code_record import CodeInfo, CodeRecord
 from fvq_jax.runtime.errors import InputError, require
 
-_FOLDER = re.compile(r"imagenet(\d+)_codes")
+_FOLDER, _FILE = re.compile(r"imagenet(\d+)_codes"), re.compile(r"(\d+)\.npy")
 _SECOND_SCALE = "_105"  # the end of the name of a folder beside it, with the same pictures at a second scale
 _SCALES = (1.1, 1.05)
 _TEN = 10
@@ -112,7 +112,7 @@ class LlamaGenCodes:
             digest.update(record["codes"].tobytes() + record["label"].tobytes())
         return f"{self._length} pictures, {len(self._roots)} scales, codes {digest.hexdigest()[:16]}"
 
-    def _codes(self, scale: int, index: int) -> Int[np.ndarray, "crops t"]:
+    def _codes(self, scale: int, index: int) -> Integer[np.ndarray, "crops t"]:
         path = self._roots[scale] / self._folder / f"{index}.npy"
         codes = _load(path)
         require(
@@ -137,15 +137,18 @@ def _count(root: Path, folder: str) -> int:
     """How many pictures there are. InputError unless their files are 0.npy, 1.npy, ... for codes and labels alike."""
     counts = []
     for name in (folder, _labels(folder)):
+        count, largest = 0, -1
         try:
-            found = sum(entry.name.endswith(".npy") for entry in os.scandir(root / name))
+            for entry in os.scandir(root / name):
+                if found := _FILE.fullmatch(entry.name):
+                    count, largest = count + 1, max(largest, int(found[1]))
         except OSError as error:
             raise InputError(f"cannot read {root / name}: {error.strerror}") from error
         require(
-            found > 0 and (root / name / f"{found - 1}.npy").exists(),
+            0 < count == largest + 1,
             f"{root / name} must hold 0.npy, 1.npy and so on without a gap, and does not: copy or write all of them",
         )
-        counts.append(found)
+        counts.append(count)
     require(counts[0] == counts[1], f"{root} holds {counts[0]} files of codes and {counts[1]} of labels")
     return counts[0]
 
