@@ -224,8 +224,7 @@ class GPT(nn.Module):
             added = feed_forward(parameters, x, eps=self.eps, dtype=self.dtype)
             return self._batch(x + drop(added.astype(jnp.float32), 1)), None
 
-        if self.remat:
-            layer = jax.checkpoint(layer, prevent_cse=False)
+        layer = jax.checkpoint(layer, prevent_cse=False, policy=None if self.remat else _all_but_gathered)
         x, _ = jax.lax.scan(layer, x, (self.blocks(), jnp.arange(self.layers)))
         return rms_norm(x, self.norm, self.eps)
 
@@ -286,6 +285,14 @@ RULES: Rules = (
     (r"/layers/(attention_norm|ffn_norm)$", P()),
     (r"/norm$", P()),
 )
+
+
+def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """What the forward pass keeps for the backward pass: all but weights that were gathered, which are gathered again.
+
+    Kept, those of all layers would fill every device with the whole network.
+    """
+    return primitive.name != "sharding_constraint"
 
 
 def causal_attention(q: Float[Array, "b t h c"], k: Float[Array, "b t h c"], v: Float[Array, "b t h c"]) -> Array:
