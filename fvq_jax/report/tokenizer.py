@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from fvq_jax.evals.examples import Example
 from fvq_jax.evals.metric_table import METRICS
 from fvq_jax.evals.reconstruction import Found
 from fvq_jax.ops.code_usage import usage_if_uniform
 from fvq_jax.report import figures
+from fvq_jax.report.blocks import details, plots, tile
 from fvq_jax.report.page import NONE, PLUS_MINUS, TIMES, shell, write_page
 from fvq_jax.report.pictures import QUALITY, data_uri, is_lossless
 from fvq_jax.report.published import RESULTS, SOURCES, Published
@@ -98,12 +98,7 @@ def _header(report: Report) -> str:
         f"<b>{facts['tokens']:,}</b> tokens · data <b>{escape(str(facts['data']))}</b> · "
         f"protocol <b>{escape(str(facts['protocol']))}</b>"
     )
-    tiles = "".join(
-        f'<div class="tile card"><span>{METRICS[name].heading}</span><b>{METRICS[name].text(report.metrics[name])} '
-        f"<small>{METRICS[name].unit}</small></b><small>{note}</small></div>"
-        for name, note in _tiles(report)
-        if name in report.metrics
-    )
+    tiles = "".join(tile(name, report.metrics[name], note) for name, note in _tiles(report) if name in report.metrics)
     return f'<h1>Tokenizer: {escape(report.title)}</h1>\n<p class="lead">{lead}</p>\n<div class="tiles">{tiles}</div>'
 
 
@@ -236,7 +231,7 @@ def _codes(report: Report) -> str:
     sums = report.found.sums
     counts, images = sums.code_counts, report.found.count
     tokens = (report.facts["size"] // report.tokenizer.downsampling) ** 2
-    plots = [
+    shown = [
         (
             "How often each code is chosen",
             figures.code_frequency_figure(counts),
@@ -260,14 +255,14 @@ def _codes(report: Report) -> str:
             "that the encoder never reaches. Codes that look close here may be far apart along other directions."
         )
         caption += figures.DENSITY_MEANS if len(counts) > figures.MOST_POINTS else ""
-        plots.append(("Map of the codebook", figures.codebook_map_figure(points, share, counts), caption))
-    return f"<h2>Codes</h2>\n{_plots(plots)}"
+        shown.append(("Map of the codebook", figures.codebook_map_figure(points, share, counts), caption))
+    return f"<h2>Codes</h2>\n{plots(shown)}"
 
 
 def _training(report: Report) -> str:
     window = max((int(row.get("tokens/window") or 0) for row in report.rows), default=0)
     size = report.tokenizer.codes
-    plots = (
+    curves = (
         (
             "Losses",
             figures.loss_figure(report.rows),
@@ -281,40 +276,19 @@ def _training(report: Report) -> str:
             "with what even use would show in a window of its size.",
         ),
     )
-    drawn = [(title, figure, caption) for title, figure, caption in plots if figure is not None]
-    return f"<h2>Training</h2>\n{_plots(drawn)}" if drawn else ""
-
-
-def _plots(plots: Sequence[tuple[str, Figure, str]]) -> str:
-    """Plots, each with title, figure and caption; one that would stand alone in its row takes the whole row."""
-    cards = []
-    for title, figure, caption in plots:
-        svg = figures.to_svg(figure, title.lower().replace(" ", "-"))
-        svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
-        wide = " wide" if len(plots) % 2 and title == plots[-1][0] else ""
-        caption = f"<figcaption>{escape(caption)}</figcaption>"
-        cards.append(f'<figure class="plot card{wide}"><h3>{escape(title)}</h3>{svg}{caption}</figure>')
-    return f'<div class="plots">{"".join(cards)}</div>'
+    drawn = [(title, figure, caption) for title, figure, caption in curves if figure is not None]
+    return f"<h2>Training</h2>\n{plots(drawn)}" if drawn else ""
 
 
 def _details(report: Report) -> str:
-    tables = {
-        "How it was scored": report.facts,
-        "Every metric": {name: f"{value:,.6g}" for name, value in report.metrics.items()},
-        "Not computed": report.not_computed,
-        "Config of the run": report.config,
-    }
-    parts = [
-        f'<details class="card"><summary>{title}</summary><div class="scroll"><table><tbody>'
-        + "".join(
-            f'<tr><td><code>{escape(name)}</code></td><td class="text wrap">{escape(str(value))}</td></tr>'
-            for name, value in table.items()
-        )
-        + "</tbody></table></div></details>"
-        for title, table in tables.items()
-        if table
-    ]
-    return "<h2>Details</h2>\n" + "\n".join(parts)
+    return details(
+        {
+            "How it was scored": report.facts,
+            "Every metric": {name: f"{value:,.6g}" for name, value in report.metrics.items()},
+            "Not computed": report.not_computed,
+            "Config of the run": report.config,
+        }
+    )
 
 
 def _number(value: float | int | None, form: str) -> str:

@@ -9,10 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from fvq_jax.evals.metric_table import METRICS
-from fvq_jax.report.figures import to_svg
+from fvq_jax.report.blocks import details, plots
 from fvq_jax.report.page import FOLDER as RUN_FOLDER
 from fvq_jax.report.page import NONE, shell
 from fvq_jax.report.page import PAGE as RUN_PAGE
@@ -126,10 +124,10 @@ def _figures(rows: Sequence[Row]) -> str:
         ),
     )
     parts = []
-    for title, note, plots in groups:
-        drawn = [(name, figure) for name, figure in plots if figure is not None]
+    for title, note, figures_of in groups:
+        drawn = [(name, figure, "") for name, figure in figures_of if figure is not None]
         if drawn:
-            parts.append(f'<h2>{title}</h2>\n<p class="note">{note}</p>\n{_plots(drawn)}')
+            parts.append(f'<h2>{title}</h2>\n<p class="note">{note}</p>\n{plots(drawn)}')
     return "\n".join(parts)
 
 
@@ -142,21 +140,5 @@ def _inside(name: str) -> str:
     return name[0].lower() + name[1:]
 
 
-def _plots(plots: Sequence[tuple[str, Figure]]) -> str:
-    cards = []
-    for title, figure in plots:
-        svg = to_svg(figure, "".join(c if c.isalnum() else "-" for c in title.lower()))
-        svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
-        cards.append(f'<figure class="plot card"><h3>{escape(title)}</h3>{svg}</figure>')
-    return f'<div class="plots">{"".join(cards)}</div>'
-
-
 def _details(rows: Sequence[Row]) -> str:
-    lines = "".join(
-        f'<tr><td><code>{escape(name)}</code></td><td class="text wrap">{escape(str(value))}</td></tr>'
-        for name, value in table.shared_config(rows).items()
-    )
-    return (
-        '<h2>Details</h2>\n<details class="card"><summary>What all points share</summary><div class="scroll">'
-        f"<table><tbody>{lines}</tbody></table></div></details>"
-    )
+    return details({"What all points share": table.shared_config(rows)})

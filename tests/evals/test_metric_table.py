@@ -47,7 +47,7 @@ def test_no_two_figures_have_the_same_heading():
     [
         (("psnr", "ssim", "inception_score", "precision", "recall", "class_accuracy", "usage", "perplexity"), True),
         (("images_per_second",), True),
-        (("fid", "sfid"), False),
+        (("fid", "sfid", "nll_bits", "nll", "unigram_bits", "bigram_bits", "nll_perplexity"), False),
         (("rfid", "lpips_vgg", "lpips_alex", "l1", "mse", "dead_codes", "peak_memory_bytes"), False),
         (("step", "parameters", "bits_per_pixel"), None),
     ],
