@@ -119,6 +119,7 @@ def relative_norm(actual: np.ndarray, expected: np.ndarray) -> float:
 
 
 def published_net(config):
+    """The network that a config of the published code describes."""
     quantizer = VectorQuantizer(
         codebook_size=config["codebook_size"],
         code_dim=config["codebook_dim"],

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from fvq_jax.interop.torch_layout import tokenizer_params, torch_name
-from fvq_jax.models.quantizers.vector import VectorQuantizer
-from fvq_jax.models.tokenizer import TokenizerNet
 from fvq_jax.runtime.errors import InputError
+from tests.helpers.golden64 import published_net
 from tests.helpers.golden_case import load_case, relative_error
 
 # More levels, more blocks and other bridges than the golden cases have.
@@ -15,24 +14,8 @@ CONFIGS = {
     "linear": {"bridge": "linear", "ch_mult": [2, 1], "num_res_blocks": 1},
     "l2": {"bridge": "none", "ch_mult": [1], "num_res_blocks": 1, "l2_norm": True},
 }
-SIZES = {"ch": 32, "z_channels": 16, "codebook_size": 64, "codebook_dim": 8}
-
-
-def net_of(config):
-    bridge = config["bridge"].replace("dit:", "dit-").replace("vit:", "").replace("QBridge-", "")
-    quantizer = VectorQuantizer(
-        codebook_size=config["codebook_size"],
-        code_dim=config["codebook_dim"],
-        bridge=bridge,
-        l2_normalize=config.get("l2_norm", False),
-    )
-    return TokenizerNet(
-        quantizer,
-        ch=config["ch"],
-        ch_mult=tuple(config["ch_mult"]),
-        num_res_blocks=config["num_res_blocks"],
-        z_channels=config["z_channels"],
-    )
+COMMON = {"ch": 32, "z_channels": 16, "codebook_size": 64, "codebook_dim": 8, "l2_norm": False}
+LOSSES = {"commit_loss_beta": 0.25, "entropy_loss_ratio": 0.0, "entropy_temperature": 0.01}
 
 
 def shapes_of(tree):
@@ -44,8 +27,8 @@ def test_a_published_checkpoint_fills_exactly_our_tree(name):
     case = load_case(name)
     config = case.config or {**load_case("fvq_vit").config, "bridge": "none"}
     tensors = {key: np.full(shape, i, np.float32) for i, (key, shape) in enumerate(case.shapes.items())}
-    params = tokenizer_params(tensors, net_of(config))
-    expected = jax.eval_shape(net_of(config).init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    params = tokenizer_params(tensors, published_net(config))
+    expected = jax.eval_shape(published_net(config).init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
     assert shapes_of(params) == shapes_of(expected)
     # Every tensor but the usage buffer arrived, each in a place of its own.
     values = {float(leaf.flat[0]) for leaf in jax.tree.leaves(params)}
@@ -58,14 +41,14 @@ def test_outputs_equal_those_of_an_independent_module(name):
     torch = pytest.importorskip("torch")
     from tests.helpers.torch_reference import Tokenizer
 
-    config = SIZES | CONFIGS[name]
+    config = COMMON | LOSSES | CONFIGS[name]
     torch.manual_seed(0)
     module = Tokenizer(config)
     images = np.random.default_rng(0).uniform(-1, 1, (2, 3, 16, 16)).astype(np.float32)
     with torch.no_grad():
         module.quantize.embedding.weight.mul_(0.3)
         expected = module(torch.from_numpy(images))
-    net = net_of(config)
+    net = published_net(config)
     params = tokenizer_params({key: value.numpy() for key, value in module.state_dict().items()}, net)
     output = jax.jit(net.apply)({"params": params}, np.moveaxis(images, 1, -1))
     assert len(np.unique(expected.indices)) > 2
@@ -90,7 +73,7 @@ def test_outputs_equal_those_of_an_independent_module(name):
 def test_a_tensor_of_another_model_is_refused(key):
     case = load_case("llamagen_l2")
     with pytest.raises(InputError, match=key):
-        tokenizer_params({**case.weights, key: np.zeros((3, 3), np.float32)}, net_of(case.config))
+        tokenizer_params({**case.weights, key: np.zeros((3, 3), np.float32)}, published_net(case.config))
 
 
 def test_the_decoder_counts_its_levels_from_the_lowest():
