@@ -1,8 +1,6 @@
 import dataclasses
-import errno
 import html
 import os
-import pathlib
 import re
 
 import pytest
@@ -145,19 +143,3 @@ def test_names_that_are_no_text_stand_escaped(report, tmp_path):
     found = dataclasses.replace(found, examples=dataclasses.replace(found.examples, spread=[named]))
     path = write_report(tmp_path, dataclasses.replace(report, found=found))
     assert r"<span>caf\udce9.png</span>" in path.read_text(encoding="utf-8")
-
-
-@pytest.mark.usefixtures("no_drawing")
-def test_a_page_appears_once_it_is_whole(report, tmp_path, monkeypatch):
-    path = write_report(tmp_path, report)
-    before = path.read_text(encoding="utf-8")
-
-    def full(self, text, **options):
-        with self.open("w", encoding="utf-8") as file:
-            file.write(text[:100])
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(pathlib.Path, "write_text", full)
-    with pytest.raises(InputError, match=r"cannot write .*index.html: No space left"):
-        write_report(tmp_path, report)
-    assert path.read_text(encoding="utf-8") == before
