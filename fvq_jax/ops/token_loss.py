@@ -256,7 +256,8 @@ def _around(mesh: Mesh | None, look: Callable[..., Any], tokens: Any, carry: Any
 
 # A collective along the columns themselves would make XLA keep a transposed copy of all rows.
 def _whole_rows(rows, block, dtype, mesh):
-    part = block.of(rows).astype(dtype)
+    # The barrier keeps XLA from casting all rows before the loop, which would make a copy of them.
+    part = jax.lax.optimization_barrier(block.of(rows)).astype(dtype)
     if mesh is None or mesh.shape["data"] == 1:
         return part
     return jnp.moveaxis(jax.lax.all_gather(part, "data"), 0, 1).reshape(len(part), -1)

@@ -13,6 +13,7 @@ from fvq_jax.models.quantizers.bridge import VQBridge, parse_bridge
 from fvq_jax.ops import entropy, nearest_xla
 from fvq_jax.runtime.mesh import BATCH, make_mesh, replicated
 from fvq_jax.runtime.names import path_name
+from tests.helpers.compiled_program import arrays, collectives, size
 from tests.helpers.tiny import make_step, tiny_config
 
 DATA, AXIS = 2, 4
@@ -23,27 +24,6 @@ WIDTH = 32  # of the bridge's tokens, of which there are CODES / 4
 BLOCK = 50  # codes that are scored at a time, of the 400 that a device holds
 # Machine code that is hardly optimised compiles in half the time; what is computed where stays the same.
 HARDLY_OPTIMISED = {"xla_backend_optimization_level": 0}
-
-ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
-COLLECTIVE = re.compile(
-    r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast)(?:-start)?\("
-)
-
-
-def size(*dims):
-    """Sorted, without ones: the same array in any layout."""
-    return tuple(sorted(n for n in dims if n > 1))
-
-
-def arrays(text):
-    """(dtype, size) of every array that is named in this text."""
-    return {(dtype, size(*map(int, filter(None, dims.split(","))))) for dtype, dims in ARRAY.findall(text)}
-
-
-def collectives(program):
-    """(kind, dtype, size) of everything that a collective of the program results in."""
-    found = (COLLECTIVE.search(line) for line in program.splitlines())
-    return {(match[2], *array) for match in found if match for array in arrays(match[1])}
 
 
 def faults(program):
