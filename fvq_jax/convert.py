@@ -1,25 +1,33 @@
 """Command line: `python -m fvq_jax.convert SRC DST --layout=jax|llamagen|fvq`.
 
-SRC is a published checkpoint (.pt, .pth, .safetensors), a saved tokenizer or a training workdir; DST a file, or for the
-layout jax a folder. Prints what SRC was recognised as. Reading a large file shows its progress. Writing cannot:
+SRC is a published checkpoint (.pt, .pth, .safetensors) of a tokenizer or of LlamaGen's class-conditional generator, or
+a folder that holds one: saved by this package, or a training workdir. DST is a file, or for the layout jax a folder.
+Prints what SRC was recognised as. Reading a large file shows its progress. Writing cannot:
 it is one call of safetensors or PyTorch (seconds per GB). Exit codes: 0, and 2 for input that cannot be converted.
 """
 
 import argparse
+import dataclasses
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 from tqdm import tqdm
 
+from fvq_jax.inference.generator import Generator
 from fvq_jax.inference.saved import SavedTokenizer, load
+from fvq_jax.inference.saved_generator import SavedGenerator, is_generator, load_generator
 from fvq_jax.inference.tokenizer import LAYOUTS, Tokenizer
+from fvq_jax.models.gpt import SIZES
 from fvq_jax.models.quantizers import Quantizer, VectorQuantizer, quantizer_settings
 from fvq_jax.models.quantizers.bridge import parse_bridge
 from fvq_jax.runtime import exits
 from fvq_jax.runtime.arguments import Parser, true_or_false
+from fvq_jax.runtime.errors import require
 
 LARGE = 100e6  # bytes; reading a file of this size or more shows a progress bar
 VARIANTS = {  # by the kind of bridge
@@ -33,20 +41,35 @@ VARIANTS = {  # by the kind of bridge
 
 def main(argv: list[str] | None = None) -> int:
     """Converts; returns the exit code."""
-    parser = Parser(prog="fvq_jax.convert", description="Converts tokenizers between layouts.")
-    parser.add_argument("source", metavar="SRC", type=Path, help="checkpoint file, saved tokenizer or training workdir")
+    parser = Parser(prog="fvq_jax.convert", description="Converts tokenizers and generators between layouts.")
+    parser.add_argument("source", metavar="SRC", type=Path, help="checkpoint file, saved folder or training workdir")
     parser.add_argument("target", metavar="DST", type=Path, help="file to write, or folder for --layout=jax")
     parser.add_argument("--layout", choices=("jax", *LAYOUTS), default="jax", help="what to write (default: jax)")
     parser.add_argument("--l2_norm", type=true_or_false, help="whether codes have unit length, if SRC does not say")
+    parser.add_argument("--heads", type=int, help="attention heads of a generator, if SRC does not say")
+    parser.add_argument("--grid", type=_grid, help="rows x columns of its codes, such as 16x16, if SRC does not say")
+    parser.add_argument("--classes", type=int, help="its classes, if SRC does not say and has no row for no class")
     args = parser.parse_args(argv)
     return exits.run(lambda: _convert(args))
 
 
 def _convert(args: argparse.Namespace) -> int:
-    saved = load(args.source, l2_norm=args.l2_norm, track=_progress(args.source))
-    sys.stdout.write(f"{args.source}: {describe(saved)}\n")
+    layout = None if args.layout == "jax" else args.layout
+    generator = is_generator(args.source)
+    kind, foreign = ("generator", ("l2_norm",)) if generator else ("tokenizer", ("heads", "grid", "classes"))
+    for name in foreign:
+        require(getattr(args, name) is None, f"{args.source} is a {kind}, which --{name} is not for: leave it out")
+    if generator:
+        require(layout in (None, "llamagen"), f"a generator has no layout {layout}: use --layout=llamagen or jax")
+        keywords = {"heads": args.heads, "grid": args.grid, "classes": args.classes}
+        made = load_generator(args.source, **keywords, track=_progress(args.source))
+        text, save = describe_generator(made), Generator(made).save_pretrained
+    else:
+        saved = load(args.source, l2_norm=args.l2_norm, track=_progress(args.source))
+        text, save = describe(saved), Tokenizer(saved).save_pretrained
+    sys.stdout.write(f"{args.source}: {text}\n")
     sys.stdout.flush()
-    Tokenizer(saved).save_pretrained(args.target, None if args.layout == "jax" else args.layout)
+    save(args.target, layout)
     files = [args.target] if args.target.is_file() else list(args.target.iterdir())
     size = sum(file.stat().st_size for file in files)
     sys.stdout.write(f"{args.target}: written, layout {args.layout}, {size / 1e6:,.1f} MB\n")
@@ -56,11 +79,35 @@ def _convert(args: argparse.Namespace) -> int:
 def describe(saved: SavedTokenizer) -> str:
     """Variant, parameters, codes, bridge and shape of a tokenizer, in one line."""
     net, quantizer = saved.net, saved.net.quantizer
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(saved.params))
     return (
-        f"{_variant(quantizer)}, {count:,} parameters, {quantizer.size} x {quantizer.latent_dim} codes, "
+        f"{_variant(quantizer)}, {_size(saved.params):,} parameters, {quantizer.size} x {quantizer.latent_dim} codes, "
         f"{quantizer.description}, down-sampling {net.downsampling}"
     )
+
+
+def describe_generator(saved: SavedGenerator) -> str:
+    """Size, parameters, codes and classes of a generator, in one line."""
+    net = saved.net
+    shape = (net.layers, net.width, net.heads)
+    named = [f"LlamaGen-{name}, " for name, size in SIZES.items() if dataclasses.astuple(size) == shape]
+    null = "and no class" if net.class_dropout > 0 else "without one for no class"
+    return (
+        f"class-conditional generator, {''.join(named)}{_size(saved.params):,} parameters, {net.layers} layers of "
+        f"width {net.width} with {net.heads} heads, {net.grid[0]} x {net.grid[1]} codes out of {net.vocab}, "
+        f"{net.classes} classes {null}"
+    )
+
+
+def _size(params: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def _grid(text: str) -> tuple[int, int]:
+    """Converts rows x columns."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"must be rows x columns such as 16x16, not {text!r}")
+    return int(match[1]), int(match[2])
 
 
 def _variant(quantizer: Quantizer) -> str:

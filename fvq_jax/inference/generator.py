@@ -103,6 +103,7 @@ class Generator:
         *,
         heads: int | None = None,
         grid: tuple[int, int] | None = None,
+        classes: int | None = None,
         dtype: DTypeLike = "float32",
         use_ema: bool | None = None,
     ) -> "Generator":
@@ -113,6 +114,7 @@ class Generator:
           tokenizer: anything that `Tokenizer.from_pretrained` reads, or a tokenizer; without one, only codes are made.
           heads: attention heads, for a file of a size that was not published.
           grid: rows and columns of the codes of an image, for a file that does not say it.
+          classes: how many classes there are, for a file of a model without class dropout that does not say it.
           dtype: float32, or bfloat16, which halves memory and its traffic on a TPU or GPU.
           use_ema: whether the moving average of the parameters is taken from a workdir; None: if there is one.
 
@@ -120,7 +122,7 @@ class Generator:
           InputError: there is no generator at `path`, it is incomplete, a keyword is needed or contradicts it, or the
             tokenizer does not belong to it.
         """
-        saved = load_generator(path, heads=heads, grid=grid, use_ema=use_ema)
+        saved = load_generator(path, heads=heads, grid=grid, classes=classes, use_ema=use_ema)
         if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
             tokenizer = Tokenizer.from_pretrained(tokenizer)
         return cls(saved, tokenizer, dtype=dtype)

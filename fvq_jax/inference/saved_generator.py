@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fvq_jax.interop.gpt_checkpoint import read_gpt
+from fvq_jax.interop.gpt_checkpoint import is_gpt_file, read_gpt
 from fvq_jax.interop.named_tensors import check_tensors, write_safetensors
 from fvq_jax.interop.torch_file import read_tensors
 from fvq_jax.models.gpt import GPT
@@ -63,6 +63,7 @@ def load_generator(
     *,
     heads: int | None = None,
     grid: tuple[int, int] | None = None,
+    classes: int | None = None,
     use_ema: bool | None = None,
     track: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> SavedGenerator:
@@ -70,8 +71,8 @@ def load_generator(
 
     Args:
       path: the file or folder.
-      heads, grid: what the tensors of a file do not tell, see `interop.gpt_checkpoint.read_gpt`. For a folder they must
-        be what it says, if they are given.
+      heads, grid, classes: what the tensors of a file do not tell, see `interop.gpt_checkpoint.read_gpt`. For a folder
+        they must be what it says, if they are given.
       use_ema: whether the moving average of the parameters is taken from a workdir; None: if there is one.
       track: wraps the names of the tensors of a file while they are read, for instance in a progress bar.
 
@@ -83,7 +84,7 @@ def load_generator(
     workdir = (path / CHECKPOINTS).is_dir() and (path / CONFIG).exists()
     require(use_ema is None or workdir, f"{path} is no training workdir, so use_ema does nothing: leave it out")
     if not path.is_dir():
-        return SavedGenerator(*read_gpt(path, heads=heads, grid=grid, track=track))
+        return SavedGenerator(*read_gpt(path, heads=heads, grid=grid, classes=classes, track=track))
     if workdir:
         saved = _read_workdir(path, use_ema)
     elif (path / WEIGHTS).exists():
@@ -93,10 +94,22 @@ def load_generator(
             f"there is no generator in the folder {path}: it has neither {WEIGHTS} (a saved generator) nor {CONFIG} "
             f"and {CHECKPOINTS}/ (a training workdir)"
         )
-    for name, given in (("heads", heads), ("grid", grid and tuple(grid))):
+    for name, given in (("heads", heads), ("grid", grid and tuple(grid)), ("classes", classes)):
         there = getattr(saved.net, name)
         require(given in (None, there), f"{name}={given} contradicts {path / CONFIG}, which says {there}")
     return saved
+
+
+def is_generator(path: str | os.PathLike[str]) -> bool:
+    """Whether a file or folder is one that `load_generator` reads, and not a tokenizer; False if nothing is there.
+
+    Looks at names of tensors and at config.json only. InputError if these are damaged.
+    """
+    path = Path(path)
+    if path.is_file():
+        return is_gpt_file(path)
+    config = _read_json(path / CONFIG) if (path / CONFIG).exists() else {}
+    return config.get("format") == FORMAT or config.get("task") == SECTION
 
 
 def save_generator_folder(path: str | os.PathLike[str], saved: SavedGenerator) -> None:
