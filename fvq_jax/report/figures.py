@@ -30,15 +30,15 @@ Arguments = ParamSpec("Arguments")
 Drawing = TypeVar("Drawing", bound=Figure | None)
 
 # Matplotlib knows no CSS variables: these greys, which no figure uses otherwise, stand for them.
-_INK, _GRID, _FIRST, _SECOND, _MUTED = "#010101", "#020202", "#030303", "#040404", "#050505"
-_VARIABLES = {_INK: "--ink", _GRID: "--line", _FIRST: "--first", _SECOND: "--second", _MUTED: "--muted"}
+_INK, _GRID, FIRST, SECOND, MUTED = "#010101", "#020202", "#030303", "#040404", "#050505"
+_VARIABLES = {_INK: "--ink", _GRID: "--line", FIRST: "--first", SECOND: "--second", MUTED: "--muted"}
 _STYLE = matplotlib.RcParams(
     {
         "font.size": 9,
         "axes.titlesize": 9,
         "axes.titlelocation": "left",
         "axes.labelcolor": _INK,
-        "axes.edgecolor": _MUTED,
+        "axes.edgecolor": MUTED,
         "axes.facecolor": "none",
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -49,14 +49,14 @@ _STYLE = matplotlib.RcParams(
         "figure.facecolor": "none",
         "legend.frameon": False,
         "text.color": _INK,
-        "xtick.color": _MUTED,
-        "ytick.color": _MUTED,
+        "xtick.color": MUTED,
+        "ytick.color": MUTED,
         "xtick.labelcolor": _INK,
         "ytick.labelcolor": _INK,
         "svg.fonttype": "none",
     }
 )
-_WIDTH, _HEIGHT = 5.4, 3.4  # inches of 72 units
+WIDTH, _HEIGHT = 5.4, 3.4  # inches of 72 units
 _SKY, _DEAD = "#10131c", "#ff5a4f"  # background and unused codes of the map; the same in both themes
 MOST_POINTS = 1 << 17  # more codes than this are drawn as a density
 DENSITY_MEANS = (
@@ -103,13 +103,13 @@ def code_frequency_figure(counts: Counts) -> Figure:
     if hit:
         # Beyond the first ranks a logarithmic axis cannot show every rank.
         ranks = np.unique(np.geomspace(1, hit, 400).round().astype(int))
-        axes.plot(ranks, ranked[ranks - 1], color=_FIRST, linewidth=1.8, label="measured", **_markers(len(ranks)))
+        axes.plot(ranks, ranked[ranks - 1], color=FIRST, linewidth=1.8, label="measured", **_markers(len(ranks)))
         axes.set_yscale("log")
     even = tokens / size
-    axes.axhline(even, color=_SECOND, linestyle="--", linewidth=1.3, label=f"even use, {even:,.3g} times each")
+    axes.axhline(even, color=SECOND, linestyle="--", linewidth=1.3, label=f"even use, {even:,.3g} times each")
     if hit < size:
         label = f"never chosen, {size - hit:,} codes"
-        axes.axvspan(hit + 0.5, size + 0.5, color=_MUTED, alpha=0.2, linewidth=0, label=label)
+        axes.axvspan(hit + 0.5, size + 0.5, color=MUTED, alpha=0.2, linewidth=0, label=label)
     axes.set_xscale("log")
     axes.set_xlim(0.9, max(size, 2) * 1.1)
     _thousands(axes.xaxis, axes.yaxis)
@@ -129,9 +129,9 @@ def usage_over_images_figure(first_use: Int64[np.ndarray, "k"], images: int, tok
     seen = np.unique(np.geomspace(1, images, _CURVE_POINTS).round().astype(np.int64))
     usage = np.searchsorted(np.sort(first_use), seen) / size
     figure, axes = new_axes()
-    axes.plot(seen, usage, color=_FIRST, linewidth=1.8, label="measured", **_markers(len(seen)))
+    axes.plot(seen, usage, color=FIRST, linewidth=1.8, label="measured", **_markers(len(seen)))
     even = [usage_if_uniform(int(n) * tokens_per_image, size) for n in seen]
-    axes.plot(seen, even, color=_SECOND, linestyle="--", linewidth=1.3, label="expected for even use")
+    axes.plot(seen, even, color=SECOND, linestyle="--", linewidth=1.3, label="expected for even use")
     axes.set_xscale("log")
     axes.set_ylim(-0.02, 1.04)
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
@@ -215,9 +215,9 @@ def usage_figure(
     """
     eval_tokens = max((int(row.get("eval/tokens") or 0) for row in rows), default=0)
     curves = (
-        ("usage/batch", "one step", batch_tokens, {"color": _MUTED, "linewidth": 1.0, "alpha": 0.8}),
-        ("usage/window", "last steps", window_tokens, {"color": _FIRST, "linewidth": 1.8}),
-        ("eval/usage", "evaluation", eval_tokens, {"color": _SECOND, "linewidth": 1.3, "marker": "o"}),
+        ("usage/batch", "one step", batch_tokens, {"color": MUTED, "linewidth": 1.0, "alpha": 0.8}),
+        ("usage/window", "last steps", window_tokens, {"color": FIRST, "linewidth": 1.8}),
+        ("eval/usage", "evaluation", eval_tokens, {"color": SECOND, "linewidth": 1.3, "marker": "o"}),
     )
     figure, axes = new_axes()
     for name, label, tokens, style in curves:
@@ -247,15 +247,15 @@ def loss_figure(rows: Rows) -> Figure | None:
         return None
     columns = min(len(series), 2)
     panel_rows = math.ceil(len(series) / columns)
-    figure = Figure(figsize=(_WIDTH, 1.9 * panel_rows), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.9 * panel_rows), layout="constrained")
     panels = figure.subplots(panel_rows, columns, squeeze=False).flatten()
     for axes, (name, (steps, values)) in zip(panels, series.items(), strict=False):
         smoothed = _running_mean(values)
         if smoothed is None:
-            axes.plot(steps, values, color=_FIRST, linewidth=1.6, **_markers(steps.size))
+            axes.plot(steps, values, color=FIRST, linewidth=1.6, **_markers(steps.size))
         else:
-            axes.plot(steps, values, color=_FIRST, linewidth=0.7, alpha=0.35)
-            axes.plot(steps, smoothed, color=_FIRST, linewidth=1.6)
+            axes.plot(steps, values, color=FIRST, linewidth=0.7, alpha=0.35)
+            axes.plot(steps, smoothed, color=FIRST, linewidth=1.6)
         logarithmic = values.min() > 0.0 and values.max() >= 3.0 * values.min()
         if logarithmic:
             axes.set_yscale("log")
@@ -271,7 +271,7 @@ def loss_figure(rows: Rows) -> Figure | None:
 
 def new_axes(height: float = _HEIGHT) -> tuple[Figure, Axes]:
     """A figure of the page's width, `height` inches high, with one set of axes."""
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots()
 
 

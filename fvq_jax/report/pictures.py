@@ -1,4 +1,4 @@
-"""Pictures of originals and reconstructions, for TensorBoard and for the page."""
+"""Pictures of originals and reconstructions, and of samples, for TensorBoard and for the page."""
 
 import base64
 import io
@@ -47,6 +47,24 @@ def reconstruction_grid(
         grid[top : top + height, left : left + width] = original
         grid[below : below + height, left : left + width] = reconstruction
     return grid
+
+
+def sample_grid(images: Pictures, *, columns: int) -> UInt8[np.ndarray, "height width 3"]:
+    """Pictures side by side, `columns` to a row, on white; small ones are enlarged as in `reconstruction_grid`.
+
+    ValueError without pictures.
+    """
+    if len(images) == 0:
+        raise ValueError("need at least one picture")
+    scale = math.ceil(_SMALLEST_SIDE / min(images.shape[1:3]))
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    count, height, width, _ = images.shape
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    grid = np.full((rows, height + _PAIR_GAP, columns, width + _PAIR_GAP, 3), 255, np.uint8)
+    for index, image in enumerate(images):
+        grid[index // columns, :height, index % columns, :width] = image
+    return grid.reshape(rows * (height + _PAIR_GAP), columns * (width + _PAIR_GAP), 3)[:-_PAIR_GAP, :-_PAIR_GAP]
 
 
 def is_lossless(image: UInt8[np.ndarray, "H W 3"]) -> bool:

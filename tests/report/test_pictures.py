@@ -6,7 +6,7 @@ import pytest
 import skimage.data
 from PIL import Image
 
-from fvq_jax.report.pictures import data_uri, reconstruction_grid
+from fvq_jax.report.pictures import data_uri, reconstruction_grid, sample_grid
 
 
 def pictures(count, height=32, width=32, seed=0):
@@ -49,3 +49,13 @@ def test_small_pictures_keep_every_pixel_and_large_ones_nearly(size, error):
         difference = np.abs(np.asarray(again).astype(int) - image)
     assert difference.mean() <= error
     assert len(uri) < image.size
+
+
+def test_samples_stand_in_rows_on_white():
+    images = np.arange(3 * 64 * 64 * 3).reshape(3, 64, 64, 3).astype(np.uint8)
+    grid = sample_grid(images, columns=2)
+    assert grid.shape == (2 * 128 + 2, 2 * 128 + 2, 3)
+    np.testing.assert_array_equal(grid[130:258:2, 0:128:2], images[2])
+    assert (grid[130:, 130:] == 255).all()
+    with pytest.raises(ValueError, match="at least one picture"):
+        sample_grid(images[:0], columns=2)
