@@ -84,8 +84,8 @@ def rms_norm(x: Float[Array, "*b d"], weight: Float[Array, "d"], eps: float) -> 
 
 def matmul(x: Float[Array, "*b c"], kernel: Float[Array, "c f"]) -> Float[Array, "*b f"]:
     """x @ kernel in the dtype of x."""
-    # As matrices: from more dimensions XLA copies transposed activations for the gradient of the kernel, which took over
-    # a third of the backward pass on a CPU.
+    # As matrices: from more dimensions XLA copies transposed activations for the gradient of the kernel, which took a
+    # CPU over a third of the backward pass.
     rows = x.reshape(-1, x.shape[-1])
     product = jnp.matmul(rows, kernel.astype(x.dtype), precision=matmul_precision(x.dtype))
     return product.reshape(*x.shape[:-1], kernel.shape[-1])
