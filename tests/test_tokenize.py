@@ -1,18 +1,27 @@
 import importlib
+import json
+import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tracemalloc
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from fvq_jax import tokenize
+from fvq_jax.data.codes import open_codes
+from fvq_jax.data.croppings import Cropping
 from fvq_jax.data.decode import open_image
 from fvq_jax.data.transforms import resize_center
 from fvq_jax.inference.tokenizer import Tokenizer
+from tests.data.test_prepare import run as prepare
+from tests.data.test_tfds import write_data_set
 from tests.helpers.random_tokenizer import random_tokenizer
+from tests.helpers.two_hosts import free_port, start_host
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -132,6 +141,142 @@ def test_memory_does_not_grow_with_the_folder(saved, tmp_path, monkeypatch):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] - peaks[0] < 288 * 3072 / 2, peaks  # the crops alone are 288 x 3072 bytes
+
+
+def extract(saved, data, out, *options):
+    args = [f"--tokenizer={saved}", f"--data={data}", f"--out={out}", "--size=16", *options]
+    return tokenize.main(["extract", *args])
+
+
+def test_a_folder_becomes_codes_of_ten_crops_to_train_on(saved, folder, tmp_path, capsys):
+    (folder / "cats" / "broken.jpg").write_text("no picture")
+    out = tmp_path / "codes"
+    assert extract(saved, folder, out, "--crops=ten", "--scales=1.2,1.1", "--batch=20") == 0
+    text = capsys.readouterr()
+    said = (
+        "9 pictures of 3 classes, each 2 x 10 crops of 8 x 8 codes, in 1 shards, 0.00 GB, 1 left out, 1 shards written"
+    )
+    assert text.out == f"{out}: {said} now\n"
+    assert "fvq_jax: left out 'cats/broken.jpg': not a readable picture" in text.err
+    assert "10/10" in text.err
+    assert "images/s" in text.err
+    source, tok = open_codes(out), Tokenizer.from_pretrained(saved)
+    info = source.info
+    assert (info.tokenizer, info.vocab, info.grid, info.size) == (tok.fingerprint, 64, (8, 8), 16)
+    assert (info.class_names, info.condition) == (("cats", "dogs", "more"), "none")
+    assert json.loads((out / "manifest.json").read_text())["tokenizer_path"] == str(saved)
+    cropping = Cropping.parse("ten", "1.2,1.1", 16)
+    crops = cropping.cut(open_image(folder / "dogs" / "a.webp"), 0)
+    (index,) = [index for index in range(len(source)) if source.relative_name(index) == "dogs/a.webp"]
+    np.testing.assert_array_equal(source[index]["codes"], tok.encode(crops.reshape(-1, 16, 16, 3)).reshape(2, 10, 8, 8))
+    assert source[index]["label"] == 1
+    assert extract(saved, folder, out, "--crops=ten", "--scales=1.2,1.1", "--batch=20") == 0
+    assert "0 shards written now" in capsys.readouterr().out
+
+
+def test_codes_of_prepared_pictures_photographs_and_data_sets(saved, folder, tmp_path):
+    assert prepare(folder, tmp_path / "prepared") == 0
+    assert extract(saved, tmp_path / "prepared", tmp_path / "a") == 0
+    assert [open_codes(tmp_path / "a").relative_name(index) for index in range(2)] == ["cats/a.png", "cats/b.jpg"]
+    write_data_set(tmp_path / "tfds", "tiny_pictures", {"train": 3, "validation": 2})
+    tfds.core.add_data_dir(tmp_path / "tfds")
+    for number, (data, options, count) in enumerate(
+        [
+            ("tfds:tiny_pictures", [], 3),
+            ("tfds:tiny_pictures:1.2.0", ["--split=eval"], 2),
+            ("tfds:tiny_pictures:1.2.0:train[1:]", [], 2),
+            ("tfds:tiny_pictures:validation", [], 2),
+        ]
+    ):
+        assert extract(saved, data, tmp_path / f"tfds{number}", *options) == 0
+        source = open_codes(tmp_path / f"tfds{number}")
+        assert len(source) == count
+        assert source.info.class_names == ("ant", "bee", "cat")
+
+
+def test_photographs_are_cropped_at_random_without_resizing(saved, tmp_path, monkeypatch):
+    given = []
+
+    def note(source, cropping, *others):
+        given.append((source, cropping))
+        return "done"
+
+    monkeypatch.setattr(tokenize, "extract", note)
+    assert extract(saved, "photos", tmp_path / "out", "--crops=random:4", "--seed=3") == 0
+    assert extract(saved, "photos", tmp_path / "out", "--split=eval") == 0
+    (train, random), (held_out, centre) = given
+    assert train[0]["image"].shape == (32, 32, 3)
+    assert held_out[0]["image"].shape == (16, 16, 3)
+    assert random == Cropping("random", 4, (None,), 16, 3)
+    assert centre == Cropping("center", 1, (1.0,), 16)
+
+
+def test_a_bridge_with_classes_is_given_the_label_or_no_class(folder, tmp_path, capsys):
+    """The folder has three classes."""
+    tok = Tokenizer(random_tokenizer(bridge="dit-XS/2-c3"))
+    tok.save_pretrained(tmp_path / "tok")
+    plain = Cropping.parse("center", None, 16).cut(open_image(folder / "dogs" / "a.webp"), 2)[0]
+    found = {}
+    for condition, labels in (("label", np.array([1])), ("null", "null")):
+        out = tmp_path / condition
+        assert extract(tmp_path / "tok", folder, out, f"--condition={condition}") == 0
+        source = open_codes(out)
+        assert source.info.condition == condition
+        assert source.relative_name(2) == "dogs/a.webp"
+        found[condition] = source[2]["codes"][0]
+        np.testing.assert_array_equal(found[condition], tok.encode(plain, labels))
+    assert not np.array_equal(found["label"], found["null"])
+    capsys.readouterr()
+    assert extract(tmp_path / "tok", folder, tmp_path / "label", "--condition=null") == 2
+    assert "was begun with --condition label, not null" in capsys.readouterr().err
+    assert extract(tmp_path / "tok", folder, tmp_path / "other") == 2
+    assert "give --condition=label (each picture with its own) or --condition=null" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--size=15"], "--size 15 is not divisible by the down-sampling of 2"),
+        (["--size=0"], "--size 0 cannot be"),
+        (["--batch=0"], "--batch and --shard-size must be at least 1"),
+        (["--crops=nine"], "--crops=nine cannot be: use center, ten, or random:N"),
+        (["--scales=0.5"], "--scales=0.5 cannot be"),
+        (["--split=eval"], "--split=eval is for photos and tfds: give --data the folder of that split"),
+        (["--condition=null"], "--condition=null is for a tokenizer whose bridge has classes"),
+        (["--data=nowhere"], "image folder 'nowhere' does not exist"),
+        (["--data=tfds:unheard_of"], "data set 'unheard_of' is neither known"),
+        (["--l2_norm=true"], "l2_norm=True contradicts"),
+    ],
+)
+def test_bad_options_of_extract_exit_2_with_one_line(options, message, saved, folder, tmp_path, capsys):
+    assert extract(saved, folder, tmp_path / "out", *options) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_extraction_says_so(saved, folder, tmp_path, capsys, monkeypatch):
+    def interrupted(source, cropping, encoder, out, work, interrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return "" if interrupt.signal else "done"
+
+    monkeypatch.setattr(tokenize, "extract", interrupted)
+    assert extract(saved, folder, tmp_path / "out") == 75
+    assert capsys.readouterr().err == "fvq_jax: interrupted by SIGTERM: start me again\n"
+
+
+def test_two_processes_extract_the_codes_of_one(saved, folder, tmp_path):
+    assert extract(saved, folder, tmp_path / "one", "--shard-size=2") == 0
+    port, command = free_port(), ["-m", "fvq_jax.tokenize", "extract", f"--tokenizer={saved}", f"--data={folder}"]
+    command += [f"--out={tmp_path / 'two'}", "--size=16", "--shard-size=2", "--distributed"]
+    hosts = [start_host(index, 2, port, *command) for index in range(2)]
+    said = [host.communicate(timeout=300) for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], said
+    assert "9 pictures of 3 classes" in said[0][0]
+    assert "pictures" not in said[1][0]
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one == two
 
 
 def test_it_does_not_hide_the_standard_module():
