@@ -28,8 +28,8 @@ from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.processes import Place
 from fvq_jax.tasks import default_config
 from tests.helpers.random_tokenizer import random_tokenizer
+from tests.helpers.trained_workdir import trained_workdir
 from tests.helpers.two_hosts import ROOT, free_port, on_two_hosts, start_host
-from tests.inference.test_saved import workdir
 
 TOKENIZERS = functools.cache(Tokenizer.from_pretrained)
 SIZE = 16
@@ -342,7 +342,7 @@ def test_two_processes_write_once_what_one_writes(saved, folder, tmp_path, capsy
 def test_pictures_that_stop_coming_end_the_program_with_one_line_and_exit_1(folder, tmp_path):
     """Opening one hangs, for longer than the run of this workdir waits."""
     run, pictures = tmp_path / "run", tmp_path / "pictures"
-    workdir(run)
+    trained_workdir(run)
     config = json.loads((run / "config.json").read_text())
     config["data"]["timeout"] = 0.5
     (run / "config.json").write_text(json.dumps(config))

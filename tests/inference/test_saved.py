@@ -1,7 +1,6 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -9,10 +8,8 @@ import safetensors.numpy
 from fvq_jax.inference.saved import SavedTokenizer, load, save_folder
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.names import flatten
-from fvq_jax.training.checkpoint import Checkpoints
-from fvq_jax.training.state import NetworkState, TrainState
 from tests.helpers.random_tokenizer import random_tokenizer
-from tests.helpers.tiny import tiny_config
+from tests.helpers.trained_workdir import trained_workdir
 
 TABLE = np.random.default_rng(3).normal(size=(64, 8)).astype(np.float32)
 
@@ -60,24 +57,9 @@ def test_the_weights_alone_are_the_folded_tokenizer(tmp_path):
     assert load(tmp_path).net.quantizer.bridge == "none"
 
 
-def workdir(path, *, ema_decay=0.0, dtype="bfloat16"):
-    """What training leaves: config.json and a checkpoint, whose average differs from its parameters."""
-    saved = random_tokenizer(bridge="XS/2", ch_mult=(1,))
-    config = tiny_config(**{"optim.ema_decay": ema_decay, "tokenizer.z_channels": 16, "tokenizer.dtype": dtype})
-    config.tokenizer.ch_mult = (1,)
-    params = jax.tree.map(jnp.asarray, saved.params)
-    zero = jnp.zeros((), jnp.int32)
-    network = NetworkState(params, {"count": zero}, {})
-    average = jax.tree.map(lambda leaf: 2 * leaf, params) if ema_decay else {}
-    with Checkpoints(path) as checkpoints:
-        checkpoints.save(TrainState(zero, zero, {"tokenizer": network}, average), 0, {})
-    (path / "config.json").write_text(json.dumps(json.loads(config.to_json())))
-    return saved
-
-
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
 def test_a_workdir_gives_its_moving_average_if_it_has_one(ema_decay, tmp_path):
-    saved = workdir(tmp_path, ema_decay=ema_decay)
+    saved = trained_workdir(tmp_path, ema_decay=ema_decay)
     back = load(tmp_path)
     assert back.net == saved.net
     factor = 2 if ema_decay else 1
@@ -85,7 +67,7 @@ def test_a_workdir_gives_its_moving_average_if_it_has_one(ema_decay, tmp_path):
 
 
 def test_a_workdir_whose_config_was_changed_is_refused(tmp_path):
-    workdir(tmp_path)
+    trained_workdir(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(path.read_text().replace('"code_dim": 8', '"code_dim": 4'))
     with pytest.raises(
@@ -96,7 +78,7 @@ def test_a_workdir_whose_config_was_changed_is_refused(tmp_path):
 
 
 def test_a_training_run_is_not_overwritten(tmp_path):
-    workdir(tmp_path)
+    trained_workdir(tmp_path)
     before = (tmp_path / "config.json").read_text()
     with pytest.raises(InputError, match="holds a training run"):
         save_folder(tmp_path, bridged())

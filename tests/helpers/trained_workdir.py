@@ -1,0 +1,28 @@
+"""The folder of a run that has been trained, without the training."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from fvq_jax.inference.saved import SavedTokenizer
+from fvq_jax.training.checkpoint import Checkpoints
+from fvq_jax.training.state import NetworkState, TrainState
+from tests.helpers.random_tokenizer import random_tokenizer
+from tests.helpers.tiny import tiny_config
+
+
+def trained_workdir(path: Path, *, ema_decay: float = 0.0, dtype: str = "bfloat16") -> SavedTokenizer:
+    """Writes what training leaves: config.json and a checkpoint, whose average differs from its parameters."""
+    saved = random_tokenizer(bridge="XS/2", ch_mult=(1,))
+    config = tiny_config(**{"optim.ema_decay": ema_decay, "tokenizer.z_channels": 16, "tokenizer.dtype": dtype})
+    config.tokenizer.ch_mult = (1,)
+    params = jax.tree.map(jnp.asarray, saved.params)
+    zero = jnp.zeros((), jnp.int32)
+    network = NetworkState(params, {"count": zero}, {})
+    average = jax.tree.map(lambda leaf: 2 * leaf, params) if ema_decay else {}
+    with Checkpoints(path) as checkpoints:
+        checkpoints.save(TrainState(zero, zero, {"tokenizer": network}, average), 0, {})
+    (path / "config.json").write_text(json.dumps(json.loads(config.to_json())))
+    return saved
