@@ -26,7 +26,7 @@ from fvq_jax.interop.gpt_checkpoint import write_gpt
 from fvq_jax.interop.named_tensors import ENDINGS
 from fvq_jax.models.gpt import GPT
 from fvq_jax.models.gpt_cache import Weights, decode, decoding_weights
-from fvq_jax.ops.sampling import SCHEDULES, draw, greedy, guidance_scales, guided, image_keys
+from fvq_jax.ops.sampling import SCHEDULES, draw, greedy, guidance_scales, guided, image_keys, uniform_numbers
 from fvq_jax.ops.token_loss import token_nll
 from fvq_jax.runtime.errors import InputError, require
 
@@ -126,6 +126,12 @@ class Generator:
         if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
             tokenizer = Tokenizer.from_pretrained(tokenizer)
         return cls(saved, tokenizer, dtype=dtype)
+
+    def with_params(self, params: dict[str, Any]) -> "Generator":
+        """This generator with other parameters of the same shapes, float32 on the host; it needs no compilation."""
+        other = Generator(dataclasses.replace(self._saved, params=params), self.tokenizer, dtype=self.net.dtype)
+        other._samplers = self._samplers
+        return other
 
     @property
     def provenance(self) -> Provenance:
@@ -476,8 +482,7 @@ def _sample(
         else:
             chosen = draw(
                 logits,
-                keys,
-                position,
+                uniform_numbers(keys, position),
                 temperature=temperature,
                 top_k=top_k if cut_k else None,
                 top_p=top_p if cut_p else None,

@@ -20,7 +20,8 @@ from jaxtyping import Array, Float, Int
 from fvq_jax.models.gpt import GPT, rms_norm, rotate, rotations
 from fvq_jax.models.layers import matmul_precision
 
-SEGMENTS = 4
+SEGMENT = 64  # positions after which the cache grows, but at most `MAX_SEGMENTS` times: each takes time to compile
+MAX_SEGMENTS = 4
 _ROWS = 8  # segments end at multiples of it
 
 Weights = dict[str, Any]
@@ -57,10 +58,10 @@ def decoding_weights(params: Mapping[str, Any], dtype: DTypeLike) -> Weights:
     }
 
 
-def segment_ends(length: int, segments: int = SEGMENTS) -> list[int]:
+def segment_ends(length: int) -> list[int]:
     """Where each segment of the positions 0 to length - 1 ends; multiples of 8, except for the last one."""
-    ends = {min(length, -(-length * number // (segments * _ROWS)) * _ROWS) for number in range(1, segments + 1)}
-    return sorted(ends)
+    count = min(MAX_SEGMENTS, -(-length // SEGMENT))
+    return sorted({min(length, -(-length * number // (count * _ROWS)) * _ROWS) for number in range(1, count + 1)})
 
 
 def decode(
@@ -70,7 +71,6 @@ def decode(
     choose: Choose,
     *,
     cache_dtype: DTypeLike | None = None,
-    segments: int = SEGMENTS,
 ) -> Int[Array, "rows t"]:
     """The codes that `choose` picks, one after the other, for every row.
 
@@ -81,7 +81,6 @@ def decode(
       choose: gets the logits, float32, and the position, and returns a code for every row; rows of one image, with and
         without its class, must get the same code.
       cache_dtype: of keys and values; None: `net.dtype`.
-      segments: how often the cache grows; more of them read less and take longer to compile.
     """
     rows, dtype = labels.shape[0], net.dtype if cache_dtype is None else cache_dtype
     cos, sin = jnp.asarray(rotations(net.grid, net.head_width, net.rope_base))
@@ -97,7 +96,7 @@ def decode(
         return codes, weights["tok_embedding"][chosen].T.astype(jnp.float32), cache
 
     start = 0
-    for end in segment_ends(net.length, segments):
+    for end in segment_ends(net.length):
         grown = [(0, 0), (0, 0), (0, end - start), (0, 0)]
         cache = [(jnp.pad(keys, grown), jnp.pad(values, grown)) for keys, values in cache]
         codes, x, cache = jax.lax.fori_loop(start, end, step, (codes, x, cache))
@@ -134,14 +133,20 @@ def _next_logits(
 
 
 def _normed(x: Float[Array, "d rows"], weight: Float[Array, "d"], net: GPT) -> Float[Array, "d rows"]:
-    return rms_norm(x.T, weight, net.eps).T.astype(net.dtype)
+    return jax.vmap(rms_norm, (1, None, None), 1)(x, weight, net.eps).astype(net.dtype)
 
 
 def _product(
     matrix: Float[Array, "f c"], x: Float[Array, "c rows"], dtype: DTypeLike | None = None
 ) -> Float[Array, "f rows"]:
-    """matrix @ x in the dtype of x, or rounded to `dtype` alone."""
-    return jnp.matmul(matrix, x, precision=matmul_precision(x.dtype), preferred_element_type=dtype)
+    """matrix @ x in the dtype of x; with `dtype`, its sums are not rounded to that of x but to this one.
+
+    The barriers keep the compiler from turning the product of columns into one of rows, to save a transposition of what
+    comes or goes: on a CPU that one takes up to 18 times as long.
+    """
+    x = jax.lax.optimization_barrier(x)
+    product = jnp.matmul(matrix, x, precision=matmul_precision(x.dtype), preferred_element_type=dtype)
+    return jax.lax.optimization_barrier(product)
 
 
 def _attend(
