@@ -54,7 +54,7 @@ def package():
 
 def test_a_file_at_the_top_is_a_command_and_a_folder_is_a_room():
     files = {path.stem for path in (ROOT / "fvq_jax").glob("*.py")}
-    assert files == {"__init__", "__main__", "main", "evaluate", "tokenize", "convert", "plan"}
+    assert files == {"__init__", "__main__", "main", "tokenize", "convert", "plan"}
     assert set(ROOMS) - set(COMMANDS) == {*NEVER, "tasks"}
 
 

@@ -11,7 +11,7 @@ import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -190,6 +190,7 @@ class ImageReader:
     def __init__(self, path: str | os.PathLike[str]):
         self._path = Path(path)
         self.labels: np.ndarray | None = None
+        self.classes: Sequence[str] = ()  # such files hold no names
         try:
             with zipfile.ZipFile(path) as archive:
                 with archive.open("arr_0.npy") as member:

@@ -4,7 +4,7 @@ An .npz of ADM's programs is read by `npz_rows.ImageReader`. Here are folders an
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -25,10 +25,22 @@ from fvq_jax.runtime.errors import InputError, require
 
 @runtime_checkable
 class StoredPictures(Protocol):
-    """Pictures of one size; `shape` is [N, H, W, 3], `labels` the class of each picture [N] if known."""
+    """Pictures of one size; `shape` is [N, H, W, 3].
 
-    shape: tuple[int, ...]
-    labels: Int64[np.ndarray, "n"] | None
+    `labels` are the class of each picture [N], or None, and `classes` the names of the classes, or ().
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # noqa: D102
+        ...
+
+    @property
+    def labels(self) -> Int64[np.ndarray, "n"] | None:  # noqa: D102
+        ...
+
+    @property
+    def classes(self) -> Sequence[str]:  # noqa: D102
+        ...
 
     def __len__(self) -> int: ...
 
@@ -49,9 +61,10 @@ class SourcePictures:
         size: int,
         crop: Callable[[Image.Image, int], UInt8[np.ndarray, "s s 3"]],
         labels: Int64[np.ndarray, "n"] | None = None,
+        classes: Sequence[str] = (),
     ):
         self.shape: tuple[int, ...] = (len(source), size, size, 3)
-        self.labels = labels
+        self.labels, self.classes = labels, classes
         self._source, self._crop = source, crop
 
     def __len__(self) -> int:
@@ -88,7 +101,7 @@ def open_samples(path: str | os.PathLike[str]) -> StoredPictures:
         return SourcePictures(folder, size, _as_it_is)
     mixed = Sample(folder, len(folder))
     order = [mixed.index(position) for position in range(len(mixed))]
-    return SourcePictures(mixed, size, _as_it_is, labels[order])
+    return SourcePictures(mixed, size, _as_it_is, labels[order], folder.classes)
 
 
 def open_real(path: str, size: int) -> StoredPictures:

@@ -26,6 +26,7 @@ from fvq_jax.evals.inception_score import InceptionScore
 from fvq_jax.evals.precision_recall import DISTANCES, check_enough, precision_recall
 from fvq_jax.evals.reference import Moments
 from fvq_jax.models.frozen.inception import CLASSES, FEATURES, SPATIAL, SPATIAL_FEATURES
+from fvq_jax.runtime.agreement import everywhere
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.hosts import rows_of_all_hosts, sum_over_hosts
 
@@ -106,24 +107,29 @@ def collect(
     spatial = FeatureStatistics.empty(SPATIAL_FEATURES)
     score = InceptionScore.empty(CLASSES, max(1, -(-images // SCORE_BLOCK)))
     kept, positions = [np.zeros((0, POOLED_FEATURES), np.float32)], [np.zeros(0, np.int64)]
-    for step, batch in enumerate(batches):
-        count = len(batch)
-        if count:
-            position = (step * hosts + host) * batch_size + np.arange(count)
-            padded = np.concatenate([batch, np.repeat(batch[:1], batch_size - count, axis=0)])
-            outputs = {name: values[:count] for name, values in inception(padded).items()}
-            pooled.add(outputs[str(POOLED_FEATURES)])
-            spatial.add(outputs[SPATIAL])
-            score.add(outputs["logits_unbiased"], np.minimum(position // SCORE_BLOCK, len(score.count) - 1))
-            positions.append(position)
-            if keep_features:
-                kept.append(outputs[str(POOLED_FEATURES)])
-        progress(count)
-    pooled, spatial, score = sum_over_hosts((pooled, spatial, score))
-    if not pooled.count:
+
+    def go_through() -> None:
+        for step, batch in enumerate(batches):
+            count = len(batch)
+            if count:
+                position = (step * hosts + host) * batch_size + np.arange(count)
+                padded = np.concatenate([batch, np.repeat(batch[:1], batch_size - count, axis=0)])
+                outputs = {name: values[:count] for name, values in inception(padded).items()}
+                pooled.add(outputs[str(POOLED_FEATURES)])
+                spatial.add(outputs[SPATIAL])
+                score.add(outputs["logits_unbiased"], np.minimum(position // SCORE_BLOCK, len(score.count) - 1))
+                positions.append(position)
+                if keep_features:
+                    kept.append(outputs[str(POOLED_FEATURES)])
+            progress(count)
+
+    everywhere(go_through)
+    sums = sum_over_hosts((pooled, spatial, score))
+    count = int(sums[0].count)
+    if not count:
         raise InputError("there are no pictures to score")
     features = _in_order(np.concatenate(kept), np.concatenate(positions)) if keep_features else None
-    return PictureSet(int(pooled.count), pooled, spatial, score, features)
+    return PictureSet(count, *sums, features)
 
 
 def compare(

@@ -165,7 +165,8 @@ def _samples(report: GeneratorReport) -> str:
 
 def _grid(samples: SampleSet, kind: str) -> str:
     """Pictures, a row for each caption in the order in which captions first appear."""
-    pictures = samples.pictures if samples.pictures is not None else ()
+    pictures = samples.pictures
+    assert pictures is not None
     rows: dict[str, list[str]] = {}
     for index, picture in enumerate(pictures):
         caption = samples.captions[index] if samples.captions else ""

@@ -1,9 +1,11 @@
-"""Writing a file so that no reader ever sees half of it."""
+"""Writing a file so that no reader ever sees half of it, and making the folder that it goes to."""
 
 import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from fvq_jax.runtime.errors import InputError
 
 UNFINISHED = ".unfinished"  # the end of the name of a file that is being written
 
@@ -23,3 +25,20 @@ def replace_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder for results, and the folders above it, unless it is there. InputError if that fails."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {path}: {error.strerror or error}") from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file, see `replace_whole`. InputError if that fails."""
+    try:
+        with replace_whole(path) as unfinished:
+            unfinished.write_text(text)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error

@@ -39,3 +39,18 @@ def test_what_is_no_number_is_black_and_infinity_the_end_of_the_range():
 def test_floats_are_not_converted_twice(convert):
     with pytest.raises(TypeCheckError):
         convert(jnp.zeros((2, 2, 3)))
+
+
+def test_truncation_differs_from_rounding_at_halves_alone():
+    x = np.linspace(-1.1, 1.1, 4001, dtype=np.float32)
+    truncated = np.asarray(to_uint8(x, "truncate"))
+    np.testing.assert_array_equal(truncated, np.trunc(np.clip(np.float32(127.5) * x + 128, 0, 255)))
+    assert np.mean(truncated == np.asarray(to_uint8(x))) > 0.99
+    half = np.array([0.0], np.float32)  # level 127.5
+    even = np.array([-1 / 127.5], np.float32)  # level 126.5
+    assert [int(to_uint8(value, how)[0]) for value in (half, even) for how in ("round", "truncate")] == [
+        *(128, 128),
+        *(126, 127),
+    ]
+    with pytest.raises(ValueError, match="unknown rounding 'down'"):
+        to_uint8(x, "down")

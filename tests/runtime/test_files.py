@@ -2,7 +2,8 @@ import os
 
 import pytest
 
-from fvq_jax.runtime.files import replace_whole
+from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.files import make_folder, replace_whole, write_whole
 
 
 def test_the_new_file_takes_the_place_of_the_old_when_it_is_whole(tmp_path):
@@ -46,3 +47,14 @@ def test_a_block_that_writes_nothing_is_an_error_and_leaves_the_old_file(tmp_pat
     with pytest.raises(FileNotFoundError):
         write()
     assert path.read_text() == "old"
+
+
+def test_folders_and_texts_that_cannot_be_written_are_one_line(tmp_path):
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    write_whole(tmp_path / "a" / "b" / "c", "text")
+    assert (tmp_path / "a" / "b" / "c").read_text() == "text"
+    with pytest.raises(InputError, match=r"cannot write to .*c: File exists"):
+        make_folder(tmp_path / "a" / "b" / "c")
+    with pytest.raises(InputError, match=r"cannot write .*d: No such file"):
+        write_whole(tmp_path / "none" / "d", "text")

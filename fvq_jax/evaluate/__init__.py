@@ -1,13 +1,22 @@
-"""Command line: scores a trained tokenizer on a set of pictures, by a protocol that is named beside every figure.
+"""Command line: scores reconstructions or samples, by a protocol that is named beside every figure.
+
+A trained tokenizer on a set of pictures:
 
   python -m fvq_jax.evaluate --workdir=DIR --out=OUT [--data=FOLDER] [--protocol=direct|published]
   python -m fvq_jax.evaluate --tokenizer=PATH --data=photos --out=OUT --size=256 --inception=FILE
 
+Generated pictures beside real ones, as ADM's evaluation suite scores them (see `samples`):
+
+  python -m fvq_jax.evaluate --samples=A.npz[,B.npz,FOLDER] --reference=R.npz|FOLDER|photos --inception=FILE --out=OUT
+  python -m fvq_jax.evaluate --generator=PATH --tokenizer=PATH --guidance=1,1.5,2 --count=50000 --reference=...
+      --inception=FILE --out=OUT
+
 Writes OUT/metrics.json, whose content is also the last line on standard output, and OUT/report/index.html, a page for a
-person. Without --data the pictures are those that the run in the workdir is evaluated on. Metrics that use a trained
-network need its weights as a local file; a metric without its file is listed under `not_computed`, with what to get.
-With `--distributed` it is one of several processes, and only the first one writes. Exit codes: 0, 2 for bad input, and
-1 if no pictures come for `data.timeout` seconds (as in the config of the workdir, or else the default).
+person. Without --data the pictures of a tokenizer are those that the run in the workdir is evaluated on. Metrics that
+use a trained network need its weights as a local file. Of a tokenizer's metrics, one without its file is listed under
+`not_computed`, with what to get; samples cannot be scored without InceptionV3. With `--distributed` it is one of
+several processes, and only the first one writes. Exit codes: 0, 2 for bad input, and 1 if no pictures come for
+`data.timeout` seconds (as in the config of the workdir, or else the default).
 """
 
 import argparse
@@ -34,13 +43,14 @@ from fvq_jax.evals.projection import principal_plane
 from fvq_jax.evals.protocol import PROTOCOLS
 from fvq_jax.evals.reconstruction import collect, conditions, not_computed, summarise
 from fvq_jax.evals.reference import Reference
+from fvq_jax.evaluate.samples import OF_DRAWING, OF_SAMPLES, add_arguments, evaluate_samples
 from fvq_jax.inference.tokenizer import Tokenizer
 from fvq_jax.report.tokenizer import Report, Trained, write_report
 from fvq_jax.runtime import exits
 from fvq_jax.runtime.agreement import check_same, everywhere
 from fvq_jax.runtime.arguments import Parser, add_place, place, true_or_false
 from fvq_jax.runtime.errors import InputError
-from fvq_jax.runtime.files import replace_whole
+from fvq_jax.runtime.files import make_folder, write_whole
 from fvq_jax.runtime.hosts import rows_of_all_hosts
 from fvq_jax.runtime.names import dotted
 from fvq_jax.runtime.storage import CONFIG
@@ -50,6 +60,11 @@ from fvq_jax.tasks.tokenizer.pictures import data_name, source_of
 from fvq_jax.training.metric_files import read_metrics
 
 METRICS, NPZ = "metrics.json", "reconstructions.npz"
+_SCORED = {"tokenizer": "a tokenizer", "samples": "stored samples", "generator": "a generator"}
+_OF_RECONSTRUCTIONS = (  # options that only the scoring of a tokenizer has
+    *("l2_norm", "data", "protocol", "size", "images", "crops", "save_npz"),
+    *(name for name in FILES if name != "inception"),
+)
 SIZE = 256  # of the crops, unless a workdir says on which size it was trained
 
 
@@ -61,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    report = evaluate(args)
+    report = evaluate(args) if args.samples is None and args.generator is None else evaluate_samples(args)
     if jax.process_index() == 0:
         sys.stdout.write(json.dumps(report) + "\n")
         sys.stdout.flush()
@@ -145,7 +160,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "reference": {"path": str(reference.path), "cached": known is not None} if reference and moments else None,
         "not_computed": report.not_computed,
     }
-    _write(args.out / METRICS, json.dumps(metrics, indent=2) + "\n")  # first: the page only shows it
+    write_whole(args.out / METRICS, json.dumps(metrics, indent=2) + "\n")  # first: the page only shows it
     write_report(args.out, report)
     return metrics
 
@@ -178,7 +193,7 @@ def _prepare(args: argparse.Namespace) -> _Prepared:
         raise InputError("--batch must be at least 1, and --images, --crops and --seed at least 0")
     if args.images and args.crops:
         raise InputError("--images and --crops exclude each other: both say how many to score")
-    _make_folder(args.out)  # before hours of work, not after
+    make_folder(args.out)  # before hours of work, not after
     path = args.workdir or args.tokenizer
     trained = _config_of_run(path)
     size = args.size or (trained.data.image_size if trained else SIZE)
@@ -195,10 +210,16 @@ def _prepare(args: argparse.Namespace) -> _Prepared:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="fvq_jax.evaluate", description="Scores a trained tokenizer.")
+    parser = Parser(prog="fvq_jax.evaluate", description="Scores a trained tokenizer, or samples of a generator.")
     tokenizer = parser.add_mutually_exclusive_group(required=True)
     tokenizer.add_argument("--workdir", metavar="DIR", type=Path, help="of a training run: its newest checkpoint")
     tokenizer.add_argument("--tokenizer", metavar="PATH", type=Path, help="checkpoint file or saved tokenizer")
+    tokenizer.add_argument(
+        "--samples",
+        metavar="PATHS",
+        help="generated pictures instead of a tokenizer: .npz files with arr_0, or folders of pictures, with commas "
+        "between them",
+    )
     parser.add_argument("--l2_norm", type=true_or_false, help="whether codes have unit length, if a file does not say")
     parser.add_argument(
         "--data",
@@ -221,7 +242,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         default=0,
         help="score this many random crops, resized and placed as in training, instead of one crop of every picture",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of --crops (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of --crops, or of samples (default: 0)")
     for name, what in FILES.items():
         parser.add_argument(option(name), metavar="FILE", type=Path, help=what)
     parser.add_argument("--save-npz", action="store_true", help=f"also write DIR/{NPZ} for ADM's evaluation suite")
@@ -232,8 +253,26 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         default=Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fvq_jax",
         help="where statistics of real pictures are kept (default: %(default)s)",
     )
+    add_arguments(parser)
     add_place(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    _check_belongs(parser, args)
+    return args
+
+
+def _check_belongs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the program with one line if an option was given that would be ignored."""
+    kind = "generator" if args.generator is not None else "samples" if args.samples is not None else "tokenizer"
+    if kind == "generator" and args.tokenizer is None:
+        parser.error("--generator needs --tokenizer=PATH, the tokenizer of its codes")
+    ignored = {
+        "tokenizer": (*OF_SAMPLES, *OF_DRAWING),
+        "samples": (*_OF_RECONSTRUCTIONS, *OF_DRAWING, "seed"),
+        "generator": _OF_RECONSTRUCTIONS,
+    }[kind]
+    for name in ignored:
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} says nothing about the scoring of {_SCORED[kind]}: leave it out")
 
 
 def _source(given: str | None, size: int, images: int, trained: ConfigDict | None) -> tuple[Source, str]:
@@ -267,22 +306,3 @@ def _config_of_run(path: Path) -> ConfigDict | None:
 def _of_first_process(flag: bool) -> bool:
     """The `flag` of the first process, in every process."""
     return bool(rows_of_all_hosts(np.array([flag]))[0])
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to {path}: {error.strerror or error}") from error
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        with replace_whole(path) as unfinished:
-            unfinished.write_text(text)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-if __name__ == "__main__":
-    sys.exit(main())
