@@ -5,6 +5,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import math
 import os
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from fvq_jax.models.gpt_cache import Weights, decode, decoding_weights
 from fvq_jax.ops.sampling import SCHEDULES, draw, greedy, guidance_scales, guided, image_keys, uniform_numbers
 from fvq_jax.ops.token_loss import token_nll
 from fvq_jax.runtime.errors import InputError, require
+from fvq_jax.runtime.names import flatten
 
 DTYPES = ("float32", "bfloat16")
 LAYOUT = "llamagen"
@@ -139,6 +141,11 @@ class Generator:
         return self._saved.provenance
 
     @property
+    def params(self) -> dict[str, Any]:
+        """Its parameters, float32 on the host, nested as in `models.gpt`."""
+        return self._saved.params
+
+    @property
     def has_null_class(self) -> bool:
         """Whether it knows pictures without a class, which guidance needs."""
         return self.net.class_dropout > 0
@@ -161,21 +168,9 @@ class Generator:
           InputError: a label, a number or an option that cannot be; guidance without a class for "no class".
         """
         sampling = Sampling(**options)
-        sampling.check()
         labels = self._labels(labels)
-        scales = guidance_scales(
-            float(sampling.guidance),
-            self.net.length,
-            sampling.schedule,
-            interval=int(sampling.interval),
-            power=float(sampling.power),
-        )
+        scales = self._scales(sampling)
         doubled = bool(scales.max() > 1)
-        if doubled and not self.has_null_class:
-            raise InputError(
-                f"guidance={sampling.guidance:g} needs a model that knows pictures without a class, and this one was "
-                "trained without class dropout: use guidance=1"
-            )
         numbers = np.arange(len(labels)) if numbers is None else np.asarray(numbers)
         _check_numbers(seed, numbers, len(labels))
         program = self._sampler(doubled, sampling.temperature == 0, sampling.top_k > 0, sampling.top_p < 1)
@@ -242,6 +237,15 @@ class Generator:
             'pictures without a class have no label to be decoded with: use condition="null"',
         )
         return tokenizer.decode(codes, labels)
+
+    def check_sampling(self, sampling: Sampling, condition: str | None = None) -> str:
+        """The condition that samples will be decoded with; see `decode`.
+
+        Raises:
+          InputError: what `sample` would raise for these options.
+        """
+        self._scales(sampling)
+        return self._check_condition(condition)
 
     def logits(self, labels: ArrayLike, codes: ArrayLike) -> Float[np.ndarray, "b t v"]:
         """The logits of every code at every position, given the true codes before it; float32 [b, t, v].
@@ -353,6 +357,23 @@ class Generator:
 
     # --- checks -------------------------------------------------------------------------------------------------
 
+    def _scales(self, sampling: Sampling) -> Float[np.ndarray, "t"]:
+        """The scale of guidance at every position. InputError for options that cannot be, or not with this model."""
+        sampling.check()
+        scales = guidance_scales(
+            float(sampling.guidance),
+            self.net.length,
+            sampling.schedule,
+            interval=int(sampling.interval),
+            power=float(sampling.power),
+        )
+        if scales.max() > 1 and not self.has_null_class:
+            raise InputError(
+                f"guidance={sampling.guidance:g} needs a model that knows pictures without a class, and this one was "
+                "trained without class dropout: use guidance=1"
+            )
+        return scales
+
     def _labels(self, labels: ArrayLike) -> Int[np.ndarray, "b"]:
         array = np.asarray(labels)
         array = array.astype(np.int32) if array.size == 0 else array
@@ -437,6 +458,16 @@ def check_tokenizer(saved: SavedGenerator, tokenizer: Tokenizer) -> None:
         f"tokenizer and generator do not belong together: the tokenizer has {tokenizer.classes} classes, and the "
         f"generator {net.classes}",
     )
+
+
+def weights_digest(params: Any) -> str:
+    """16 hexadecimal digits that say which weights these are: a SHA-256 over their names, shapes and values."""
+    digest = hashlib.sha256()
+    for name, value in sorted(flatten(params).items()):
+        array = np.ascontiguousarray(value)
+        digest.update(f"{name} {array.dtype} {list(array.shape)}".encode())
+        digest.update(memoryview(array.reshape(-1).view(np.uint8)))
+    return digest.hexdigest()[:16]
 
 
 def _check_numbers(seed: int | np.integer, numbers: np.ndarray, rows: int) -> None:

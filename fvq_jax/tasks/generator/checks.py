@@ -7,6 +7,7 @@ from fvq_jax.runtime.errors import require
 from fvq_jax.runtime.mesh import mesh_shape
 from fvq_jax.tasks.generator.fields import hidden
 
+_SAMPLES_PER_CLASS = 10  # as an example
 _HEAD_UNIT = 4  # channels of a head come in pairs, one half of which rotates by the row and the other by the column
 
 
@@ -14,12 +15,39 @@ def check(config: ConfigDict, devices: int) -> None:
     """Raises InputError for what the types and ranges of single fields cannot show."""
     _check_network(config)
     _check_layout(config, devices)
+    _check_samples(config)
     for name in ("train_dir", "eval_dir"):
         require(
             bool(config.data[name]),
             f"data.{name} is empty: set --config.data.{name}=DIR to a folder of codes, which python -m "
             "fvq_jax.tokenize extract writes",
         )
+
+
+def _check_samples(config: ConfigDict) -> None:
+    """Samples that are scored need a tokenizer, and guidance needs a network that knows pictures without a class."""
+    evaluation, guidances = config.eval, config.eval.guidances
+    if not evaluation.samples:
+        for name in ("pictures", "inception", "reference"):
+            require(
+                not evaluation[name],
+                f"eval.{name} is set, but no samples are drawn: set eval.samples too, for instance to "
+                f"{_SAMPLES_PER_CLASS * config.generator.classes}",
+            )
+        return
+    require(bool(config.data.tokenizer), "eval.samples needs data.tokenizer: the tokenizer that decodes samples")
+    require(
+        evaluation.samples >= config.generator.classes,
+        f"eval.samples {evaluation.samples} is below the {config.generator.classes} classes: draw at least one of each",
+    )
+    require(
+        len(guidances) > 0 and all(isinstance(value, int | float) and value >= 0 for value in guidances),
+        f"config field eval.guidances must be numbers of 0 or more such as (1, 1.75), not {guidances}",
+    )
+    require(
+        config.generator.class_dropout > 0 or max(guidances) <= 1,
+        f"eval.guidances {tuple(guidances)}: guidance above 1 needs generator.class_dropout above 0 in training",
+    )
 
 
 def _check_network(config: ConfigDict) -> None:

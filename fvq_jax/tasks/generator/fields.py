@@ -39,6 +39,20 @@ _FIELDS: dict[str, Field] = {
     "data.eval_dir": Field("", "Folder of codes to evaluate on."),
     "data.tokenizer": Field("", "Tokenizer that the codes must come from, which is checked; empty: not checked."),
     "eval.images": Field(0, "Images in an evaluation, evenly spaced over the set; 0: the whole set."),
+    "eval.samples": Field(
+        0, "Samples drawn in an evaluation for every guidance, of all classes; 0: none. They need data.tokenizer."
+    ),
+    "eval.guidances": Field((1.0, 1.75), "Guidances with which samples are drawn; 1: without guidance."),
+    "eval.temperature": Field(1.0, "Divides the logits of samples; 0: always the likeliest code."),
+    "eval.top_k": Field(0, "Draw samples from so many of the likeliest codes; 0: from all."),
+    "eval.top_p": Field(1.0, "Draw samples from the likeliest codes that have this probability.", above=0, most=1),
+    "eval.pictures": Field(
+        "",
+        "Real pictures, photos or a folder with one folder per class, from which a classifier learns to judge samples.",
+    ),
+    "eval.inception": Field("", "File with FID's InceptionV3, see README; empty: no FID of samples while training."),
+    "eval.reference": Field("", "File with ADM's reference statistics (.npz), with which samples are compared."),
+    "log.images": Field(8, "Samples of each class that an evaluation shows.", above=0),
 }
 
 

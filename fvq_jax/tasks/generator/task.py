@@ -5,6 +5,7 @@ The generator sees codes and labels only. The evaluation is in `evaluation`, and
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -19,15 +20,21 @@ from jaxtyping import Array, Float, Shaped
 from ml_collections import ConfigDict
 
 from fvq_jax.data.codes import CodeSource, code_batches
+from fvq_jax.evals.metric_table import METRICS
 from fvq_jax.models.gpt import RULES
 from fvq_jax.ops.code_usage import code_histogram, perplexity, usage
 from fvq_jax.ops.token_loss import token_nll
+from fvq_jax.report.generator import GeneratorReport, best_of, write_generator_report
+from fvq_jax.report.pictures import sample_grid
 from fvq_jax.runtime.fields import Field
 from fvq_jax.runtime.mesh import Rules
+from fvq_jax.runtime.names import dotted
 from fvq_jax.tasks.generator import checks, flops
 from fvq_jax.tasks.generator.codes import check_tokenizer, source_of
 from fvq_jax.tasks.generator.evaluation import Evaluator
 from fvq_jax.tasks.generator.fields import fields, network
+from fvq_jax.tasks.generator.samples import Samples
+from fvq_jax.tasks.generator.start import load_params
 from fvq_jax.training.optim import Annealing, make_optimizer
 from fvq_jax.training.state import TrainState
 from fvq_jax.training.task import Batches, Evaluation, Gradients, Task
@@ -48,6 +55,12 @@ class GeneratorTask(Task):
         "nll_perplexity",
         "accuracy",
         "bits_per_pixel",
+        "fid",
+        "class_accuracy",
+        "class_accuracy_unguided",
+        "class_accuracy_of_real",
+        "best_guidance",
+        "samples_per_second",
     )
     rules: Rules = RULES  # of parameters, moments and moving average alike
 
@@ -82,9 +95,6 @@ class GeneratorTask(Task):
 
     def load(self, path: str) -> Any:
         """The parameters of a generator of this architecture, in whatever form it was saved."""
-        # Imported here: only a run with `init_from` needs it.
-        from fvq_jax.inference.saved_generator import load_params
-
         return load_params(path, self.net)
 
     def optimizers(self, annealing: Annealing) -> dict[str, optax.GradientTransformation]:
@@ -211,24 +221,64 @@ class GeneratorTask(Task):
         )
 
     def open_files(self) -> None:
-        """Compares the tokenizers of both splits, and with `data.tokenizer` if it is given."""
+        """Compares the tokenizers of both splits, and with `data.tokenizer` if it is given; opens what samples need."""
         check_tokenizer(self._config, self.source("train"), self.source("eval"))
+        _ = self.samples
 
     @functools.cached_property
     def evaluator(self) -> Evaluator:
         """The programs that evaluate."""
         return Evaluator(self._config, self._mesh, self.net, self.source("train"), self.source("eval"))
 
+    @functools.cached_property
+    def samples(self) -> Samples | None:
+        """The programs that draw and score samples; None if the config asks for none."""
+        if not self._config.eval.samples:
+            return None
+        return Samples(self._config, self._mesh, self.net, self.provenance())
+
     def evaluate(self, state: TrainState, progress: Callable[[int], Any] = lambda done: None) -> Evaluation:
-        """Predicts the held-out codes, with the moving average of the parameters if there is one."""
-        metrics, facts = self.evaluator.evaluate(state.ema or state.networks[_NAME].params, progress)
+        """Predicts the held-out codes and draws samples, with the average of the parameters if there is one."""
+        params = state.ema or state.networks[_NAME].params
+        metrics, facts = self.evaluator.evaluate(params, progress)
         line = (
             f"{metrics['nll_bits']:.3f} bits per code (unigram {metrics['unigram_bits']:.3f}, bigram "
             f"{metrics['bigram_bits']:.3f}), {metrics['accuracy']:.2%} of {facts['codes']} codes were the likeliest"
         )
-        return Evaluation(metrics, facts, line, {})
+        if self.samples is None:
+            return Evaluation(metrics, facts, line, {})
+        scores, sets = self.samples.evaluate(params, progress)
+        shown = [name for name in ("fid", "class_accuracy") if name in scores]
+        line += "".join(f", {METRICS[name].heading} {METRICS[name].text(scores[name])}" for name in shown)
+        line += f" at guidance {scores['best_guidance']:g}" if shown else ""
+        best = best_of(sets)
+        assert best is not None
+        assert best.pictures is not None
+        pictures = {"samples": sample_grid(best.pictures, columns=max(Counter(best.captions).values()))}
+        return Evaluation(metrics | scores, facts | {"samples": len(sets) * best.images}, line, pictures, details=sets)
 
     def report(
         self, state: TrainState, evaluation: Evaluation, workdir: Path, rows: Sequence[Mapping[str, Any]]
     ) -> None:
-        """Nothing yet."""
+        """Writes `workdir/report/`: figures, samples and their scores, curves and config."""
+        if jax.process_index() != 0:
+            return
+        config, info = self._config, self.source("train").info
+        facts = {
+            "workdir": str(workdir),
+            "step": int(state.step),
+            "data": config.data.eval_dir,
+            "images": evaluation.facts["images"],
+            "codes": evaluation.facts["codes"],
+            "tokenizer": info.tokenizer or "not known",
+            "condition": info.condition,
+        }
+        report = GeneratorReport(
+            title=f"Generator, step {int(state.step)}",
+            facts=facts,
+            metrics=evaluation.metrics,
+            samples=evaluation.details or (),
+            rows=rows,
+            config=dotted(config),
+        )
+        logging.info("report: %s", write_generator_report(workdir, report))
