@@ -1,17 +1,29 @@
-# make quickstart | test | faults | lint | format | clean
+# make quickstart | generate | test | faults | lint | format | clean
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 comma := ,
 VENV := .venv
 BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
+CODES ?= runs/codes
+GENERATOR ?= runs/generator
 # libtpu, which compiles for TPUs that are not here, exists for x86-64 Linux only.
 EXTRAS := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),test$(comma)tpu,test)
 
-.PHONY: quickstart test faults lint format clean
+.PHONY: quickstart generate test faults lint format clean
 
 quickstart: $(VENV)/runtime
 	$(BIN)/python -m fvq_jax.main --config=configs/quickstart.py --workdir=$(WORKDIR)
+
+# Everything that is there already is used, and what was interrupted goes on.
+generate: $(WORKDIR)/report/index.html
+	$(BIN)/python -m fvq_jax.tokenize extract --tokenizer=$(WORKDIR) --data=photos --size=32 --crops=random:4 --out=$(CODES)/train
+	$(BIN)/python -m fvq_jax.tokenize extract --tokenizer=$(WORKDIR) --data=photos --size=32 --split=eval --out=$(CODES)/held_out
+	$(BIN)/python -m fvq_jax.main --config=configs/generate.py --workdir=$(GENERATOR) --config.data.tokenizer=$(WORKDIR) \
+		--config.data.train_dir=$(CODES)/train --config.data.eval_dir=$(CODES)/held_out
+
+$(WORKDIR)/report/index.html:
+	$(MAKE) quickstart
 
 test: $(VENV)/test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
