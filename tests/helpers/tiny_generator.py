@@ -9,6 +9,7 @@ from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
 from fvq_jax.tasks import default_config
+from tests.helpers.code_folders import write_codes
 
 VOCAB, CLASSES, GRID = 64, 4, (4, 4)
 
@@ -26,13 +27,12 @@ def chain_codes(images: int, seed: int = 0, crops: int = 10) -> tuple[np.ndarray
     return codes, labels
 
 
-def write_codes(folder: pathlib.Path, codes: np.ndarray, labels: np.ndarray, size: int = 64) -> pathlib.Path:
-    """Writes codes [n, crops, t] and labels as LlamaGen's program does; returns the folder."""
-    for kind, rows in (("codes", codes), ("labels", labels)):
-        inside = folder / f"imagenet{size}_{kind}"
-        inside.mkdir(parents=True)
-        for index, row in enumerate(rows):
-            np.save(inside / f"{index}.npy", row[None])
+def write_splits(folder: pathlib.Path, train: int = 64, held_out: int = 24, **changes) -> pathlib.Path:
+    """Folders of codes `folder`/train and `folder`/eval; `changes` are of their manifests. Returns `folder`."""
+    plan = {"vocab": VOCAB, "classes": CLASSES, "size": 16} | changes
+    for split, images, seed in (("train", train, 0), ("eval", held_out, 1)):
+        codes, labels = chain_codes(images, seed)
+        write_codes(folder / split, codes.reshape(images, 1, -1, *GRID), labels, **plan)
     return folder
 
 

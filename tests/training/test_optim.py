@@ -169,3 +169,29 @@ def test_several_parts_may_have_rates_of_their_own():
     for name, factor in {"quantizer": 0.2, "encoder": 0.5}.items():
         expected = jax.tree.map(lambda leaf, factor=factor: factor * leaf, plain[name])
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), update[name], expected)
+
+
+def test_weight_decay_is_that_of_adamw():
+    """arXiv 1711.05101: the decay is added after Adam, scaled by the rate, and seen by no moment."""
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32) + 2, PARAMS)
+    plain = make_optimizer(optax.constant_schedule(0.1), **ADAM)
+    decaying = make_optimizer(
+        optax.constant_schedule(0.1), weight_decay=0.3, decayed=lambda name: name == "encoder/conv", **ADAM
+    )
+    state, decaying_state = plain.init(params), decaying.init(params)
+    for i in range(3):
+        update, state = plain.update(gradients(seed=i), state, params)
+        decayed, decaying_state = decaying.update(gradients(seed=i), decaying_state, params)
+        expected = update["encoder"]["conv"] - 0.1 * 0.3 * params["encoder"]["conv"]
+        np.testing.assert_allclose(decayed["encoder"]["conv"], expected, rtol=1e-5)
+        jax.tree.map(np.testing.assert_array_equal, decayed["quantizer"], update["quantizer"])
+
+
+def test_parts_with_rates_of_their_own_decay_by_them():
+    rates = {"quantizer": optax.constant_schedule(0.02)}
+    zero = jax.tree.map(jnp.zeros_like, gradients())
+    params = jax.tree.map(jnp.ones_like, zero)
+    optimizer = make_optimizer(optax.constant_schedule(0.1), own_rates=rates, weight_decay=0.5, **ADAM)
+    update, _ = optimizer.update(zero, optimizer.init(params), params)
+    for name, rate in {"quantizer": 0.02, "encoder": 0.1}.items():
+        jax.tree.map(lambda leaf, rate=rate: np.testing.assert_allclose(leaf, -0.5 * rate), update[name])
