@@ -264,7 +264,12 @@ class GPT(nn.Module):
         return lambda branch, which: dropped(branch, self.dropout, keys[which])
 
     def _whole(self, parameters: Any, dtype: DTypeLike | None = None) -> Any:
-        """Divided parameters, gathered on every device for one use; in the dtype of the products to send less."""
+        """Divided parameters, gathered on every device for one use; in the dtype of the products to send less.
+
+        The gradient goes back the same way: every device rounds what its images say about a matrix to that dtype, and
+        XLA sums it over devices as rounded. In bfloat16 that is one more relative error of at most 2^-8 for each
+        device's part. Where parts are added up by micro-batches, that sum is float32.
+        """
         dtype = self.dtype if dtype is None else dtype
         if self.mesh is None:
             return parameters

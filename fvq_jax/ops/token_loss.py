@@ -46,6 +46,7 @@ def token_nll(
     its products are summed in float32, over tokens, codes and devices.
 
     Beside copies of `hidden` in `dtype` and of its gradient in float32, temporaries stay below `BUDGET` on each device.
+    A TPU's compiler adds copies of what the device holds of the head in `dtype`, and of its gradient, where it likes.
 
     Args:
       hidden: the states that predict the codes; on a mesh, divided by images over all devices.
@@ -206,7 +207,7 @@ class _Block:
 
     def __init__(self, start: Any, size: int):
         self._start, self._size = start, size
-        self.numbers = start + jnp.arange(size)
+        self.numbers = (start + jnp.arange(size)).astype(jnp.int32)
 
     def of(self, x):
         return jax.lax.dynamic_slice_in_dim(x, self._start, self._size)

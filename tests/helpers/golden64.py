@@ -8,6 +8,7 @@ float32 numbers that the published run was given.
 """
 
 import functools
+import math
 import os
 import pathlib
 import subprocess
@@ -19,12 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from fvq_jax.interop.discriminator import patchgan_from_torch
+from fvq_jax.interop.gpt_layout import gpt_params, gpt_tensors
 from fvq_jax.interop.lpips import lpips_params
 from fvq_jax.interop.torch_layout import tokenizer_params, torch_tensors
 from fvq_jax.models.frozen.lpips import VGG16, lpips_distance
+from fvq_jax.models.gpt import GPT
 from fvq_jax.models.quantizers.vector import VectorQuantizer
 from fvq_jax.models.tokenizer import TokenizerNet
 from fvq_jax.ops.adversarial import discriminator_loss, generator_loss
+from fvq_jax.ops.token_loss import token_nll
 from fvq_jax.training.state import NetworkState, TrainState
 from tests.helpers.golden_case import load_case
 from tests.helpers.tiny import make_step, tiny_config
@@ -294,9 +298,45 @@ def training_run(name):
     }
 
 
+def generator(name):
+    """Logits, the mean loss, and its gradient by every parameter (`grad/*`)."""
+    case = load_case(name)
+    net = published_generator(case.config)
+    labels, codes = (jnp.asarray(case.inputs[key], jnp.int32) for key in ("labels", "indices"))
+
+    @jax.jit
+    def run(params):
+        def loss(params):
+            hidden = net.apply({"params": params}, labels, codes)
+            return token_nll(hidden, params["output"], codes, dtype=net.dtype)[0].mean()
+
+        return net.apply({"params": params}, labels, codes, method="logits"), *jax.value_and_grad(loss)(params)
+
+    logits, loss, gradient = run(_wide(gpt_params(case.weights, net)))
+    grads = {f"grad/{key}": value for key, value in gpt_tensors(net, gradient).items()}
+    return {"logits": logits, "loss": loss, **grads}
+
+
+def published_generator(config):
+    """The generator that a config of the published code describes."""
+    side = math.isqrt(config["block_size"])
+    return GPT(
+        vocab=config["vocab_size"],
+        classes=config["num_classes"],
+        grid=(side, side),
+        layers=config["n_layer"],
+        width=config["dim"],
+        heads=config["n_head"],
+        class_dropout=config["class_dropout_prob"],
+        rope_base=float(config["rope_base"]),
+        eps=config["norm_eps"],
+    )
+
+
 PROGRAMS = {
     **dict.fromkeys(("fvq_vit", "fvq_dit", "fvq_linear", "llamagen_l2"), tokenizer),
     "lpips_vgg16": lpips,
     "adversarial_losses": adversarial,
     "training_run": training_run,
+    "llamagen_gpt": generator,
 }
