@@ -9,7 +9,7 @@ import pytest
 from tests.helpers.import_graph import ROOT, circle, import_graph, sources
 
 ROOMS = sorted(path.name for path in (ROOT / "fvq_jax").iterdir() if (path / "__init__.py").exists())
-COMMANDS = ("__main__", "main", "evaluate", "tokenize", "convert", "plan", "sweep", "data.prepare")
+COMMANDS = ("__main__", "main", "evaluate", "sample", "tokenize", "convert", "plan", "sweep", "data.prepare")
 # room: rooms that it must not import.
 NEVER = {
     "training": {"tasks", "models", "evals", "report"},
@@ -54,7 +54,7 @@ def package():
 
 def test_a_file_at_the_top_is_a_command_and_a_folder_is_a_room():
     files = {path.stem for path in (ROOT / "fvq_jax").glob("*.py")}
-    assert files == {"__init__", "__main__", "main", "tokenize", "convert", "plan"}
+    assert files == {"__init__", "__main__", "main", "sample", "tokenize", "convert", "plan"}
     assert set(ROOMS) - set(COMMANDS) == {*NEVER, "tasks"}
 
 

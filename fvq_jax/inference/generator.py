@@ -466,7 +466,7 @@ def weights_digest(params: Any) -> str:
     for name, value in sorted(flatten(params).items()):
         array = np.ascontiguousarray(value)
         digest.update(f"{name} {array.dtype} {list(array.shape)}".encode())
-        digest.update(memoryview(array.reshape(-1).view(np.uint8)))
+        digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()[:16]
 
 

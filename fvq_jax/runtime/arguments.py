@@ -1,6 +1,7 @@
 """Command lines of the programs that read no config: argparse with errors in one line, and the options they share."""
 
 import argparse
+import re
 import sys
 from typing import NoReturn
 
@@ -22,6 +23,14 @@ def true_or_false(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"must be true or false, not {text!r}")
     return text.lower() == "true"
+
+
+def grid_sides(text: str) -> tuple[int, int]:
+    """Converts rows x columns of a grid; for `type` of argparse."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"must be rows x columns such as 16x16, not {text!r}")
+    return int(match[1]), int(match[2])
 
 
 def add_place(parser: argparse.ArgumentParser) -> None:
