@@ -8,6 +8,7 @@ it is one call of safetensors or PyTorch (seconds per GB). Exit codes: 0, and 2 
 
 import argparse
 import dataclasses
+import functools
 import math
 import re
 import sys
@@ -46,6 +47,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("target", metavar="DST", type=Path, help="file to write, or folder for --layout=jax")
     parser.add_argument("--layout", choices=("jax", *LAYOUTS), default="jax", help="what to write (default: jax)")
     parser.add_argument("--l2_norm", type=true_or_false, help="whether codes have unit length, if SRC does not say")
+    parser.add_argument(
+        "--condition",
+        type=_condition,
+        help="label or null: whose table --layout=llamagen holds, if classes have their own",
+    )
     parser.add_argument("--heads", type=int, help="attention heads of a generator, if SRC does not say")
     parser.add_argument("--grid", type=_grid, help="rows x columns of its codes, such as 16x16, if SRC does not say")
     parser.add_argument("--classes", type=int, help="its classes, if SRC does not say and has no row for no class")
@@ -56,7 +62,9 @@ def main(argv: list[str] | None = None) -> int:
 def _convert(args: argparse.Namespace) -> int:
     layout = None if args.layout == "jax" else args.layout
     generator = is_generator(args.source)
-    kind, foreign = ("generator", ("l2_norm",)) if generator else ("tokenizer", ("heads", "grid", "classes"))
+    kind, foreign = (
+        ("generator", ("l2_norm", "condition")) if generator else ("tokenizer", ("heads", "grid", "classes"))
+    )
     for name in foreign:
         require(getattr(args, name) is None, f"{args.source} is a {kind}, which --{name} is not for: leave it out")
     if generator:
@@ -66,7 +74,8 @@ def _convert(args: argparse.Namespace) -> int:
         text, save = describe_generator(made), Generator(made).save_pretrained
     else:
         saved = load(args.source, l2_norm=args.l2_norm, track=_progress(args.source))
-        text, save = describe(saved), Tokenizer(saved).save_pretrained
+        text = describe(saved)
+        save = functools.partial(Tokenizer(saved).save_pretrained, condition=args.condition)
     sys.stdout.write(f"{args.source}: {text}\n")
     sys.stdout.flush()
     save(args.target, layout)
@@ -100,6 +109,11 @@ def describe_generator(saved: SavedGenerator) -> str:
 
 def _size(params: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def _condition(text: str) -> int | str:
+    """Converts a label; other text stays, and is judged where the classes are known."""
+    return int(text) if text.isdecimal() else text
 
 
 def _grid(text: str) -> tuple[int, int]:

@@ -124,6 +124,21 @@ def test_options_that_do_not_fit_are_refused(generator, options, message, tmp_pa
     assert not (tmp_path / "b").exists()
 
 
+def test_the_table_of_a_class_is_chosen_for_llamagen(tmp_path, capsys):
+    tok = Tokenizer(random_tokenizer(bridge="dit-XS/2-c5", ch_mult=(1,)))
+    tok.save_pretrained(tmp_path / "a")
+    for condition in ("3", "null"):
+        arguments = [f"{tmp_path}/a", f"{tmp_path}/b.safetensors", "--layout=llamagen", f"--condition={condition}"]
+        assert convert.main(arguments) == 0
+        assert "FVQ tokenizer with a DiT bridge, " in capsys.readouterr().out
+        table = safetensors.numpy.load_file(tmp_path / "b.safetensors")["quantize.embedding.weight"]
+        np.testing.assert_array_equal(table, tok.table(int(condition) if condition.isdecimal() else condition))
+    assert convert.main([f"{tmp_path}/a", f"{tmp_path}/c.safetensors", "--layout=llamagen"]) == 2
+    assert "give condition, a label in 0..4" in capsys.readouterr().err
+    assert convert.main([f"{tmp_path}/a", f"{tmp_path}/c", "--condition=3"]) == 2
+    assert 'condition is for the layout "llamagen"' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("large", [False, True])
 def test_large_files_have_a_progress_bar(large, tmp_path, capsys, monkeypatch):
     Tokenizer(random_tokenizer(ch_mult=(1,))).save_pretrained(tmp_path / "a.safetensors", layout="fvq")

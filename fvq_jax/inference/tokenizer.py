@@ -237,6 +237,11 @@ class Tokenizer:
         """
         if condition is not None and not (self.classes and layout == "llamagen"):
             raise InputError('condition is for the layout "llamagen" of a tokenizer with classes: leave it out')
+        if layout == "llamagen" and self.classes and condition is None:
+            raise InputError(
+                f'the layout "llamagen" holds a single table, and this tokenizer has one for each of {self.classes} '
+                f'classes: give condition, a label in 0..{self.classes - 1}, or "{NULL}" for no class'
+            )
         if layout is None:
             if Path(path).suffix in ENDINGS or Path(path).is_file():
                 raise InputError(f"without a layout a folder is written, and {path} is a file: {_layouts()}")

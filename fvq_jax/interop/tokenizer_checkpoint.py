@@ -14,7 +14,7 @@ from absl import logging
 
 from fvq_jax.interop.infer import infer_network
 from fvq_jax.interop.named_tensors import check_ending, read_checkpoint_file, write_checkpoint_file
-from fvq_jax.interop.torch_layout import USAGE_BUFFER, USAGE_BUFFER_SIZE, tokenizer_params, torch_tensors
+from fvq_jax.interop.torch_layout import USAGE_BUFFER, tokenizer_params, torch_tensors, usage_buffer_size
 from fvq_jax.models.tokenizer import TokenizerNet
 
 L2_NORM = ("codebook_l2_norm", "l2_norm")  # what the published training programs call it in their arguments
@@ -63,7 +63,7 @@ def write_checkpoint(path: str | os.PathLike[str], net: TokenizerNet, params: di
     path = Path(path)
     check_ending(path)
     tensors = torch_tensors(net, params)
-    tensors[USAGE_BUFFER] = np.zeros(USAGE_BUFFER_SIZE, np.float32)
+    tensors[USAGE_BUFFER] = np.zeros(usage_buffer_size(net), np.float32)
     write_checkpoint_file(path, tensors, {L2_NORM[0]: net.quantizer.l2_normalize})
 
 

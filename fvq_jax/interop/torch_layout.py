@@ -21,7 +21,6 @@ from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.names import flatten, nest
 
 USAGE_BUFFER = "quantize.codebook_used"  # counts of recent codes, kept by the published code among the weights
-USAGE_BUFFER_SIZE = 65536
 
 _MID = {"mid_res0": "mid.0", "mid_attention": "mid.1", "mid_res1": "mid.2"}
 _LAYER = {"shortcut": "nin_shortcut", "out": "proj_out"}
@@ -93,6 +92,15 @@ def torch_tensors(net: TokenizerNet, params: Mapping[str, Any]) -> dict[str, np.
     for name, value in flatten(params).items():
         tensors[torch_name(name, levels)] = _to_torch(name, np.asarray(value), net.quantizer.latent_dim)
     return tensors
+
+
+def usage_buffer_size(net: TokenizerNet) -> int:
+    """How many codes the usage buffer of the published quantizer holds, which a strict load compares.
+
+    LlamaGen's holds 65,536; that of FVQ, which has a bridge, does so up to 65,535 codes, and then one more than codes.
+    """
+    quantizer = _vector_quantizer(net)
+    return quantizer.size + 1 if quantizer.foldable and quantizer.size >= 65536 else 65536
 
 
 def tokenizer_params(

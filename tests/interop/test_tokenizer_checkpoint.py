@@ -132,6 +132,18 @@ def test_from_published_to_published_is_bit_exact(case, ending, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["in.pt", path.name])
 
 
+@pytest.mark.parametrize(
+    ("bridge", "codes", "size"),
+    [("none", 64, 65536), ("XS/2", 64, 65536), ("none", 65536, 65536), ("XS/8", 65536, 65537)],
+)
+def test_the_usage_buffer_is_as_long_as_in_the_published_quantizer(bridge, codes, size, tmp_path):
+    big = random_tokenizer(bridge=bridge, codebook_size=codes, ch_mult=(1,))
+    write_checkpoint(tmp_path / "x.safetensors", big.net, big.params)
+    tensors = safetensors.numpy.load_file(tmp_path / "x.safetensors")
+    np.testing.assert_array_equal(tensors["quantize.codebook_used"], np.zeros(size, np.float32), strict=True)
+    assert read_checkpoint(tmp_path / "x.safetensors", l2_norm=False)[0] == big.net
+
+
 def test_without_pytorch_only_pt_files_cannot_be_written(saved, tmp_path, monkeypatch):
     imported = builtins.__import__
 
