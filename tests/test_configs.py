@@ -17,11 +17,14 @@ from fvq_jax.runtime.mesh import make_mesh
 from fvq_jax.runtime.names import dotted
 from fvq_jax.sweep.points import make_points, read_sweep
 from fvq_jax.tasks import task_of
+from fvq_jax.training.optim import Annealing
 from tests.helpers.tiny import make_step
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("common", "__init__"))
 PAPER = ["fvq16k", "fvq262k", "fvq65k"]
+GENERATORS = sorted({"generate", "llamagen"} & set(NAMES))
+TOKENIZERS = [name for name in NAMES if name not in GENERATORS]
 
 
 def get_config(name, arg=""):
@@ -40,7 +43,8 @@ def differences(a, b):
 @functools.cache
 def state_of(name, arg="", codebook_axis=1):
     config = get_config(name, arg)
-    config.loss.perceptual_weight = 0.0  # its weight files are not here, and it has no state
+    if "loss" in config:
+        config.loss.perceptual_weight = 0.0  # its weight files are not here, and it has no state
     return make_step(config, make_mesh(-1, codebook_axis)).abstract()
 
 
@@ -49,10 +53,11 @@ def count(params):
 
 
 def test_all_configs_are_here():
-    assert set(NAMES) >= {"quickstart", *PAPER}
+    assert set(NAMES) >= {"quickstart", "llamagen", *PAPER}
+    assert {name for name in NAMES if get_config(name).task == "generator"} == set(GENERATORS)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TOKENIZERS)
 def test_every_config_is_valid(name):
     config = get_config(name)
     assert config.is_locked
@@ -79,7 +84,7 @@ def test_the_paper_is_trained_on_imagenet():
     assert (data.tfds_name, data.train_split, data.eval_split) == ("imagenet2012", "train", "validation")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_smoke_size_is_valid_and_needs_no_data(name):
     config = get_config(name, "smoke")
     assert config.is_locked
@@ -90,7 +95,7 @@ def test_the_smoke_size_is_valid_and_needs_no_data(name):
         check(config, devices)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TOKENIZERS)
 @pytest.mark.parametrize("arg", ["", "smoke"])
 def test_the_training_state_of_every_config_can_be_made(name, arg):
     state = state_of(name, arg)
@@ -258,3 +263,88 @@ def test_numbers_on_the_command_line_keep_their_type(monkeypatch):
     config = from_command_line(monkeypatch, "--config.optim.learning_rate=1", "--config.optim.clip_norm=0")
     assert config.optim.learning_rate == 1.0
     check(config, 8)
+
+
+def with_codes(arg=""):
+    config = get_config("llamagen", arg)
+    config.data.train_dir, config.data.eval_dir = "train", "eval"
+    return config
+
+
+@pytest.mark.parametrize("size", ["B", "L", "XL", "XXL", "3B", "tiny"])
+@pytest.mark.parametrize("recipe", ["fvq", "llamagen"])
+def test_every_size_and_recipe_of_the_generator_is_valid(size, recipe):
+    config = with_codes(f"size={size},recipe={recipe}")
+    assert config.is_locked
+    for devices in (1, 8, 64):
+        check(config, devices)
+    check(with_codes(f"size={size},recipe={recipe},smoke"), 8)
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters"),
+    [
+        ("B", 110_888_448),
+        ("L", 342_910_976),
+        ("XL", 774_699_520),
+        ("XXL", 1_410_972_672),
+        ("3B", 3_096_659_200),
+    ],
+)
+def test_generators_have_the_published_numbers_of_parameters(size, parameters):
+    assert count(state_of("llamagen", f"size={size}").networks["generator"].params) == parameters
+
+
+def test_the_recipes_of_the_generator():
+    """Batch, epochs, peak rate and how it falls, as arXiv 2509.10140 and 2406.06525 publish them; no warm-up."""
+    recipes = {
+        "size=L": (2048, 300.0, 8e-4, "linear", 0.05),
+        "size=XL": (1024, 350.0, 4e-4, "linear", 0.05),
+        "size=L,recipe=llamagen": (256, 300.0, 1e-4, "constant", None),
+        "size=3B,recipe=llamagen": (256, 300.0, 1e-4, "constant", None),
+    }
+    for arg, (batch, epochs, rate, decay, hold) in recipes.items():
+        config = get_config("llamagen", arg)
+        optim = config.optim
+        assert (config.batch_size, config.epochs, optim.decay) == (batch, epochs, decay)
+        assert optim.learning_rate == pytest.approx(rate)
+        assert (optim.warmup_steps, optim.warmup_epochs, optim.ema_decay) == (0, 0.0, 0.0)
+        assert (optim.b1, optim.b2, optim.clip_norm, optim.weight_decay) == (0.9, 0.95, 1.0, 0.05)
+        multiplier = Annealing(1000, 0, optim.hold, optim.decay, optim.start_factor, optim.end_factor).rate(1.0)
+        assert float(multiplier(0)) == float(multiplier(49)) == 1.0
+        assert float(multiplier(999)) == pytest.approx(1.0 if hold is None else 0.01)
+        assert hold is None or 0.45 < float(multiplier(525)) < 0.55
+
+
+def test_arguments_of_the_generator():
+    base = get_config("llamagen")
+    assert differences(base, get_config("llamagen", "size=L,recipe=fvq,vocab=16384,image=256")) == {}
+    assert differences(base, get_config("llamagen", "vocab=262144")) == {"generator.vocab": 262144}
+    assert differences(base, get_config("llamagen", "image=384")) == {"generator.grid": [24, 24]}
+    assert differences(base, get_config("llamagen", "batch=512")) == {
+        "batch_size": 512,
+        "optim.learning_rate": pytest.approx(2e-4),
+        "eval.batch_size": 512,
+        "eval.every_steps": 4 * base.eval.every_steps,
+        "checkpoint.every_steps": 4 * base.checkpoint.every_steps,
+    }
+    for arg, message in (
+        ("size=M", "'size' must be one of B, L, XL, XXL, 3B, tiny, not 'M'"),
+        ("recipe=own", "'recipe' must be one of fvq, llamagen, not 'own'"),
+        ("image=250", "'image' must be a multiple of 16, such as 256, not 250"),
+        ("vocab=0", "'vocab' must be above 0, not 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            get_config("llamagen", arg)
+
+
+def test_the_smoke_size_of_the_generator_keeps_vocabulary_and_grid():
+    config = get_config("llamagen", "smoke,vocab=262144,image=384")
+    assert (config.generator.vocab, config.generator.grid, config.steps) == (262144, (24, 24), 6)
+    state = state_of("llamagen", "smoke")
+    assert count(state.networks["generator"].params) < 3e6
+
+
+def test_without_codes_a_generator_is_refused_with_what_makes_them():
+    with pytest.raises(InputError, match=r"data\.train_dir is empty: .* python -m fvq_jax\.tokenize extract"):
+        check(get_config("llamagen"), 8)
