@@ -267,8 +267,8 @@ class GPT(nn.Module):
         """Divided parameters, gathered on every device for one use; in the dtype of the products to send less.
 
         The gradient goes back the same way: every device rounds what its images say about a matrix to that dtype, and
-        XLA sums it over devices as rounded. In bfloat16 that is one more relative error of at most 2^-8 for each
-        device's part. Where parts are added up by micro-batches, that sum is float32.
+        XLA sums the rounded parts over devices in it. In bfloat16 every part, and every sum on the way, is off by at
+        most 2^-8 of itself. Micro-batches are added up in float32.
         """
         dtype = self.dtype if dtype is None else dtype
         if self.mesh is None:
