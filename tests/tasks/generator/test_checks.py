@@ -53,7 +53,7 @@ def test_what_cannot_run_is_refused_in_one_line(changes, message):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(("devices", "codebook"), [(16, 1), (64, 1), (64, 4)])
+@pytest.mark.parametrize(("devices", "codebook"), [(16, 1), (64, 1), (64, 4), (256, 2)])
 def test_published_sizes_are_divided_over_slices(size, devices, codebook):
     found = SIZES[size]
     changes = {f"generator.{name}": getattr(found, name) for name in ("layers", "width", "heads")}
@@ -71,8 +71,9 @@ def test_a_step_is_planned_without_data():
     plan = make_plan(GeneratorTask, plan_config(GeneratorTask, config, 8), jax.devices())
     assert plan.fits
     assert plan.bytes["batch"] == 16 // 8 * (16 + 1) * 4
-    matrices = 2 * (4 * 64**2 + 3 * 64 * 256) + (2 * 64 + 5) * 64
-    norms = 5 * 64
-    assert plan.bytes["parameters"] == 2 * 4 * (matrices // 8 + norms)  # with the moving average
-    assert plan.bytes["optimizer"] == 2 * 4 * (matrices // 8 + norms) + 4 * 4
+    matrices = 2 * (4 * 64**2 + 3 * 64 * 256) + 2 * 64 * 64
+    classes, norms = 5 * 64, 5 * 64
+    each = 4 * (matrices // 8 + classes // 4 + norms)
+    assert plan.bytes["parameters"] == 2 * each  # with the moving average
+    assert plan.bytes["optimizer"] == 2 * each + 4 * 4
     assert plan.flops_per_device > 6 * 16 * 16 * matrices / 8

@@ -103,13 +103,16 @@ def test_the_collectives_are_the_intended_ones(step):
 
 
 def test_parameters_moments_and_average_are_divided_over_all_devices(step):
+    """All but the weights of norms, which are small; the classes are divided along one axis."""
     state, _ = step
     network = state.networks["generator"]
     for tree, copies in ((network.params, 1), (network.opt_state, 2), (state.ema, 1)):
         whole = sum(math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(tree))
         norms = copies * 4 * WIDTH * (2 * LAYERS + 1)
+        classes = copies * 4 * (CLASSES + 1) * WIDTH
         counts = 4 * sum(leaf.ndim == 0 for leaf in jax.tree.leaves(tree))
-        assert bytes_per_device(tree) == (whole - norms - counts) / (DATA * AXIS) + norms + counts
+        divided = whole - norms - classes - counts
+        assert bytes_per_device(tree) == divided / (DATA * AXIS) + classes / DATA + norms + counts
 
 
 def logits_of(program, vocab, axis, tokens):
