@@ -89,8 +89,9 @@ def _in_file(error: Exception) -> str:
 
 
 def _last_line(error: Exception) -> str:
-    """What went wrong, without the traceback that ml_collections puts into its message."""
-    text = str(error).strip()
+    """What went wrong, without what ml_collections puts around it: a traceback, or its attempts to open a file."""
+    text = re.sub("Configuration is not available.*load:", "the config file cannot be read:", str(error).strip())
+    text = re.sub(r"Failed loading .*No such file or directory: '(.*)'", r"there is no file \1", text, flags=re.DOTALL)
     if "Traceback (most recent call last)" not in text:
         return text
     return re.sub(r"^[\w.]+: ", "", text.splitlines()[-1])
