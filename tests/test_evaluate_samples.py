@@ -250,6 +250,12 @@ def test_options_that_would_be_ignored_are_refused(options, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_the_workdir_of_a_generator_is_told_from_that_of_a_tokenizer(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"task": "generator", "data": {}}))
+    assert evaluate.main([f"--workdir={tmp_path}", f"--out={tmp_path / 'out'}"]) == 2
+    assert "is the workdir of a generator, not of a tokenizer: score its samples" in capsys.readouterr().err
+
+
 def test_guidance_needs_a_class_for_no_class(files, tmp_path, monkeypatch, capsys):
     made = generator(class_dropout=0.0)
     monkeypatch.setattr(samples_module.Generator, "from_pretrained", lambda path, tokenizer: made)

@@ -53,25 +53,36 @@ class PictureSet:
     inception_score: InceptionScore
     features: Float32[np.ndarray, "images d"] | None
 
+    def gaussian(self) -> Moments | Float32[np.ndarray, "images d"]:
+        """Mean and covariance of the features of FID, or these features themselves if that is quicker.
+
+        `frechet_distance` takes either, and finds the same. Of fewer pictures than dimensions the covariance is
+        singular, and takes many times as long. InputError for fewer than two pictures.
+        """
+        if self.features is not None and 2 <= len(self.features) < self.features.shape[1]:
+            return self.features
+        return self.pooled.moments()
+
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
     """The real pictures that samples are compared with.
 
     Attributes:
-      pooled, spatial: mean and covariance of the features of FID and of sFID; `spatial` is None if they are not known.
+      pooled: the features of FID, see `PictureSet.gaussian`.
+      spatial: mean and covariance of the features of sFID; None if they are not known.
       features: of FID, of every picture [images, 2048]; None if only statistics are known: then there are no precision
         and recall.
     """
 
-    pooled: Moments
+    pooled: Moments | Float32[np.ndarray, "_ d"]
     spatial: Moments | None
     features: Float32[np.ndarray, "images d"] | None
 
     @classmethod
     def of(cls, pictures: PictureSet) -> "Reference":
         """The reference that these pictures are. InputError for fewer than two."""
-        return cls(pictures.pooled.moments(), pictures.spatial.moments(), pictures.features)
+        return cls(pictures.gaussian(), pictures.spatial.moments(), pictures.features)
 
     @property
     def images(self) -> int | None:
@@ -148,7 +159,7 @@ def compare(
       InputError: too few samples or reference pictures, or features that do not fit.
     """
     check_enough(samples.images, "samples")
-    scores = {"fid": frechet_distance(reference.pooled, samples.pooled.moments())}
+    scores = {"fid": frechet_distance(reference.pooled, samples.gaussian())}
     if reference.spatial is not None:
         scores["sfid"] = frechet_distance(reference.spatial, samples.spatial.moments())
     scores["inception_score"], scores["inception_score_std"] = samples.inception_score.result()

@@ -293,6 +293,11 @@ def _config_of_run(path: Path) -> ConfigDict | None:
         return None
     if not isinstance(saved, dict) or "data" not in saved:
         return None
+    if saved.get("task", "tokenizer") != "tokenizer":
+        raise InputError(
+            f"{path} is the workdir of a {saved['task']}, not of a tokenizer: score its samples with "
+            f"--generator={path} --tokenizer=PATH --reference=PATH"
+        )
     try:
         config = default_config()
         flat = upgraded(saved)

@@ -118,6 +118,17 @@ def test_features_are_kept_only_if_asked_for(images):
     np.testing.assert_array_equal(found(images[0]).features, inception(images[0])[str(POOLED)])
 
 
+def test_few_pictures_are_compared_by_their_features(images):
+    """Fewer pictures than dimensions: the distance is the same, without their singular covariances."""
+    real, samples = images[0][:12], images[1][:15]
+    few, reference = found(samples), Reference.of(found(real))
+    assert few.gaussian() is few.features
+    assert reference.pooled is reference.features
+    by_moments = Reference.of(found(real, keep_features=False))
+    expected = compare(found(samples, keep_features=False), by_moments)["fid"]
+    assert compare(few, reference)["fid"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_progress_counts_pictures(images):
     seen = []
     found(images[0], progress=seen.append)
