@@ -15,7 +15,7 @@ SCHEDULES = ("constant", "cosine", "linear")
 
 _BLOCK = 128  # codes
 
-Logits = Float[Array, "b v"]
+Logits = Float[Array | np.ndarray, "b v"]
 
 
 def guidance_scales(
@@ -77,7 +77,7 @@ def image_keys(seed: UInt32[Array, ""] | int, numbers: UInt32[Array, "b"] | Int[
 
 def draw(
     logits: Logits,
-    uniform: Float[Array, "b"],
+    uniform: Float[Array | np.ndarray, "b"],
     *,
     temperature: Float[Array, ""] | float = 1.0,
     top_k: Int[Array, ""] | int | None = None,
