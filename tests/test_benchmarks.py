@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import cost_growth
+from benchmarks import cost_growth, limits, llama
 from benchmarks.processes import DoesNotFitError, Worker
 from fvq_jax.config.checks import validate
 from fvq_jax.data.decode import open_image
 from fvq_jax.data.transforms import random_resize_crop
+from fvq_jax.models.gpt import SIZES, hidden_width
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.tasks import default_config, task_of
 
@@ -148,6 +149,107 @@ def test_growth_measures_and_draws(monkeypatch, tmp_path):
     with Image.open(tmp_path / "plot.png") as picture:
         width, height = picture.size
     assert width > 2 * height > 400
+
+
+TINY = ["--size=tiny", "--vocab=64", "--classes=5", "--grid=4", "--rounds=2", "--methods=fvq_jax,transformers"]
+
+
+def has_peer(row):
+    """Whether the peer of the generator ran; a row must say why if it did not."""
+    if find_spec("torch") and find_spec("transformers"):
+        assert row["status"] == ""
+        return True
+    assert row["status"].endswith(" not installed")
+    return False
+
+
+def test_sampling_beside_the_peer_and_the_limit():
+    rows, table = run("sampling", *TINY, "--batches=1,3", "--guidance=2", "--markdown")
+    assert [(row["method"], row["batch"]) for row in rows] == [
+        (method, batch) for batch in (1, 3) for method in ("fvq_jax", "transformers")
+    ]
+    for row in rows:
+        assert (row["tokens"], row["dtype"], row["guidance"]) == (16, "float32", 2)
+        assert row["limit_images_per_second"] > 0
+        if row["method"] == "fvq_jax" or has_peer(row):
+            assert row["images_per_second"] == pytest.approx(row["batch"] / row["seconds"], rel=0.02)
+            assert row["of_limit"] == pytest.approx(row["images_per_second"] / row["limit_images_per_second"], abs=1e-3)
+            assert row["first_seconds"] > 0
+            assert row["speedup"] > 0
+    assert rows[0]["first_seconds"] > rows[0]["seconds"]  # it compiles
+    assert rows[0]["speedup"] == 1
+    assert table[1].startswith("| method | batch | images / s | our speed / this | of the limit | bound by |")
+
+
+def test_a_step_of_the_generator_beside_the_peer():
+    rows, _ = run("generator_step", *TINY, "--batch=2")
+    ours, theirs = rows
+    assert ours["parameters"] == theirs["parameters"] == 139_968
+    assert ours["first_loss"] == pytest.approx(np.log(64), abs=1e-3)  # the head starts at zero
+    for row in rows if has_peer(theirs) else rows[:1]:
+        assert row["tokens_per_second"] == pytest.approx(32 / row["seconds"], rel=0.02)
+        assert row["first_loss"] == pytest.approx(np.log(64), abs=0.1)
+        assert row["speedup"] > 0
+
+
+def published_shape(name):
+    size = SIZES[name]
+    return llama.Shape(name, size.layers, size.width, size.heads, hidden_width(size.width), 16384, 1000, (16, 16))
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters", "read"),
+    [("B", 110_888_448, 97.5), ("L", 342_910_976, 325.1), ("XL", 774_699_520, 752.4), ("3B", 3_096_659_200, 3041)],
+)
+def test_the_limit_counts_the_weights_of_published_sizes(size, parameters, read):
+    shape = published_shape(size)
+    assert shape.parameters == parameters
+    assert limits.weights_read(shape) / 1e6 == pytest.approx(read, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("size", "batch", "rate"), [("L", 1, 11.8), ("L", 128, 263), ("L", 10**7, 315), ("XL", 1, 5.13), ("XL", 128, 135)]
+)
+def test_memory_limits_a_gpu_as_worked_out_by_hand(size, batch, rate):
+    """An A100 of 2.04 TB/s, bfloat16, with guidance."""
+    rates = {"copy_bytes_per_second": 2.04e12, "operations_per_second": 1e18}
+    found, bound = limits.limit(published_shape(size), "bfloat16", batch, 2, rates)
+    assert found == pytest.approx(rate, rel=6e-3)
+    assert bound == "memory"
+
+
+def test_products_of_matrices_limit_large_batches():
+    shape, rates = published_shape("L"), {"copy_bytes_per_second": 2.04e12, "operations_per_second": 1e13}
+    assert limits.operations_of_image(shape, 2) == pytest.approx(339e9, rel=5e-3)
+    assert limits.limit(shape, "bfloat16", 512, 2, rates) == (pytest.approx(1e13 / 339e9, rel=5e-3), "compute")
+    without_guidance = limits.limit(shape, "bfloat16", 512, 1, rates)[0]
+    assert without_guidance == pytest.approx(2e13 / 339e9, rel=5e-3)
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_rates_of_the_machine_are_measured(framework):
+    pytest.importorskip(framework)
+    rates = limits.load(framework, "float32")()
+    for name in limits.RATES:
+        assert 1e7 < rates[name]() < 1e13
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers warns of settings of its own
+def test_the_peer_decodes_with_its_cache_what_it_computes_without():
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    shape = llama.Shape("tiny", 2, 64, 4, 256, 32, 5, (3, 3))
+    peer = llama.Peer(shape, "float32")
+    codes = torch.arange(3 * 9).reshape(3, 9) % 32
+    with torch.inference_mode():
+        inputs = peer.inputs(torch.tensor([0, 4, 5]), codes)
+        expected = peer.llama(inputs_embeds=inputs, use_cache=False).logits
+        cache = transformers.StaticCache(config=peer.config, max_cache_len=9)
+        steps = [peer.llama(inputs_embeds=each, cache=cache, use_cache=True).logits for each in inputs.split(1, 1)]
+    torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-5, atol=1e-5)
+    sampled = llama.load_sampling(shape, "float32", False, [4], 2.0)()["4"]()
+    assert sampled.shape == (4, 9)
+    assert 0 <= sampled.min() <= sampled.max() < 32
 
 
 def too_large():
