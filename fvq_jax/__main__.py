@@ -5,7 +5,7 @@ import sys
 COMMANDS = {
     "main": "trains what a config file describes, and goes on where an earlier start of it was stopped.",
     "evaluate": "scores a trained tokenizer, or samples of a generator, and writes a page about it.",
-    "tokenize": "turns a folder of pictures into a file of codes, and codes into pictures.",
+    "tokenize": "turns pictures into codes, for a file or to train a generator on, and codes into pictures.",
     "sample": "draws pictures from a trained generator.",
     "convert": "converts tokenizers between this package's layout and those of PyTorch programs.",
     "plan": "says what a training step needs and how fast it can be, without data and without the hardware.",

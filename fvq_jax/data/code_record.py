@@ -7,7 +7,6 @@ from typing import Protocol, TypedDict, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
-CROPPINGS = ("center", "ten", "random")
 _CENTRE_OF_TEN = 4  # ten crops are: four corners, the centre, and the same of the mirrored picture
 
 

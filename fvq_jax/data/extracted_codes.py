@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from fvq_jax.data.code_record import CodeInfo, CodeRecord
-from fvq_jax.data.shards import Kind, OpenShards
+from fvq_jax.data.shards import MANIFEST, Kind, OpenShards
 from fvq_jax.runtime.errors import InputError
 
 CODES = Kind(
@@ -44,7 +44,11 @@ class ExtractedCodes:
         self._shards = OpenShards(root, CODES)
         if not len(self._shards):
             raise InputError(f"folder of codes {str(root)!r} holds no picture")
-        self._info, self._type = info_of(self._shards.plan), np.dtype(self._shards.plan["dtype"])
+        try:
+            self._info, self._type = info_of(self._shards.plan), np.dtype(self._shards.plan["dtype"])
+        except (KeyError, TypeError) as error:
+            again = CODES.again(self._shards.root)
+            raise InputError(f"{self._shards.root / MANIFEST} is damaged: delete it and {again}") from error
 
     @property
     def info(self) -> CodeInfo:

@@ -249,7 +249,9 @@ class _Writer:
         """The pictures of these shards; the last batch of a shard is filled up."""
         padded = -(-self.work.shard_size // self._block) * self._block
         load = functools.partial(_load, source=self.source, cropping=self.cropping, shards=shards, padded=padded)
-        dataset = grain.MapDataset.range(len(shards) * padded).map(load).batch(self._block)
+        # Ends with the last picture: workers must not be left with batches that nobody takes.
+        length = (len(shards) - 1) * padded + -(-len(shards[-1]) // self._block) * self._block if shards else 0
+        dataset = grain.MapDataset.range(length).map(load).batch(self._block)
         return Prefetch(Stream(dataset, self.work.workers), lambda batch: batch, timeout=self.work.timeout)
 
 

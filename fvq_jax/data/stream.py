@@ -5,6 +5,7 @@ number of workers, and a run resumes at step s by asking for step s. What is rea
 `codes`.
 """
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -38,9 +39,11 @@ class Stream(Iterator[dict[str, np.ndarray]]):
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
             batches = batches.mp_prefetch(options, worker_init_fn=follow_parent)
-        self._iterator = iter(batches)
+        self._iterator: grain.DatasetIterator | None = iter(batches)
 
     def __next__(self) -> dict[str, np.ndarray]:
+        if self._iterator is None:
+            raise StopIteration
         try:
             columns = next(self._iterator)
         except InputError as error:  # Grain has added lines to its message
@@ -50,8 +53,13 @@ class Stream(Iterator[dict[str, np.ndarray]]):
         return {name: np.array(column) for name, column in columns.items()}
 
     def close(self) -> None:
-        """Stops threads and worker processes; the iterator cannot be used afterwards."""
-        self._iterator.close()
+        """Stops threads and worker processes; the iterator has ended then."""
+        if self._iterator is not None:
+            self._iterator.close()
+            # It is part of a circle, and holds the last batch of every worker in shared memory, which Python would
+            # warn of at the end of the program.
+            self._iterator = None
+            gc.collect()
 
 
 def endless_order(length: int, seed: int) -> grain.MapDataset:

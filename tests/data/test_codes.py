@@ -238,6 +238,9 @@ def test_what_is_no_whole_folder_of_codes_is_refused(tmp_path):
     assert f"{shard}: No such file" in refusal(folder)
     manifest.write_text(json.dumps({**content, "format": "fvq_jax pictures in ArrayRecord, version 1"}))
     assert "says 'fvq_jax pictures in ArrayRecord, version 1', not 'fvq_jax codes" in refusal(folder)
+    whole = {**content, "shards": content["shards"][:1], "records": 5}
+    manifest.write_text(json.dumps({name: value for name, value in whole.items() if name != "grid"}))
+    assert f"{manifest} is damaged" in refusal(folder)
     manifest.write_text("")
     assert f"{manifest} is damaged: delete it and run python -m fvq_jax.tokenize extract" in refusal(folder)
     manifest.unlink()
