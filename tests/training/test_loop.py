@@ -24,6 +24,7 @@ from fvq_jax.training.checkpoint import Checkpoints
 from fvq_jax.training.metric_files import read_metrics
 from fvq_jax.training.step import TrainStep
 from fvq_jax.training.step_timer import StepTimer
+from tests.helpers.same_bits import assert_same_bits
 from tests.helpers.tiny import make_step, random_images, tiny_config
 
 # Everything that has a state: discriminator, moving average, micro-batches, a rate of its own for the codebook.
@@ -46,11 +47,6 @@ def restored(config, workdir):
     step = make_step(config, make_mesh(config.mesh.data, config.mesh.codebook), config.steps, 1)
     with Checkpoints(workdir) as checkpoints:
         return checkpoints.restore(step.abstract())
-
-
-def assert_same_bits(a, b):
-    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from fvq_jax.training.step import TrainStep
 from fvq_jax.training.step_plan import make_plan, plan_config
 from tests.helpers.import_graph import ROOT
 from tests.helpers.regression import RegressionTask
+from tests.helpers.same_bits import assert_same_bits
 
 SMALL = {
     "steps": 6,
@@ -84,11 +85,6 @@ def restored(workdir, config=None):
     step = TrainStep.of(RegressionTask(config, mesh), config, mesh, config.steps, 1)
     with Checkpoints(workdir, read_only=True) as checkpoints:
         return checkpoints.restore(step.abstract()).state
-
-
-def assert_same_bits(a, b):
-    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.fixture(scope="module")
