@@ -75,14 +75,12 @@ def _check_layout(config: ConfigDict, devices: int) -> None:
     """Every array is divided evenly over the mesh, see `models.gpt.RULES`."""
     model = config.generator
     data, codebook = mesh_shape(config.mesh.data, config.mesh.codebook, devices)
-    axes = f"mesh.data={data}, mesh.codebook={codebook}"
     for name, size, unit, by in (
         ("generator.vocab", model.vocab, codebook, f"mesh.codebook={codebook}"),
         ("generator.width", model.width, data, f"mesh.data={data}"),
         ("generator.width", model.width, codebook, f"mesh.codebook={codebook}"),
         ("the feed-forward width (generator.hidden)", hidden(config), data, f"mesh.data={data}"),
         ("the feed-forward width (generator.hidden)", hidden(config), codebook, f"mesh.codebook={codebook}"),
-        ("generator.width", model.width, data * codebook, f"all {data * codebook} devices ({axes})"),
     ):
         require(
             size % unit == 0,
