@@ -29,7 +29,7 @@ from fvq_jax.inference.generator import Generator, Sampling
 from fvq_jax.interop.inception import WHERE
 from fvq_jax.ops.pixels import ROUNDINGS
 from fvq_jax.ops.sampling import SCHEDULES
-from fvq_jax.report.generator import GeneratorReport, SampleSet, best_of, write_generator_report
+from fvq_jax.report.generator import GeneratorReport, SampleSet, best_of, first_of_classes, write_generator_report
 from fvq_jax.runtime.agreement import everywhere
 from fvq_jax.runtime.errors import InputError, require
 from fvq_jax.runtime.files import make_folder, write_whole
@@ -40,7 +40,7 @@ METRICS = "metrics.json"
 OF_SAMPLES = ("reference", "distances", "guidance")
 OF_DRAWING = ("count", "temperature", "top_k", "top_p", "schedule", "condition", "rounding")
 COUNT = 50_000
-_ROWS, _COLUMNS, _PICTURES = 10, 8, 48  # classes on the page, samples of each, samples without classes
+_PICTURES = 48  # on the page, if their classes are not known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,18 +279,10 @@ def _pass(
 
 
 def _to_show(pictures: StoredPictures) -> tuple[list[int], tuple[str, ...]]:
-    """Positions of the pictures for the page with a caption each: of some classes, evenly spaced, the first of each."""
+    """Positions of the pictures for the page, with a caption each if their classes are known."""
     if pictures.labels is None:
         return list(range(min(_PICTURES, len(pictures)))), ()
-    classes = np.unique(pictures.labels)
-    classes = classes[np.arange(min(_ROWS, len(classes))) * len(classes) // min(_ROWS, len(classes))]
-    positions: list[int] = []
-    captions: list[str] = []
-    for label in classes:
-        chosen = np.flatnonzero(pictures.labels == label)[:_COLUMNS].tolist()
-        positions += chosen
-        captions += [pictures.classes[label] if pictures.classes else f"class {label}"] * len(chosen)
-    return positions, tuple(captions)
+    return first_of_classes(pictures.labels, pictures.classes)
 
 
 def _warnings(sets: Sequence[_Set]) -> dict[str, str]:

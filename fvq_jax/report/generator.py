@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 
 from fvq_jax.evals.metric_table import METRICS
 from fvq_jax.report.blocks import details, plots, tile
@@ -96,6 +96,24 @@ def best_of(samples: Sequence[SampleSet]) -> SampleSet | None:
         if scored:
             return min(scored, key=lambda one: sign * one.metrics[name])
     return samples[0] if samples else None
+
+
+def first_of_classes(
+    labels: Int[np.ndarray, "n"], names: Sequence[str] = (), *, classes: int = 10, each: int = 8
+) -> tuple[list[int], tuple[str, ...]]:
+    """Which of many samples a page shows: the positions of the first `each` of some classes, and a caption for each.
+
+    If there are more than `classes` classes, these are evenly spaced among them. `names` are those of all classes.
+    """
+    present = np.unique(labels)
+    rows = min(classes, len(present))
+    positions: list[int] = []
+    captions: list[str] = []
+    for label in present[np.arange(rows) * len(present) // rows]:
+        chosen = np.flatnonzero(labels == label)[:each].tolist()
+        positions += chosen
+        captions += [names[label] if names else f"class {label}"] * len(chosen)
+    return positions, tuple(captions)
 
 
 def write_generator_report(folder: str | os.PathLike[str], report: GeneratorReport) -> Path:

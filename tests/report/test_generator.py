@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fvq_jax.report import figures
-from fvq_jax.report.generator import SampleSet, best_of, page, write_generator_report
+from fvq_jax.report.generator import SampleSet, best_of, first_of_classes, page, write_generator_report
 from fvq_jax.report.generator_figures import bits_figure, guidance_figure
 from fvq_jax.report.published import FVQ, GENERATOR_SOURCES, GENERATORS
 from fvq_jax.runtime.errors import InputError
@@ -112,6 +112,15 @@ def test_what_is_not_there_is_not_shown(report):
     assert "Bits per code" in shown
     one = dataclasses.replace(report, samples=report.samples[:1])
     assert "<h2>Guidance</h2>" not in page(one)
+
+
+def test_the_first_samples_of_evenly_spaced_classes():
+    labels = np.arange(60) % 20
+    positions, captions = first_of_classes(labels, classes=4, each=2)
+    assert positions == [0, 20, 5, 25, 10, 30, 15, 35]
+    assert captions == ("class 0",) * 2 + ("class 5",) * 2 + ("class 10",) * 2 + ("class 15",) * 2
+    positions, captions = first_of_classes(np.array([2, 0, 2]), ["a", "b", "c"])
+    assert (positions, captions) == ([1, 0, 2], ("a", "c", "c"))
 
 
 def test_the_best_set():
