@@ -219,7 +219,7 @@ class PerClass:
 
     def decode(self, codes, labels=None):
         numbers = [-1] * len(codes) if isinstance(labels, str) else labels
-        return np.asarray(numbers, np.float32).reshape(-1, 1, 1, 1)
+        return np.asarray(numbers, np.float32).reshape(-1, 1, 1, 1).repeat(3, axis=-1)
 
 
 def test_codes_are_decoded_with_what_they_were_extracted_with():
@@ -228,7 +228,7 @@ def test_codes_are_decoded_with_what_they_were_extracted_with():
     def decoded(known, condition=None, labels=(3, 4)):
         gen = Generator(random_generator(provenance=Provenance(condition=known)))
         gen.tokenizer = PerClass()
-        return gen.decode(codes, list(labels), condition=condition).reshape(-1).tolist()
+        return gen.decode(codes, list(labels), condition=condition)[:, 0, 0, 0].tolist()
 
     assert decoded("label") == decoded("", "label") == [3, 4]
     assert decoded("null") == decoded("", "null") == [-1, -1]
