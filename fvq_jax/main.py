@@ -15,13 +15,15 @@ from fvq_jax.config.checks import all_fields
 from fvq_jax.config.explain import explain
 from fvq_jax.runtime import exits
 from fvq_jax.runtime.errors import InputError
-from fvq_jax.runtime.flags import CONFIG, PROFILE_STEPS, WORKDIR, keep_compiled, parse_flags, place
+from fvq_jax.runtime.flags import CONFIG, ONE_RUN, PROFILE_STEPS, WORKDIR, keep_compiled, parse_flags, place
 from fvq_jax.runtime.logs import set_up_logging
 from fvq_jax.tasks import task_of
 from fvq_jax.training.loop import train
 from fvq_jax.training.trace import parse_steps
 
 EXPLAIN = flags.DEFINE_bool("explain", False, "Print every field of the config and what it means, and run nothing")
+for _flag in (CONFIG, WORKDIR, *ONE_RUN):  # else --help would leave them out
+    flags.declare_key_flag(_flag)
 
 
 def main(argv: list[str]) -> int:

@@ -37,6 +37,7 @@ JSON = flags.DEFINE_bool("json", False, "One JSON object instead of a table")
 FIT_BATCH = flags.DEFINE_bool(
     "fit-batch", False, "Also look for the largest batch that fits, with 5 compilations at most"
 )
+flags.declare_key_flag(CONFIG)  # else --help would leave it out
 
 # What libtpu wants to know on a machine without a TPU; the slice itself is named by --topology.
 LIBTPU_ENVIRONMENT = {

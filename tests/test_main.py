@@ -1,7 +1,6 @@
 import itertools
 import json
 import os
-import pathlib
 import re
 import signal
 import subprocess
@@ -10,18 +9,7 @@ import sys
 import jax
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
-TINY = (
-    "--config=configs/fvq16k.py:smoke",
-    "--config.tokenizer.ch_mult=(1,)",
-    "--config.tokenizer.quantizer.codebook_size=64",
-    "--config.tokenizer.quantizer.bridge=XS/2",
-    "--config.tokenizer.dtype=float32",
-    "--config.adversarial.weight=0.0",
-    "--config.data.image_size=16",
-    "--config.eval.images=16",
-)
-
+from tests.helpers.program import ROOT, SMALLEST
 
 # One device: the suite's eight simulated ones are not needed. What one start compiles the next ones find.
 ENVIRONMENT = os.environ | {
@@ -82,7 +70,7 @@ def run_prepared(tmp_path_factory):
 
 
 def test_a_run_prints_its_result_last_and_exits_0(tmp_path):
-    code, out, err = run(*TINY, f"--workdir={tmp_path}")
+    code, out, err = run(*SMALLEST, f"--workdir={tmp_path}")
     assert code == 0, err
     result = json.loads(out.splitlines()[-1])
     assert out.endswith("}\n")
@@ -107,7 +95,7 @@ def test_a_run_prints_its_result_last_and_exits_0(tmp_path):
 
 
 def test_sigterm_saves_says_so_and_exits_75(tmp_path):
-    args = [*TINY, f"--workdir={tmp_path}", "--config.steps=100000", "--config.log.every_steps=20"]
+    args = [*SMALLEST, f"--workdir={tmp_path}", "--config.steps=100000", "--config.log.every_steps=20"]
     process = start(*args)
     lines = []
     for line in process.stderr:
@@ -159,7 +147,7 @@ def test_sigterm_saves_says_so_and_exits_75(tmp_path):
         (["--distributed", "--num_processes=two"], ["--num_processes", "two"]),
         (["--profile_steps=20"], ["--profile_steps=20", "10:20"]),
         (["--config.eval.inception=EMPTY/no.pth"], ["eval.inception: there is no file", "EMPTY/no.pth"]),
-        (["--config=configs/missing.py"], ["configs/missing.py"]),
+        (["--config=configs/missing.py"], ["config file cannot be read", "no file configs/missing.py"]),
         (["--config=configs/fvq16k.py:smoke,batch=many"], ["'batch'", "int", "many"]),
         (["--config=configs/fvq16k.py:smok"], ["smok", "smoke"]),
         (["--workdir=/dev/null/x"], ["workdir /dev/null/x"]),
@@ -188,8 +176,15 @@ def test_needs_config_and_workdir():
     assert "--workdir" in err
 
 
+def test_help_shows_the_flags_of_a_run_and_exits_0(run_prepared):
+    code, out, err = run_prepared("--help")
+    assert (code, err) == (0, "")
+    for flag in ("config", "workdir", "[no]explain", "[no]distributed", "profile_steps"):
+        assert f"  --{flag}:" in out
+
+
 def test_a_loss_that_is_not_finite_exits_1(run_prepared, tmp_path):
-    code, out, err = run_prepared(*TINY, f"--workdir={tmp_path}", "--config.optim.learning_rate=1e38")
+    code, out, err = run_prepared(*SMALLEST, f"--workdir={tmp_path}", "--config.optim.learning_rate=1e38")
     assert code == 1
     assert out == ""
     assert "fvq_jax: step " in err.splitlines()[-1]
@@ -199,7 +194,7 @@ def test_a_loss_that_is_not_finite_exits_1(run_prepared, tmp_path):
 def test_the_program_waits_for_other_hosts_as_long_as_told(tmp_path):
     others = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
     others["KUBERNETES_SERVICE_HOST"] = "127.0.0.1"  # where JAX asks for a package, unless it has all it needs
-    command = [sys.executable, "-m", "fvq_jax.main", *TINY, f"--workdir={tmp_path}"]
+    command = [sys.executable, "-m", "fvq_jax.main", *SMALLEST, f"--workdir={tmp_path}"]
     command += ["--distributed", "--distributed_timeout=1"]
     ended = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT | others, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 1
@@ -224,7 +219,8 @@ main.train = train
 raise SystemExit(main.main(main.parse_flags(__import__("sys").argv)))
 """
     for chosen, cache in (("", f"{tmp_path}/compilation_cache"), ("/elsewhere", "/elsewhere")):
-        command = [sys.executable, "-c", code, *TINY, f"--workdir={tmp_path}", "--config.seed=3", "--profile_steps=2:4"]
+        args = [*SMALLEST, f"--workdir={tmp_path}", "--config.seed=3", "--profile_steps=2:4"]
+        command = [sys.executable, "-c", code, *args]
         environment = ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": chosen}
         ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert ended.returncode == 75, ended.stderr

@@ -28,12 +28,19 @@ _OVERRIDE = re.compile(r"--?config\.([\w.]+)")
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Reads the command line, config file and overrides; an error ends the program with one line and exit code 2."""
+    """Reads the command line, config file and overrides; an error ends the program with one line and exit code 2.
+
+    --help ends it with exit code 0.
+    """
     try:
         rest = flags.FLAGS(argv)
         if CONFIG.value is not None:
             CONFIG.value.keys()  # a file that could not be read raises only at this access
         return rest
+    except SystemExit:  # absl ends --help with exit code 1
+        if any(arg.lstrip("-").startswith(("help", "?")) for arg in argv):
+            sys.exit(0)
+        raise
     except (KeyError, AttributeError, ImportError) as error:
         sys.exit(fail(_unknown_field(argv) or _in_file(error), BAD_INPUT))
     except (flags.Error, InputError, TypeError, ValueError, OSError) as error:

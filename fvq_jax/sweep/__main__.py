@@ -34,6 +34,8 @@ INDEX = flags.DEFINE_integer("index", None, "Run this point alone, counted from 
 PARALLEL = flags.DEFINE_integer("parallel", 1, "Points at a time on this machine", lower_bound=1)
 SHARD = flags.DEFINE_string("shard", "0/1", "I/N: this is sweep I, from 0, of N that share the points")
 DRY_RUN = flags.DEFINE_bool("dry-run", False, "Print the points and their commands, and run nothing")
+for _flag in (CONFIG, WORKDIR):  # else --help would leave them out
+    flags.declare_key_flag(_flag)
 
 
 def main(argv: list[str]) -> int:
