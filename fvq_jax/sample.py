@@ -33,7 +33,8 @@ from tqdm import tqdm
 
 from fvq_jax.data.npz_rows import ImageWriter
 from fvq_jax.data.sample_folder import SampleFolder
-from fvq_jax.inference.generator import DTYPES, Generator, Sampling, weights_digest
+from fvq_jax.inference.generator import DTYPES, Generator, weights_digest
+from fvq_jax.inference.generator_options import Sampling
 from fvq_jax.inference.saved_generator import CONDITIONS
 from fvq_jax.inference.tokenizer import Tokenizer
 from fvq_jax.ops.pixels import ROUNDINGS, to_uint8

@@ -1,6 +1,7 @@
 """A trained generator for use: samples codes and pictures of classes, and says how likely given codes are.
 
-`models.gpt_cache` decodes, `ops.sampling` draws, `saved_generator` and `interop` read and write the files.
+`models.gpt_cache` decodes, `ops.sampling` draws, `generator_options` says how; `saved_generator` and `interop` read and
+write the files.
 """
 
 import dataclasses
@@ -18,17 +19,17 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Int
 from numpy.typing import ArrayLike
 
+from fvq_jax.inference.generator_options import Sampling, check_numbers, check_tokenizer
+from fvq_jax.inference.generator_programs import logits_rows, nll_bits_rows, sample_rows
 from fvq_jax.inference.saved_generator import Provenance, SavedGenerator, load_generator, save_generator_folder
 from fvq_jax.inference.tokenizer import Tokenizer
 from fvq_jax.interop.gpt_checkpoint import write_gpt
 from fvq_jax.interop.named_tensors import ENDINGS
-from fvq_jax.models.gpt import GPT
-from fvq_jax.models.gpt_cache import Weights, decode, decoding_weights
-from fvq_jax.ops.sampling import SCHEDULES, draw, greedy, guidance_scales, guided, image_keys, uniform_numbers
-from fvq_jax.ops.token_loss import token_nll
+from fvq_jax.models.gpt_cache import Weights, decoding_weights
+from fvq_jax.ops.sampling import guidance_scales
 from fvq_jax.runtime.errors import InputError, require
 from fvq_jax.runtime.names import flatten
 
@@ -36,41 +37,7 @@ DTYPES = ("float32", "bfloat16")
 LAYOUT = "llamagen"
 MAX_PER_DEVICE = 256  # images that are sampled at once: larger batches go through in parts
 BUDGET = 4 * 2**30  # bytes on a device for the caches and logits of one part
-_LARGEST = 2**32  # seeds and numbers of images are below it
 _LIKELIHOODS = 16  # images per device whose codes are scored at once
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How codes are drawn; see `ops.sampling` for the formulas.
-
-    Attributes:
-      guidance: the scale of classifier-free guidance; up to 1, the classes alone decide and half the work is saved.
-      temperature: what the logits are divided by; 0 takes the likeliest code each time.
-      top_k: draw from so many of the likeliest codes; 0: from all.
-      top_p: draw from the likeliest codes that together have this probability; 1: from all.
-      schedule: of the guidance over the codes of an image: constant, cosine or linear.
-      interval: guide only the codes 0 to interval + 1; -1: all.
-      power: of the cosine schedule.
-    """
-
-    guidance: float | int = 1.75
-    temperature: float | int = 1.0
-    top_k: int = 0
-    top_p: float | int = 1.0
-    schedule: str = "constant"
-    interval: int = -1
-    power: float | int = 1.0
-
-    def check(self) -> None:
-        """Raises InputError if a value cannot be."""
-        for name, value, least in (("guidance", self.guidance, 0), ("temperature", self.temperature, 0)):
-            require(math.isfinite(value) and value >= least, f"{name} must be {least} or more, not {value}")
-        require(self.top_k >= 0, f"top_k must be a whole number, 0 (all codes) or more, not {self.top_k}")
-        require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1 (all codes), not {self.top_p}")
-        require(self.schedule in SCHEDULES, f"schedule must be one of {', '.join(SCHEDULES)}, not {self.schedule!r}")
-        require(self.interval >= -1, f"interval must be -1 (all codes are guided) or more, not {self.interval}")
-        require(math.isfinite(self.power) and self.power > 0, f"power must be above 0, not {self.power}")
 
 
 class Generator:
@@ -172,7 +139,7 @@ class Generator:
         scales = self._scales(sampling)
         doubled = bool(scales.max() > 1)
         numbers = np.arange(len(labels)) if numbers is None else np.asarray(numbers)
-        _check_numbers(seed, numbers, len(labels))
+        check_numbers(seed, numbers, len(labels))
         program = self._sampler(doubled, sampling.temperature == 0, sampling.top_k > 0, sampling.top_p < 1)
         settings = (
             np.uint32(seed),
@@ -310,16 +277,16 @@ class Generator:
         """The program for one kind of sampling; values such as scale, temperature and k are arguments of it."""
         kind = (doubled, likeliest, top_k and not likeliest, top_p and not likeliest)
         if kind not in self._samplers:
-            self._samplers[kind] = self._spread(functools.partial(_sample, self.net, *kind), whole=6, rows=2)
+            self._samplers[kind] = self._spread(functools.partial(sample_rows, self.net, *kind), whole=6, rows=2)
         return self._samplers[kind]
 
     @functools.cached_property
     def _logits(self) -> Callable[..., Array]:
-        return self._spread(functools.partial(_logits, self.net), whole=1, rows=2)
+        return self._spread(functools.partial(logits_rows, self.net), whole=1, rows=2)
 
     @functools.cached_property
     def _nll_bits(self) -> Callable[..., Array]:
-        return self._spread(functools.partial(_nll_bits, self.net), whole=1, rows=2)
+        return self._spread(functools.partial(nll_bits_rows, self.net), whole=1, rows=2)
 
     def _spread(self, program: Callable[..., Array], *, whole: int, rows: int) -> Callable[..., Array]:
         """A program whose last arguments are divided by rows over the devices, with no traffic between them."""
@@ -426,40 +393,6 @@ class Generator:
         return chosen
 
 
-def check_tokenizer(saved: SavedGenerator, tokenizer: Tokenizer) -> None:
-    """Raises InputError, naming both, unless the generator's codes can be those of the tokenizer."""
-    net, known = saved.net, saved.provenance
-    size, found = tokenizer.net.quantizer.size, tokenizer.fingerprint
-    require(
-        size == net.vocab,
-        f"tokenizer and generator do not belong together: {tokenizer} has {size} codes, and the generator {net.vocab}",
-    )
-    require(
-        known.tokenizer in ("", found),
-        f"tokenizer and generator do not belong together: the generator was trained on codes of the tokenizer "
-        f"{known.tokenizer}, and this one is {found}",
-    )
-    sides = tuple(side * tokenizer.downsampling for side in net.grid)
-    require(
-        known.image_size == 0 or sides == (known.image_size,) * 2,
-        f"tokenizer and generator do not belong together: a grid of {net.grid[0]} x {net.grid[1]} codes is "
-        f"{sides[0]} x {sides[1]} pixels of this tokenizer, and the generator was trained on {known.image_size} x "
-        f"{known.image_size}",
-    )
-    with_classes = known.condition in ("label", "null")
-    require(
-        not known.condition or with_classes == (tokenizer.classes > 0),
-        f"tokenizer and generator do not belong together: the codes were extracted with condition="
-        f"{known.condition!r}, and the tokenizer has "
-        + (f"a table for each of {tokenizer.classes} classes" if tokenizer.classes else "a single table"),
-    )
-    require(
-        tokenizer.classes in (0, net.classes),
-        f"tokenizer and generator do not belong together: the tokenizer has {tokenizer.classes} classes, and the "
-        f"generator {net.classes}",
-    )
-
-
 def weights_digest(params: Any) -> str:
     """16 hexadecimal digits that say which weights these are: a SHA-256 over their names, shapes and values."""
     digest = hashlib.sha256()
@@ -470,70 +403,6 @@ def weights_digest(params: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _check_numbers(seed: int | np.integer, numbers: np.ndarray, rows: int) -> None:
-    require(0 <= int(seed) < _LARGEST, f"seed must be in 0..{_LARGEST - 1}, not {seed}")
-    if numbers.shape != (rows,) or not (rows == 0 or jnp.issubdtype(numbers.dtype, jnp.integer)):
-        raise InputError(f"numbers must be whole numbers [{rows}], not {numbers.dtype} {list(numbers.shape)}")
-    if rows and not 0 <= numbers.min() <= numbers.max() < _LARGEST:
-        raise InputError(f"numbers of images must be in 0..{_LARGEST - 1}, not {numbers.min()} to {numbers.max()}")
-
-
 def _power_below(number: int, most: int) -> int:
     """The largest power of two that is at most both numbers; at least 1."""
     return 2 ** (max(1, min(number, most)).bit_length() - 1)
-
-
-# Programs on the rows of one device.
-
-
-def _sample(
-    net: GPT,
-    doubled: bool,
-    likeliest: bool,
-    cut_k: bool,
-    cut_p: bool,
-    weights: Weights,
-    seed: UInt32[Array, ""],
-    scales: Float[Array, "t"],
-    temperature: Float[Array, ""],
-    top_k: Int[Array, ""],
-    top_p: Float[Array, ""],
-    labels: Int[Array, "b"],
-    numbers: UInt32[Array, "b"],
-) -> Int[Array, "b t"]:
-    """Codes [b, t]. With guidance every image has two rows side by side, with its class and without."""
-    keys = image_keys(seed, numbers)
-    rows = jnp.stack([labels, jnp.full_like(labels, net.classes)], axis=1).reshape(-1) if doubled else labels
-
-    def choose(logits: Float[Array, "rows v"], position: Int[Array, ""]) -> Int[Array, "rows"]:
-        if doubled:
-            logits = guided(logits[0::2], logits[1::2], scales[position])
-        if likeliest:
-            chosen = greedy(logits)
-        else:
-            chosen = draw(
-                logits,
-                uniform_numbers(keys, position),
-                temperature=temperature,
-                top_k=top_k if cut_k else None,
-                top_p=top_p if cut_p else None,
-            )
-        return jnp.repeat(chosen, 2) if doubled else chosen
-
-    codes = decode(net, weights, rows, choose)
-    return codes[0::2] if doubled else codes
-
-
-def _logits(
-    net: GPT, params: dict[str, Any], labels: Int[Array, "b"], codes: Int[Array, "b t"]
-) -> Float[Array, "b t v"]:
-    logits: Any = net.apply({"params": params}, labels, codes, method="logits")
-    return logits
-
-
-def _nll_bits(
-    net: GPT, params: dict[str, Any], labels: Int[Array, "b"], codes: Int[Array, "b t"]
-) -> Float[Array, "b t"]:
-    hidden: Any = net.apply({"params": params}, labels, codes)
-    nats, _ = token_nll(hidden, params["output"], codes, dtype=net.dtype)
-    return nats / jnp.log(2.0)

@@ -123,7 +123,7 @@ def uniform_numbers(keys: Shaped[Array, "b"], position: Int[Array, ""] | int) ->
 
 
 def _first_above(
-    ends: Float[Array, "b m"], target: Float[Array, "b 1"], possible: Bool[Array, "b m"]
+    ends: Float[Array, "b m"], target: Float[Array | np.ndarray, "b 1"], possible: Bool[Array, "b m"]
 ) -> Int[Array, "b 1"]:
     """The first possible of the growing `ends` above the target; the last possible if rounding put that too far."""
     above = possible & (ends > target)
