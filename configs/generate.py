@@ -5,7 +5,7 @@
 Trains on codes of random 32 x 32 crops of the photographs (64 codes a crop, one class for every photograph), and
 predicts the codes of regions it never saw. Then it draws samples of every class without and with guidance, and a
 classifier that has learned from real crops says whether they look like their class. The README has the results.
-Arguments: `smoke` (seconds).
+Arguments: `smoke` (seconds), `batch=N` (rate 2e-3 x N / 64).
 """
 
 from configs import common
@@ -14,7 +14,7 @@ from fvq_jax.tasks import default_config
 
 def get_config(arg=""):
     """A transformer of 4 layers on 8 x 8 codes of 1,024."""
-    args = common.parse_arg(arg, smoke=False)
+    args = common.parse_arg(arg, smoke=False, batch=0)
     config = default_config("generator")
     config.steps, config.epochs = 600, 0.0
     config.batch_size = 64
@@ -45,4 +45,6 @@ def get_config(arg=""):
         config.generator.layers, config.generator.width, config.generator.heads = 2, 64, 2
         config.eval.images, config.eval.samples, config.eval.guidances = 64, 20, (1.0, 2.0)
         config.log.every_steps = 1
+    if args["batch"]:
+        common.scale_to_batch(config, args["batch"], rate=2e-3, per=64)
     return config

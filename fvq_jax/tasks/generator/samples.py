@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from fvq_jax.data.crops import RandomCrops
 from fvq_jax.data.evaluation_set import Sample
+from fvq_jax.data.npz_rows import ImageReader
 from fvq_jax.data.pipeline import eval_batches
 from fvq_jax.data.record import Source
 from fvq_jax.data.sources import kind_of, make_source
@@ -31,15 +32,14 @@ from fvq_jax.inference.saved_generator import Provenance, SavedGenerator
 from fvq_jax.inference.tokenizer import Tokenizer
 from fvq_jax.models.gpt import GPT
 from fvq_jax.ops.pixels import to_uint8
-from fvq_jax.report.generator import SampleSet, best_of
-from fvq_jax.runtime.errors import InputError, require
+from fvq_jax.report.generator import SampleSet, best_of, first_of_classes
+from fvq_jax.runtime.errors import require
 from fvq_jax.runtime.hosts import rows_of_all_hosts
 from fvq_jax.runtime.mesh import replicated
 
 _REAL_TO_LEARN, _REAL_HELD_OUT = 4000, 2000  # pictures, at most, from which the classifier learns and is itself scored
 _HELD_OUT = 5  # one picture in so many of a folder is held out
 _READ = 100  # pictures read at once
-_ROWS = 10  # classes on the page
 Pictures = UInt8[np.ndarray, "n H W 3"]
 Labels = Int64[np.ndarray, "n"]
 
@@ -59,13 +59,8 @@ class Samples:
             for name in ("inception", "reference"):
                 path = evaluation[name]
                 require(os.path.isfile(path), f"eval.{name}: there is no file {path!r} (FID needs both files, or none)")
-            known = read_statistics(evaluation.reference)
-            if known is None:
-                raise InputError(
-                    f"eval.reference {evaluation.reference} has no statistics (mu, sigma): scores need them"
-                )
-            self._reference = generation.Reference(*known, None)
             self._inception = load_inception(evaluation.inception, spatial=True)
+            self._reference = _read_reference(evaluation.reference, self._inception, self._size)
 
     def evaluate(
         self, params: Any, progress: Callable[[int], Any] = lambda done: None
@@ -94,7 +89,7 @@ class Samples:
                     images=len(images),
                     batch_size=_READ,
                 )
-            shown, captions = self._shown()
+            shown, captions = first_of_classes(self._labels, self._provenance.class_names, each=self._config.log.images)
             name = f"guidance {guidance:g}"
             sets.append(SampleSet(name, scores, len(images), float(guidance), images[shown], captions))
         best = best_of(sets)
@@ -142,20 +137,6 @@ class Samples:
         )
         return rows_of_all_hosts(np.asarray(to_uint8(images)))[:count]
 
-    def _shown(self) -> tuple[np.ndarray, tuple[str, ...]]:
-        """Which samples the page shows, with captions: the first of some classes, which are evenly spaced."""
-        classes = np.unique(self._labels)
-        rows = min(_ROWS, len(classes))
-        chosen = classes[np.arange(rows) * len(classes) // rows]
-        names = self._provenance.class_names
-        positions = [np.flatnonzero(self._labels == label)[: self._config.log.images] for label in chosen]
-        captions = [
-            names[label] if names else f"class {label}"
-            for label, found in zip(chosen, positions, strict=True)
-            for _ in found
-        ]
-        return np.concatenate(positions), tuple(captions)
-
     @functools.cached_property
     def _judge(self) -> tuple[ClassJudge, float] | None:
         """A classifier of real pictures and its accuracy on held-out ones; None if the config names no pictures.
@@ -173,6 +154,21 @@ class Samples:
     def _size(self) -> int:
         """The side of a sample, in pixels."""
         return self._net.grid[0] * self._tokenizer.downsampling
+
+
+def _read_reference(path: str, inception: generation.Inception, size: int) -> generation.Reference:
+    """The statistics in a reference file; if it has only pictures, those of the pictures, and their features."""
+    known = read_statistics(path)
+    if known is not None:
+        return generation.Reference(*known, None)
+    pictures = ImageReader(path)
+    require(
+        pictures.shape[1:3] == (size, size),
+        f"eval.reference {path} has pictures of {pictures.shape[1]} x {pictures.shape[2]} pixels, and samples have "
+        f"{size} x {size}",
+    )
+    batches = pictures.batches(_READ, part=jax.process_index(), parts=jax.process_count())
+    return generation.Reference.of(generation.collect(batches, inception, images=len(pictures), batch_size=_READ))
 
 
 def _real_pictures(path: str, size: int) -> tuple[Source, Source]:
