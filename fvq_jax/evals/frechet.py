@@ -99,7 +99,7 @@ def _gaussian(given: Any) -> tuple[Vector, Float64[np.ndarray, "r d"]]:
     return mean, factor
 
 
-def _of_moments(mean: Vector, covariance: Float64[np.ndarray, "_ _"]) -> tuple[Vector, Matrix]:
+def _of_moments(mean: Vector, covariance: Float64[np.ndarray, "_ _"]) -> tuple[Vector, Float64[np.ndarray, "r d"]]:
     if covariance.shape != (len(mean), len(mean)):
         raise InputError(f"a mean of {len(mean)} dimensions does not fit a covariance of shape {covariance.shape}")
     _check_finite(mean, covariance)
@@ -113,7 +113,8 @@ def _of_moments(mean: Vector, covariance: Float64[np.ndarray, "_ _"]) -> tuple[V
         values, vectors = np.linalg.eigh(covariance)
     # Eigenvalues of 0 become small numbers of either sign by rounding; the square root would enlarge them.
     noise = len(mean) * np.finfo(np.float64).eps * largest
-    return mean, np.sqrt(np.where(values > noise, values, 0.0))[:, None] * vectors.T
+    kept = values > noise
+    return mean, np.sqrt(values[kept])[:, None] * vectors.T[kept]
 
 
 def _check_finite(*arrays: np.ndarray) -> None:
