@@ -131,6 +131,6 @@ def _marker(axes: Axes, x: float | int, y: float | int, colour: str | tuple[floa
 
 def _score_axis(axes: Axes, column: str) -> None:
     axes.set_ylabel(METRICS[column].heading_with_unit)
-    if column == "usage":
+    if METRICS[column].format.endswith("%"):  # a share
         axes.set_ylim(-0.02, 1.04)
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))

@@ -21,7 +21,6 @@ from fvq_jax.sweep.table import Row
 
 CSV, MARKDOWN, PAGE = "sweep.csv", "sweep.md", "index.html"
 COSTS = ("seconds", "images_per_second", "parameters", "peak_memory_bytes")
-SCORES = ("usage", "psnr")
 
 
 def write_report(folder: Path) -> dict[str, Any]:
@@ -89,7 +88,7 @@ def _points(rows: Sequence[Row], linked: set[str]) -> str:
             width = 2 + len(fields) + len(names)
             lines.append(f'<tr class="source"><td colspan="{width}">{escape(table.problem(row))}</td></tr>')
     return (
-        '<h2>Points</h2>\n<p class="note">Codes used, perplexity and scores are those of the last evaluation. A number '
+        '<h2>Points</h2>\n<p class="note">Scores are those of the last evaluation. A number '
         "leads to the report of its run, where there is one.</p>\n"
         f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
     )
@@ -97,21 +96,22 @@ def _points(rows: Sequence[Row], linked: set[str]) -> str:
 
 def _figures(rows: Sequence[Row]) -> str:
     field, _ = table.series(rows)
+    scores = table.scores(rows)
     groups = (
         (
             "Over the swept value",
             "Scores of the last evaluation. Hollow markers: points that are not finished.",
-            [(f"{_heading(score)} over {field}", figures.swept_figure(rows, score)) for score in SCORES],
+            [(f"{_heading(score)} over {field}", figures.swept_figure(rows, score)) for score in scores],
         ),
         (
             "Over training",
             "Every evaluation so far. Every run is annealed over its own length.",
-            [(f"{_heading(score)} over steps", figures.steps_figure(rows, score)) for score in SCORES],
+            [(f"{_heading(score)} over steps", figures.steps_figure(rows, score)) for score in scores],
         ),
         (
             "Cost against quality",
             "Numbers are those of the table. Times compare only between runs on equal hardware that was not shared. "
-            "Parameters: encoder, decoder, codebook and bridge, as trained. Memory: the fullest device, on a CPU the "
+            "Parameters: of the main network, as trained. Memory: the fullest device, on a CPU the "
             "process.",
             [
                 (
@@ -119,7 +119,7 @@ def _figures(rows: Sequence[Row]) -> str:
                     figures.cost_figure(rows, cost, score),
                 )
                 for cost in COSTS
-                for score in SCORES
+                for score in scores
             ],
         ),
     )

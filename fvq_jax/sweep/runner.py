@@ -22,6 +22,7 @@ from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.exits import BAD_INPUT, INTERRUPTED
 from fvq_jax.runtime.interrupt import Interrupt
 from fvq_jax.sweep.points import LOG, OUTPUT, Point, Status, is_finished, read_record, try_lock, write_record
+from fvq_jax.tasks import TASKS
 
 POLL_SECONDS = 0.1
 # A scheduler may signal every process of a job, and a run that gets the same signal twice ends before it has saved
@@ -206,7 +207,8 @@ class _Progress:
             self._say(logging.WARNING, "%s %s: %s (%s)%s", done, outcome.status, name, ": ".join(words), log)
         else:
             before = "" if outcome.ran or outcome.status != "finished" else " before"
-            figures = {name: outcome.summary.get(name) for name in ("usage", "psnr", "seconds")}
+            names = (*TASKS[outcome.point.config.get("task", "tokenizer")].scores, "seconds")
+            figures = {name: outcome.summary.get(name) for name in names}
             text = ", ".join(f"{name} {value:.4g}" for name, value in figures.items() if value is not None)
             self._say(logging.INFO, "%s %s%s: %s%s", done, outcome.status, before, name, f" ({text})" if text else "")
         self._bar.update()

@@ -15,6 +15,7 @@ from typing import Any
 from fvq_jax.evals.metric_table import METRICS
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.sweep.points import LOG, RECORD, Record, read_record
+from fvq_jax.tasks import TASKS
 from fvq_jax.training.metric_files import METRICS_FILE, read_metrics
 
 SILENT_SECONDS = 600.0  # without a line of log or metrics, after which a run is said to be silent
@@ -27,12 +28,18 @@ COLUMNS = (
     "ssim",
     "lpips_vgg",
     "rfid",
+    "nll_bits",
+    "bigram_bits",
+    "fid",
+    "class_accuracy",
+    "class_accuracy_unguided",
+    "best_guidance",
+    "samples_per_second",
     "parameters",
     "seconds",
     "images_per_second",
     "peak_memory_bytes",
 )
-ALWAYS = ("step", "usage", "psnr")  # the others appear where any point has a value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +110,15 @@ def short_names(fields: Sequence[str]) -> dict[str, str]:
     return {field: short if last.count(short) == 1 else field for field, short in zip(fields, last, strict=True)}
 
 
+def scores(rows: Sequence[Row]) -> Sequence[str]:
+    """The scores of the task that these points train, which are shown in any case."""
+    return TASKS[rows[0].record.config.get("task", "tokenizer")].scores
+
+
 def columns(rows: Sequence[Row]) -> list[str]:
-    """Which of `COLUMNS` to show."""
-    return [name for name in COLUMNS if name in ALWAYS or any(name in row.values for row in rows)]
+    """Which of `COLUMNS` to show: the step, and what is a score of the task or has a value in any point."""
+    always = ("step", *scores(rows)[:2])
+    return [name for name in COLUMNS if name in always or any(name in row.values for row in rows)]
 
 
 def shown(row: Row, column: str) -> str:

@@ -99,6 +99,7 @@ class Task(abc.ABC):
       unit: what an example is, in the plural, for rates: images_per_second.
       main: the network that is averaged, evaluated and exported.
       headline: metrics of an evaluation that the result line shows, in this order.
+      scores: those of them that a sweep draws for all its runs.
       dtype: the dtype in which most of the step is computed.
       frozen: arrays that a step reads and never changes, for instance the weights of a loss; {} if there are none.
       rules: the layout of every array of the state, by its path.
@@ -107,6 +108,7 @@ class Task(abc.ABC):
     unit: ClassVar[str]
     main: ClassVar[str]
     headline: ClassVar[Sequence[str]]
+    scores: ClassVar[Sequence[str]]
     dtype: DTypeLike
     rules: Rules
 

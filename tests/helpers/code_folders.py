@@ -38,7 +38,10 @@ def write_codes(out: pathlib.Path, codes: np.ndarray, labels, *, shard_size: int
 
 
 def pixel_encoder(size: int, *, vocab: int = 700, **changes) -> Encoder:
-    """Every second pixel becomes a code: the sum of its colours, plus its class, modulo `vocab`; `changes` are of other fields."""
+    """Every second pixel becomes a code: the sum of its colours, plus its class, modulo `vocab`.
+
+    `changes` are of other fields.
+    """
 
     def encode(images, labels):
         return (images[:, ::2, ::2].astype(np.int32).sum(-1) + labels[:, None, None]) % vocab

@@ -79,6 +79,7 @@ class RegressionTask(Task):
     unit = "vectors"
     main = "regressor"
     headline = ("error",)
+    scores = ("error",)
     dtype = jnp.float32
     rules = ((r"^(networks|ema)/.*(hidden|out)/", P()), (r"/running/mean$", P()))
 

@@ -62,6 +62,7 @@ class GeneratorTask(Task):
         "best_guidance",
         "samples_per_second",
     )
+    scores: ClassVar[Sequence[str]] = ("nll_bits", "class_accuracy", "fid")
     rules: Rules = RULES  # of parameters, moments and moving average alike
 
     @classmethod

@@ -67,6 +67,7 @@ class TokenizerTask(Task):
         "usage",
         "perplexity",
     )
+    scores: ClassVar[Sequence[str]] = ("usage", "psnr")
 
     @classmethod
     def fields(cls, config: ConfigDict | None = None) -> dict[str, Field]:
