@@ -33,7 +33,8 @@ _TILES = (
     "recall",
     "class_accuracy",
 )
-_SCORES = ("fid", "sfid", "inception_score", "precision", "recall", "class_accuracy")
+_PUBLISHED = ("fid", "sfid", "inception_score", "precision", "recall")
+_SCORES = (*_PUBLISHED, "class_accuracy")
 _MANY_SAMPLES = 10_000  # below this number the Frechet distance is biased upwards so much that the page warns of it
 _PUBLISHED_SAMPLES = 50_000
 
@@ -206,14 +207,15 @@ def _guidance(report: GeneratorReport) -> str:
         return ""
     caption = (
         "Every score of samples drawn with more and more guidance; a ring marks the best. Guidance makes samples look "
-        "more like their class and less different from each other: precision and the Inception Score rise, recall "
-        "falls, and FID is lowest in between."
+        "more like their class and less different from each other."
     )
+    if any("fid" in metrics for _, metrics in known):
+        caption += " So precision and the Inception Score rise, recall falls, and FID is lowest in between."
     return f"<h2>Guidance</h2>\n{plots([('Scores over guidance', figure, caption)])}"
 
 
 def _comparison(report: GeneratorReport) -> str:
-    scored = [one for one in report.samples if one.metrics]
+    scored = [one for one in report.samples if any(name in one.metrics for name in _PUBLISHED)]
     if not scored:
         return ""
     own = [name for name in _SCORES if name != "class_accuracy" or any(name in one.metrics for one in scored)]
