@@ -1,8 +1,8 @@
 """Cross entropy of codes under a linear head, streamed over the vocabulary, on one device or on a mesh.
 
 The logits of all tokens for all codes would be the largest array of a generator by far: 2 TiB for 524,288 tokens and
-1,048,576 codes in float32. They are computed one block of tokens and codes at a time, and once more for the gradient,
-which has a closed form.
+1,048,576 codes in float32. They are computed one block of tokens and codes at a time. The gradient has a closed form,
+for which they are computed once more, unless those of a device are few enough to be kept (`keeps_logits`).
 
 On a mesh no device ever holds the whole head either. The rows of its codes are divided over `codebook`. Every device
 sends its tokens around a ring along that axis; each stop adds what its own rows say about them, and after a full turn
@@ -25,7 +25,9 @@ from fvq_jax.ops.sharded_codebook import TOKENS
 from fvq_jax.ops.split_matmul import multiply_parts
 
 HEAD = P("codebook", "data")  # how the rows and columns of the head are divided
+LOGITS = P(None, "codebook", "data")  # and those that are kept, of every stop of the ring for codes and tokens
 BUDGET = 64 * 2**20  # bytes for what the blocks of one device need
+KEPT = 256 * 2**20  # bytes of logits that a device keeps for the gradient; if there are more, it keeps none
 
 _Blocks = tuple[int, int]
 
@@ -38,6 +40,7 @@ def token_nll(
     mesh: Mesh | None = None,
     dtype: DTypeLike = jnp.float32,
     blocks: tuple[int, int] | None = None,
+    keep: bool | None = None,
 ) -> tuple[Float[Array, "b t"], Bool[Array, "b t"]]:
     """The negative log likelihood of every code under the logits `hidden @ output.T`, and whether it is the likeliest.
 
@@ -45,8 +48,9 @@ def token_nll(
     maximum, exponentials and logarithm are float32. For the gradient, softmax minus one-hot is rounded to `dtype`, and
     its products are summed in float32, over tokens, codes and devices.
 
-    Beside copies of `hidden` in `dtype` and of its gradient in float32, temporaries stay below `BUDGET` on each device.
-    A TPU's compiler adds copies of what the device holds of the head in `dtype`, and of its gradient, where it likes.
+    Beside copies of `hidden` in `dtype` and of its gradient in float32, temporaries stay below `BUDGET` on each device,
+    and what is kept for the gradient below `KEPT`. A TPU's compiler adds copies of what the device holds of the head in
+    `dtype`, and of its gradient, where it likes.
 
     Args:
       hidden: the states that predict the codes; on a mesh, divided by images over all devices.
@@ -55,6 +59,7 @@ def token_nll(
       mesh: sizes must divide: b by the number of devices, v by `codebook`, d by `data`.
       dtype: of the products: float32 (at the highest precision) or bfloat16.
       blocks: how many tokens and codes are looked at together; the default follows from `BUDGET`. Any positive numbers.
+      keep: whether all logits are kept for the gradient; the default is `keeps_logits`.
 
     Returns:
       float32 in nats, and a boolean: no code has a larger logit, and none of a lower number an equal one.
@@ -75,7 +80,9 @@ def token_nll(
         ):
             if size % parts:
                 raise ValueError(f"{size} {what} cannot be divided evenly over {parts} devices; use a multiple of that")
-    return _token_nll(hidden, output, codes, mesh, dtype, blocks)
+    if keep is None:
+        keep = keeps_logits(codes.size // (1 if mesh is None else mesh.size), len(output))
+    return _token_nll(hidden, output, codes, mesh, dtype, blocks, keep)
 
 
 def block_sizes(width: int, dtype: DTypeLike) -> tuple[int, int]:
@@ -92,36 +99,55 @@ def block_sizes(width: int, dtype: DTypeLike) -> tuple[int, int]:
     return size, size
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _token_nll(hidden, output, codes, mesh, dtype, blocks):
-    return _forward(hidden, output, codes, mesh, dtype, blocks)[0]
+def keeps_logits(tokens: int, vocab: int) -> bool:
+    """Whether a device with so many tokens keeps its logits for the gradient, which saves one product of four."""
+    return 4 * tokens * vocab <= KEPT
 
 
-def _forward(hidden, output, codes, mesh, dtype, blocks):
+def block_size(length: int, most: int) -> int:
+    """How large the blocks of an axis of this length are: as few as `most` allows, and equally large.
+
+    Large ones are multiples of 128, as a matrix unit wants them.
+    """
+    equal = -(-length // -(-length // most))
+    rounded = -(-equal // 128) * 128
+    return min(rounded, length) if rounded <= most else equal
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def _token_nll(hidden, output, codes, mesh, dtype, blocks, _):
+    return _forward(hidden, output, codes, mesh, dtype, blocks, keep=False)[0]
+
+
+def _forward(hidden, output, codes, mesh, dtype, blocks, keep):
     def forward(hidden, rows, codes):
         shape, hidden, codes = codes.shape, _flat(hidden), codes.reshape(-1)
         first = _first_row(rows, mesh)
 
-        def look(tokens, seen):
+        def look(stop, tokens, carry):
             """Adds what the rows of this device say about these tokens."""
             states, codes = tokens
 
-            def block_of_codes(at, fresh_codes, seen):
+            def block_of_codes(at, fresh_codes, carry):
                 weights = _whole_rows(rows, at, dtype, mesh)
                 numbers = first + at.numbers
+                rows_at = at
 
-                def block_of_tokens(at, fresh, seen):
+                def block_of_tokens(at, fresh, carry):
+                    seen, kept = carry
                     logits = multiply_parts(weights, at.of(states))
+                    if keep:
+                        kept = jax.lax.dynamic_update_slice(kept, logits[None], (stop, rows_at.start, at.start))
                     logits = jnp.where(fresh_codes[:, None], logits, -jnp.inf)
                     own = (numbers[:, None] == at.of(codes)[None]) & fresh_codes[:, None]
                     before = jax.tree.map(at.of, seen)
                     after = _seen(before, logits, numbers, own)
                     after = jax.tree.map(lambda new, old: jnp.where(fresh, new, old), after, before)
-                    return jax.tree.map(at.put, seen, after)
+                    return jax.tree.map(at.put, seen, after), kept
 
-                return _each_block(len(states), blocks[0], block_of_tokens, seen)
+                return _each_block(len(states), blocks[0], block_of_tokens, carry)
 
-            return _each_block(len(rows), blocks[1], block_of_codes, seen)
+            return _each_block(len(rows), blocks[1], block_of_codes, carry)
 
         n = len(codes)
         nothing = {
@@ -130,21 +156,24 @@ def _forward(hidden, output, codes, mesh, dtype, blocks):
             "best": jnp.zeros(n, jnp.int32),
             "own": jnp.full(n, jnp.nan, jnp.float32),
         }
-        seen = _around(mesh, look, (hidden, codes), nothing)
+        stops = 1 if mesh is None else mesh.shape["codebook"]
+        kept = jnp.zeros((stops, len(rows), n), jnp.float32) if keep else None
+        seen, kept = _around(mesh, look, (hidden, codes), (nothing, kept), travels=(True, False))
         log_sum = seen["top"] + jnp.log(seen["total"])
-        return tuple(x.reshape(shape) for x in (log_sum - seen["own"], seen["best"] == codes, log_sum))
+        return *(x.reshape(shape) for x in (log_sum - seen["own"], seen["best"] == codes, log_sum)), kept
 
     states = hidden.astype(dtype)
-    nll, hit, log_sum = _on(mesh, forward, (TOKENS, HEAD, TOKENS), (TOKENS,) * 3)(states, output, codes)
-    return (nll, hit), (states, output, codes, log_sum)
+    run = _on(mesh, forward, (TOKENS, HEAD, TOKENS), (TOKENS, TOKENS, TOKENS, LOGITS))
+    nll, hit, log_sum, kept = run(states, output, codes)
+    return (nll, hit), (states, output, codes, log_sum, kept)
 
 
-def _backward(mesh, dtype, blocks, residuals, cotangents):
-    def backward(hidden, rows, codes, log_sum, slope):
+def _backward(mesh, dtype, blocks, _, residuals, cotangents):
+    def backward(hidden, rows, codes, log_sum, kept, slope):
         shape, hidden = hidden.shape, _flat(hidden)
         first = _first_row(rows, mesh)
 
-        def look(tokens, gradients):
+        def look(stop, tokens, gradients):
             states, codes, log_sum, slope = tokens
 
             def block_of_codes(at, fresh_codes, gradients):
@@ -156,7 +185,12 @@ def _backward(mesh, dtype, blocks, residuals, cotangents):
                 def block_of_tokens(at, fresh, gradients):
                     to_states, to_weights = gradients
                     x = at.of(states)
-                    likely = jnp.exp(multiply_parts(weights, x) - at.of(log_sum)[None])
+                    if kept is None:
+                        logits = multiply_parts(weights, x)
+                    else:
+                        place, shape = (stop, rows_at.start, at.start), (1, len(weights), len(x))
+                        logits = jax.lax.dynamic_slice(kept, place, shape)[0]
+                    likely = jnp.exp(logits - at.of(log_sum)[None])
                     own = numbers[:, None] == at.of(codes)[None]
                     to_logits = (likely - own) * at.of(slope)[None]
                     to_logits = jnp.where(fresh_codes[:, None] & fresh[None], to_logits, 0).astype(dtype)
@@ -175,10 +209,9 @@ def _backward(mesh, dtype, blocks, residuals, cotangents):
         to_states, to_rows = _around(mesh, look, tokens, zero, travels=(True, False))
         return to_states.reshape(shape), to_rows
 
-    states, output, codes, log_sum = residuals
-    run = _on(mesh, backward, (TOKENS, HEAD, TOKENS, TOKENS, TOKENS), (TOKENS, HEAD))
-    to_hidden, to_output = run(states, output, codes, log_sum, cotangents[0])
-    return to_hidden, to_output.astype(output.dtype), None
+    run = _on(mesh, backward, (TOKENS, HEAD, TOKENS, TOKENS, LOGITS, TOKENS), (TOKENS, HEAD))
+    to_hidden, to_output = run(*residuals, cotangents[0])
+    return to_hidden, to_output.astype(residuals[1].dtype), None
 
 
 _token_nll.defvjp(_forward, _backward)
@@ -206,23 +239,23 @@ class _Block:
     """A part of an array's first axis."""
 
     def __init__(self, start: Any, size: int):
-        self._start, self._size = start, size
+        self.start, self._size = start, size
         self.numbers = (start + jnp.arange(size)).astype(jnp.int32)
 
     def of(self, x):
-        return jax.lax.dynamic_slice_in_dim(x, self._start, self._size)
+        return jax.lax.dynamic_slice_in_dim(x, self.start, self._size)
 
     def put(self, x, part):
-        return jax.lax.dynamic_update_slice_in_dim(x, part, self._start, axis=0)
+        return jax.lax.dynamic_update_slice_in_dim(x, part, self.start, axis=0)
 
 
 def _each_block(length: int, size: int, body: Callable[..., Any], carry: Any) -> Any:
-    """Calls carry = body(block, fresh, carry) for all blocks of an axis of that length.
+    """Calls carry = body(block, fresh, carry) for all blocks of an axis of that length, of at most that size.
 
     Nothing is padded: the last block ends where the axis ends, and may begin with entries that were seen before;
     `fresh` says of every entry whether it is new.
     """
-    size = min(size, length)
+    size = block_size(length, size)
 
     def step(i, carry):
         start = jnp.minimum(i * size, length - size)
@@ -233,22 +266,22 @@ def _each_block(length: int, size: int, body: Callable[..., Any], carry: Any) ->
 
 
 def _around(mesh: Mesh | None, look: Callable[..., Any], tokens: Any, carry: Any, travels: Any = True) -> Any:
-    """carry = look(tokens, carry) at every device of the ring along `codebook`.
+    """carry = look(stop, tokens, carry) at every device of the ring along `codebook`; stops are counted from 0.
 
     `travels` says which parts of carry go around with the tokens; the others stay on their device.
     """
     devices = 1 if mesh is None else mesh.shape["codebook"]
     if devices == 1:
-        return look(tokens, carry)
+        return look(0, tokens, carry)
     ring = [(i, (i + 1) % devices) for i in range(devices)]
 
     def send(x):
         return jax.lax.ppermute(x, "codebook", ring)
 
-    def stop(_, both):
+    def stop(number, both):
         tokens, carry = both
         following = jax.tree.map(send, tokens)  # needs no result, so it can be sent meanwhile
-        carry = look(tokens, carry)
+        carry = look(number, tokens, carry)
         carry = jax.tree.map(lambda go, part: jax.tree.map(send, part) if go else part, travels, carry)
         return following, carry
 

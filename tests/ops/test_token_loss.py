@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 
 from fvq_jax.ops.sharded_codebook import TOKENS
-from fvq_jax.ops.token_loss import BUDGET, HEAD, block_sizes, token_nll
+from fvq_jax.ops.token_loss import BUDGET, HEAD, block_size, block_sizes, keeps_logits, token_nll
 from tests.helpers.compiled_program import arrays, collectives, size
 from tests.helpers.tiny_generator import mesh_of
 
@@ -42,7 +42,7 @@ def oracle(hidden, output, codes, slope):
     }
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "dtype", "blocks"))
+@functools.partial(jax.jit, static_argnames=("mesh", "dtype", "blocks", "keep"))
 def computed(hidden, output, codes, slope, **options):
     def loss(hidden, output):
         nll, hit = token_nll(hidden, output, codes, **options)
@@ -69,10 +69,19 @@ sizes = st.integers(1, 23)
 
 
 @settings(deadline=None, max_examples=12, derandomize=True)
-@given(b=st.integers(1, 4), t=sizes, d=st.integers(1, 9), v=sizes, tokens=sizes, codes=sizes, seed=st.integers(0, 9))
-def test_loss_hits_and_gradients_equal_the_formula(b, t, d, v, tokens, codes, seed):
+@given(
+    b=st.integers(1, 4),
+    t=sizes,
+    d=st.integers(1, 9),
+    v=sizes,
+    tokens=sizes,
+    codes=sizes,
+    keep=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_loss_hits_and_gradients_equal_the_formula(b, t, d, v, tokens, codes, keep, seed):
     given = problem(b, t, d, v, seed)
-    assert_equals_oracle(computed(*given, blocks=(tokens, codes)), oracle(*given))
+    assert_equals_oracle(computed(*given, blocks=(tokens, codes), keep=keep), oracle(*given))
 
 
 @pytest.mark.parametrize("blocks", [None, (1, 1), (40, 40), (7, 13), (1000, 3)])
@@ -89,19 +98,20 @@ def test_blocks_change_nothing(blocks):
     }
 
 
-@pytest.mark.parametrize("blocks", [None, (3, 4)])
+@pytest.mark.parametrize(("blocks", "keep"), [(None, None), ((3, 4), False), ((3, 4), True)])
 @pytest.mark.parametrize("sizes", MESHES)
-def test_every_mesh_gives_the_same(sizes, blocks):
+def test_every_mesh_gives_the_same(sizes, blocks, keep):
     mesh, given = mesh_of(*sizes), problem()
-    actual = computed(*placed(mesh, *given), mesh=mesh, blocks=blocks)
+    actual = computed(*placed(mesh, *given), mesh=mesh, blocks=blocks, keep=keep)
     assert_equals_oracle(actual, oracle(*given))
     assert actual["nll"].sharding.is_equivalent_to(NamedSharding(mesh, TOKENS), 2)
     assert actual["to_hidden"].sharding.is_equivalent_to(NamedSharding(mesh, TOKENS), 3)
     assert actual["to_output"].sharding.is_equivalent_to(NamedSharding(mesh, HEAD), 2)
 
 
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("sizes", [None, (2, 4)])
-def test_bfloat16_rounds_only_what_is_multiplied(sizes):
+def test_bfloat16_rounds_only_what_is_multiplied(sizes, keep):
     """The loss is exact for rounded states and head; gradients are off by one rounding of every term, 2^-8."""
     hidden, output, codes, slope = problem(t=16, d=32, v=120)
     rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)) for x in (hidden, output)]
@@ -109,17 +119,19 @@ def test_bfloat16_rounds_only_what_is_multiplied(sizes):
     mesh = None if sizes is None else mesh_of(*sizes)
     given = hidden, output, codes, slope
     given = given if mesh is None else placed(mesh, *given)
-    actual = computed(*given, mesh=mesh, dtype=jnp.dtype(jnp.bfloat16), blocks=(24, 16))
+    actual = computed(*given, mesh=mesh, dtype=jnp.dtype(jnp.bfloat16), blocks=(24, 16), keep=keep)
     assert_equals_oracle(actual, expected, slack=2**-8)
     assert actual["to_output"].dtype == jnp.float32
     # And it is not the loss of states that were not rounded.
     assert np.abs(actual["nll"] - oracle(hidden, output, codes, slope)["nll"]).max() > 1e-3
 
 
-def test_float32_products_are_asked_for_at_the_highest_precision():
-    text = computed.lower(*problem(), blocks=(8, 8)).as_text()
+@pytest.mark.parametrize(("keep", "number"), [(False, 4), (True, 3)])
+def test_float32_products_are_asked_for_at_the_highest_precision(keep, number):
+    """Logits, once more if they are not kept, and both gradients."""
+    text = computed.lower(*problem(), blocks=(8, 8), keep=keep).as_text()
     products = [line for line in text.splitlines() if "dot_general" in line]
-    assert len(products) == 4  # logits twice, and both gradients
+    assert len(products) == number
     assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
 
 
@@ -193,6 +205,29 @@ def test_blocks_of_nothing_are_refused():
         token_nll(*map(jnp.asarray, problem()[:3]), blocks=(0, 4))
 
 
+def test_logits_are_kept_while_they_are_few():
+    assert keeps_logits(4096, 16_384)
+    assert not keeps_logits(4097, 16_384)
+    few, many = ((1, tokens, 2) for tokens in (64, 65))
+    for shape, products in ((few, 3), (many, 4)):
+        given = jnp.zeros(shape), jnp.zeros((2**20, 2)), jnp.zeros(shape[:2], jnp.int32), jnp.zeros(shape[:2])
+        assert computed.lower(*given).as_text().count("dot_general") == products
+
+
+def test_nothing_is_kept_without_a_gradient():
+    hidden, output, codes, _ = problem(b=1, t=7, v=41)
+    run = jax.jit(functools.partial(token_nll, blocks=(7, 20), keep=True))
+    assert ("f32", size(41, 7)) not in arrays(run.lower(hidden, output, codes).compile().as_text())
+
+
+@pytest.mark.parametrize(
+    ("length", "most", "wanted"),
+    [(2048, 1536, 1024), (16_384, 1536, 1536), (512, 1536, 512), (2176, 2176, 2176), (40, 7, 7), (10, 7, 5), (3, 1, 1)],
+)
+def test_blocks_are_few_and_equally_large(length, most, wanted):
+    assert block_size(length, most) == wanted
+
+
 @functools.cache
 def compiled(loss, sizes, width, vocab, dtype, images=64, length=256):
     """Loss and both gradients for codes of 64 images, not run."""
@@ -231,8 +266,9 @@ def largest_array(program):
 def test_no_array_has_all_tokens_and_codes(sizes, vocab):
     """With states of 8 channels, whole heads and states are small: nothing at all may be above the budget."""
     program = compiled(token_nll, sizes, 8, vocab, jnp.float32).as_text()
-    tokens, codes = block_sizes(8, jnp.float32)
-    assert ("f32", size(min(tokens, 64 * 256 // math.prod(sizes)), codes)) in arrays(program)  # a block is found
+    lengths = 64 * 256 // math.prod(sizes), vocab // sizes[1]
+    block = map(block_size, lengths, block_sizes(8, jnp.float32))
+    assert ("f32", size(*block)) in arrays(program)
     assert largest_array(program) <= BUDGET
     assert largest_array(compiled(all_logits, sizes, 8, vocab, jnp.float32).as_text()) > 30 * BUDGET
 

@@ -1,7 +1,7 @@
 """How many flops of a training step XLA's count leaves out: it counts the body of a loop once."""
 
 from fvq_jax.models.gpt import GPT, hidden_width
-from fvq_jax.ops.token_loss import block_sizes
+from fvq_jax.ops.token_loss import block_size, block_sizes, keeps_logits
 
 
 def layer_flops(net: GPT, images: int) -> float:
@@ -19,12 +19,18 @@ def head_flops(net: GPT, images: int) -> float:
     return 2.0 * images * net.length * net.vocab * net.width
 
 
-def step_flops(net: GPT, images: int) -> float:
+def step_flops(net: GPT, images: int, parts: int = 1) -> float:
     """Flops of a training step over so many images: the forward pass and twice as much for the gradients.
 
-    With `remat` the layers are computed once more. The streamed loss computes its logits once more in any case.
+    With `remat` the layers are computed once more. So are the logits, if there are too many of them to be kept.
+
+    Args:
+      net: the network.
+      images: of a step.
+      parts: into how many the images of a step are cut, by devices and micro-batches.
     """
-    return (4 if net.remat else 3) * net.layers * layer_flops(net, images) + 4 * head_flops(net, images)
+    layers = (4 if net.remat else 3) * net.layers * layer_flops(net, images)
+    return layers + _head_products(net, images, parts) * head_flops(net, images)
 
 
 def uncounted_flops(net: GPT, images: int, devices: int, codebook: int, micro_batches: int = 1) -> float:
@@ -39,9 +45,14 @@ def uncounted_flops(net: GPT, images: int, devices: int, codebook: int, micro_ba
       codebook: size of the mesh's `codebook` axis, which divides the codes of the head.
       micro_batches: into how many parts the images of a step are cut.
     """
-    tokens, codes = block_sizes(net.width, net.dtype)
-    tokens = min(tokens, images * net.length // micro_batches // devices)
-    codes = min(codes, net.vocab // codebook)
-    block = 4 * 2.0 * tokens * codes * net.width * devices * micro_batches
+    parts = devices * micro_batches
+    lengths = images * net.length // parts, net.vocab // codebook
+    tokens, codes = map(block_size, lengths, block_sizes(net.width, net.dtype))
+    block = _head_products(net, images, parts) * 2.0 * tokens * codes * net.width * parts
     layer = (4 if net.remat else 3) * layer_flops(net, images)
-    return step_flops(net, images) - layer - block
+    return step_flops(net, images, parts) - layer - block
+
+
+def _head_products(net, images, parts):
+    """How many products of the size of the logits a step computes."""
+    return 3 if keeps_logits(images * net.length // parts, net.vocab) else 4
