@@ -40,12 +40,13 @@ from fvq_jax.data.npz_rows import CodeReader, CodeWriter
 from fvq_jax.data.record import Source
 from fvq_jax.data.sources import kind_of, make_source
 from fvq_jax.data.transforms import resize_center
+from fvq_jax.inference.class_tables import condition_of, labels_for
 from fvq_jax.inference.tokenizer import Tokenizer
 from fvq_jax.ops.pixels import to_uint8
 from fvq_jax.runtime import exits
 from fvq_jax.runtime.agreement import everywhere
-from fvq_jax.runtime.arguments import Parser, add_place, place, true_or_false
-from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.arguments import Parser, add_place, class_or_null, place, true_or_false
+from fvq_jax.runtime.errors import InputError, require
 from fvq_jax.runtime.interrupt import Interrupt
 
 Crop = UInt8[np.ndarray, "s s 3"] | None  # None for a file that cannot be read
@@ -67,17 +68,29 @@ def _tokenize(args: argparse.Namespace) -> int:
     if args.batch < 1:
         raise InputError(f"--batch must be at least 1, not {args.batch}")
     if args.command == "encode":
-        message = encode(args.source, args.target, args.tokenizer, args.size, args.batch, args.l2_norm)
+        message = encode(args.source, args.target, args.tokenizer, args.size, args.batch, args.l2_norm, args.condition)
     else:
-        message = decode(args.source, args.target, args.tokenizer, args.batch, args.l2_norm)
+        message = decode(args.source, args.target, args.tokenizer, args.batch, args.l2_norm, args.condition)
     sys.stdout.write(f"{message}\n")
     return 0
 
 
-def encode(source: Path, target: Path, tokenizer_path: Path, size: int, batch: int, l2_norm: bool | None) -> str:
-    """Writes the codes of all pictures below `source` to `target`; returns what was done. InputError for bad input."""
+def encode(
+    source: Path,
+    target: Path,
+    tokenizer_path: Path,
+    size: int,
+    batch: int,
+    l2_norm: bool | None,
+    condition: int | str | None = None,
+) -> str:
+    """Writes the codes of all pictures below `source` to `target`; returns what was done. InputError for bad input.
+
+    `condition` is for a tokenizer with classes: the label of all pictures, or "null".
+    """
     files = FolderSource(source)
     tokenizer = Tokenizer.from_pretrained(tokenizer_path, l2_norm=l2_norm)
+    _check_one_class(tokenizer, condition)
     grid = _grid(size, tokenizer.downsampling)
     skipped = 0
     with (
@@ -92,21 +105,34 @@ def encode(source: Path, target: Path, tokenizer_path: Path, size: int, batch: i
             good = [crop for crop in crops if crop is not None]
             if good:
                 kept = [name for name, crop in zip(names, crops, strict=True) if crop is not None]
-                writer.write(tokenizer.encode(np.stack(good)), [_below(source, name) for name in kept])
+                codes = tokenizer.encode(np.stack(good), _all_of_class(condition, len(good)))
+                writer.write(codes, [_below(source, name) for name in kept])
             bar.update(len(names))
         if not writer.rows:
             raise InputError(f"none of the {len(files)} files in {source} is a readable picture")
     return f"{target}: {writer.rows} x {grid} x {grid} codes, {skipped} of {len(files)} files skipped"
 
 
-def decode(source: Path, target: Path, tokenizer_path: Path, batch: int, l2_norm: bool | None) -> str:
-    """Writes a PNG file per row of `source` below `target`; returns what was done. InputError for bad input."""
+def decode(
+    source: Path,
+    target: Path,
+    tokenizer_path: Path,
+    batch: int,
+    l2_norm: bool | None,
+    condition: int | str | None = None,
+) -> str:
+    """Writes a PNG file per row of `source` below `target`; returns what was done. InputError for bad input.
+
+    `condition` is the one that the pictures were encoded with, see `encode`.
+    """
     reader = CodeReader(source)
     tokenizer = Tokenizer.from_pretrained(tokenizer_path, l2_norm=l2_norm)
+    _check_one_class(tokenizer, condition)
     written: set[Path] = set()
     with tqdm(total=reader.shape[0], unit=" images", desc="decoding") as bar:
         for codes, names in reader.batches(batch):
-            for name, pixels in zip(names, np.asarray(to_uint8(tokenizer.decode(codes))), strict=True):
+            pictures = tokenizer.decode(codes, _all_of_class(condition, len(codes)))
+            for name, pixels in zip(names, np.asarray(to_uint8(pictures)), strict=True):
                 path = _picture_path(target, name, written)
                 try:
                     path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,6 +142,23 @@ def decode(source: Path, target: Path, tokenizer_path: Path, batch: int, l2_norm
                 written.add(path)
             bar.update(len(names))
     return f"{target}: {len(written)} pictures"
+
+
+def _check_one_class(tokenizer: Tokenizer, condition: int | str | None) -> None:
+    """Raises InputError unless `--condition` names a class of a tokenizer with classes, and nothing for another."""
+    require(
+        condition is not None or not tokenizer.classes,
+        f"this tokenizer has a bridge with {tokenizer.classes} classes: give --condition, a label in "
+        f"0..{tokenizer.classes - 1} for all pictures or null for no class, and the same to encode and to decode; "
+        "extract gives each picture its own label",
+    )
+    if condition is not None:
+        tokenizer.table(condition)  # says what is wrong; it is needed anyway, and kept
+
+
+def _all_of_class(condition: int | str | None, rows: int) -> np.ndarray | str | None:
+    """The labels that a tokenizer takes for so many pictures of this class."""
+    return np.full(rows, condition) if isinstance(condition, int) else condition
 
 
 def _extract(args: argparse.Namespace) -> int:
@@ -138,17 +181,10 @@ def _prepare(args: argparse.Namespace) -> tuple[Source, Cropping, Encoder]:
     source = _source(args.data, args.split, args.size)
     tokenizer = Tokenizer.from_pretrained(args.tokenizer, l2_norm=args.l2_norm)
     grid = _grid(args.size, tokenizer.downsampling)
-    condition = args.condition or "none"
-    if tokenizer.classes and condition == "none":
-        raise InputError(
-            "this tokenizer has a bridge with classes: give --condition=label (each picture with its own) or "
-            "--condition=null (all with that of no class), and the same where the codes are decoded"
-        )
-    if not tokenizer.classes and condition != "none":
-        raise InputError(f"--condition={condition} is for a tokenizer whose bridge has classes: leave it out")
+    condition = condition_of(tokenizer.classes, args.condition)
 
     def encode(crops: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        return tokenizer.encode(crops, {"none": None, "label": labels, "null": "null"}[condition])
+        return tokenizer.encode(crops, labels_for(condition, labels))
 
     quantizer = tokenizer.trained_net.quantizer
     shape = quantizer.code_shape(grid, grid)
@@ -186,6 +222,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument("target", metavar=target, type=Path)
         _add_tokenizer(command)
         command.add_argument("--batch", type=int, default=64, help="images at a time (default: 64)")
+        command.add_argument(
+            "--condition",
+            type=class_or_null,
+            metavar="LABEL|null",
+            help="what a bridge with classes is given for all pictures: a label, or null for no class",
+        )
         if name == "encode":
             command.add_argument("--size", required=True, type=int, help="side of the central crop, in pixels")
     _add_extract(commands.add_parser("extract", help="pictures to a folder of codes to train a generator on"))

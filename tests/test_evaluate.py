@@ -368,3 +368,33 @@ def test_weights_that_give_no_numbers_are_refused(saved, folder, tmp_path, capsy
     options = [f"--tokenizer={saved}", f"--data={folder}", f"--out={tmp_path}", f"--size={SIZE}", "--batch=8"]
     assert evaluate.main(options) == 2
     assert "are not finite: its weights are broken" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("condition", ["label", "null"])
+def test_a_tokenizer_with_classes_is_given_labels_or_null(condition, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for label in range(3):
+        (tmp_path / "in" / str(label)).mkdir(parents=True)
+        for number in range(2):
+            pixels = rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "in" / str(label) / f"{number}.png")
+    tokenizer = Tokenizer(random_tokenizer(bridge="dit-XS/2-c3"))
+    tokenizer.save_pretrained(tmp_path / "classes")
+    options = [f"--tokenizer={tmp_path / 'classes'}", f"--data={tmp_path / 'in'}", f"--size={SIZE}"]
+    result, _ = run(capsys, *options, f"--condition={condition}", f"--out={tmp_path / 'out'}", "--batch=4")
+    labels = np.repeat(np.arange(3), 2) if condition == "label" else "null"
+    crops = np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / "in").glob("*/*.png"))])
+    decoded = tokenizer.decode(tokenizer.encode(crops, labels), labels).astype(np.float64)
+    decoded = np.round((decoded + 1) * 127.5).astype(np.uint8)
+    scores = [peak_signal_noise_ratio(*pair) for pair in zip(crops, decoded, strict=True)]
+    assert result["psnr"] == pytest.approx(np.mean(scores), rel=1e-5)
+    assert result["condition"] == condition
+
+
+def test_a_condition_that_does_not_fit_is_one_line(saved, folder, tmp_path, capsys):
+    Tokenizer(random_tokenizer(bridge="dit-XS/2-c3")).save_pretrained(tmp_path / "classes")
+    options = [f"--data={folder}", f"--size={SIZE}", f"--out={tmp_path / 'out'}"]
+    assert evaluate.main([f"--tokenizer={tmp_path / 'classes'}", *options]) == 2
+    assert "a bridge with classes: give --condition=label" in capsys.readouterr().err
+    assert evaluate.main([f"--tokenizer={saved}", "--condition=null", *options]) == 2
+    assert "--condition=null is for a tokenizer whose bridge has classes" in capsys.readouterr().err

@@ -174,6 +174,7 @@ def test_samples_are_drawn_while_they_are_scored(drawn, files, tmp_path, capsys)
         assert of_three[name] == pytest.approx(again[name], rel=1e-5)
     assert result["protocol"] == "adm, float32 distances, uint8 truncate"
     assert (result["seed"], result["top_k"], result["labels"]) == (7, 9, "image i is of class i modulo 3")
+    assert result["condition"] == "none"
     assert result["sets"][0]["fid"] != of_three["fid"]
 
 
@@ -262,6 +263,8 @@ def test_guidance_needs_a_class_for_no_class(files, tmp_path, monkeypatch, capsy
     options = ["--generator=g", "--tokenizer=t", f"--reference={files / 'real.npz'}", f"--out={tmp_path}"]
     assert "was trained without class dropout" in run(capsys, *options, "--guidance=1.5", code=2)
     assert "--count must be at least 1, not 0" in run(capsys, *options, "--guidance=1", "--count=0", code=2)
+    error = run(capsys, *options, "--guidance=1", "--condition=null", code=2)
+    assert "condition='null' is for a tokenizer with a table per class" in error
 
 
 def test_the_parser_lists_every_option_that_it_may_refuse():

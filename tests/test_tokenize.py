@@ -290,3 +290,50 @@ def test_it_does_not_hide_the_standard_module():
         "fvq_jax: the following arguments are required: FOLDER, CODES.npz, --tokenizer, --size"
     )
     assert importlib.import_module("tokenize") is not tokenize
+
+
+@pytest.fixture(scope="module")
+def with_classes(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "classes"
+    Tokenizer(random_tokenizer(bridge="dit-XS/2-c5")).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("condition", ["3", "null"])
+def test_all_pictures_are_given_one_class(condition, with_classes, folder, tmp_path):
+    options = [f"--tokenizer={with_classes}", f"--condition={condition}"]
+    assert tokenize.main(["encode", str(folder), str(tmp_path / "c.npz"), "--size=16", "--batch=4", *options]) == 0
+    tok, labels = Tokenizer.from_pretrained(with_classes), "null" if condition == "null" else np.full(9, 3)
+    files = sorted(folder.rglob("*.*"), key=lambda path: path.relative_to(folder).parts)
+    with np.load(tmp_path / "c.npz") as file:
+        codes, names = file["codes"], file["names"].tolist()
+    crops = np.stack([resize_center(open_image(path), 16) for path in files])
+    np.testing.assert_array_equal(codes, tok.encode(crops, labels))
+    assert tokenize.main(["decode", str(tmp_path / "c.npz"), str(tmp_path / "back"), *options]) == 0
+    for name, picture in zip(names, (tok.decode(codes, labels) + 1) * 127.5, strict=True):
+        path = (tmp_path / "back" / name).with_suffix(".png")
+        np.testing.assert_allclose(np.asarray(Image.open(path)), picture, atol=0.501)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ([], "give --condition, a label in 0..4 for all pictures or null for no class"),
+        (["--condition=5"], "name one by a label in 0..4"),
+    ],
+)
+def test_a_class_is_needed_before_pictures_are_read(option, message, with_classes, folder, tmp_path, capsys):
+    args = ["encode", str(folder), str(tmp_path / "c.npz"), f"--tokenizer={with_classes}", "--size=16", *option]
+    assert tokenize.main(args) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_condition_without_classes_is_refused(saved, folder, tmp_path, capsys):
+    args = ["encode", str(folder), str(tmp_path / "c.npz"), f"--tokenizer={saved}", "--size=16"]
+    assert tokenize.main([*args, "--condition=null"]) == 2
+    assert "has a single table and no classes: leave condition out" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        tokenize.main([*args, "--condition=label"])
+    assert "must be a label such as 7, or null, not 'label'" in capsys.readouterr().err

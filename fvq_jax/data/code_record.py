@@ -32,7 +32,8 @@ class CodeInfo:
       crops: how many crops there are of every picture and scale.
       cropping: "center", "ten" (crops of the corners and the centre, then the same of the mirrored picture) or
         "random".
-      condition: what a class-conditional bridge was given: "none" if there is none, "label", or "null".
+      condition: what a class-conditional bridge was given: "none" if there is none, "label", or "null"; "" if it is not
+        known.
       size: side of the crops, in pixels; 0 if it is not known.
     """
 

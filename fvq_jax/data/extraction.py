@@ -158,11 +158,12 @@ def extract(source: Source, cropping: Cropping, encoder: Encoder, out: Path, wor
         everywhere(lambda: _finish(out, plan, shards, journal, changed=bool(missing)) if first else None)
     left_out = sum(len(shard.left_out) for shard in shards)
     grid = " x ".join(map(str, encoder.grid))
+    condition = f", condition {encoder.condition}" if encoder.condition != "none" else ""
     return (
         f"{out}: {sum(shard.records for shard in shards):,} pictures of {len(classes):,} classes, each "
         f"{len(cropping.scales)} x {cropping.crops} crops of {grid} codes, in {len(shards):,} shards, "
         f"{sum(shard.bytes for shard in shards) / 1e9:,.2f} GB, {left_out:,} left out, "
-        f"{len(missing):,} shards written now"
+        f"{len(missing):,} shards written now{condition}"
     )
 
 

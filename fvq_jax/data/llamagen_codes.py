@@ -34,8 +34,8 @@ class LlamaGenCodes:
     ROOT/imagenet{S}_labels/{i}.npy, one whole number; i runs from 0 without a gap.
 
     With ten crops ROOT_105, if there is one, holds the same pictures at a second scale, as in LlamaGen's training.
-    With two, the second is the mirrored first. The grid is square. The files tell neither the tokenizer nor how many
-    codes and classes there are.
+    With two, the second is the mirrored first. The grid is square. The files tell neither the tokenizer, nor what its
+    bridge was given if that has classes, nor how many codes and classes there are.
 
     Raises InputError if files are missing, or the first does not have such a shape.
     """
@@ -66,7 +66,7 @@ class LlamaGenCodes:
             scales=_SCALES[: len(self._roots)] if crops == _TEN else (1.0,),
             crops=crops,
             cropping="ten" if crops == _TEN else "center",
-            condition="none",
+            condition="",
             size=int(_digits(self._folder)),
         )
 

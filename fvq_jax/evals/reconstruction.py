@@ -37,8 +37,11 @@ from fvq_jax.runtime.row_parallel import RowParallel
 
 RFID_FEATURES = FEATURES[-1]
 NEVER = np.iinfo(np.int64).max  # in `first_use`: the code was never chosen
-# uint8 pictures of this host -> their reconstructions in [-1, 1] and their codes, both on the host.
-Reconstruct = Callable[[UInt8[np.ndarray, "b H W 3"]], tuple[Float[np.ndarray, "b H W 3"], Int[np.ndarray, "b h w"]]]
+# uint8 pictures of this host and their classes -> their reconstructions in [-1, 1] and their codes, both on the host.
+Reconstruct = Callable[
+    [UInt8[np.ndarray, "b H W 3"], Int[np.ndarray, "b"]],
+    tuple[Float[np.ndarray, "b H W 3"], Int[np.ndarray, "b h w"]],
+]
 
 
 @jax.tree_util.register_dataclass
@@ -104,7 +107,7 @@ def collect(
     """One pass over the pictures, over all hosts.
 
     Args:
-      reconstruct: encodes and decodes.
+      reconstruct: encodes and decodes; the class of a row that does not count is 0.
       source: the pictures; all, or `images` of them, in the order of `data.evaluation_set.Sample`.
       networks: which metrics beyond pixels to compute.
       codebook_size: how many codes there are.
@@ -143,7 +146,7 @@ def collect(
     try:
         for step, batch in enumerate(_on_all_hosts(prefetched)):
             mask, crops = batch["mask"], batch["image"]
-            decoded, codes = reconstruct(crops)
+            decoded, codes = reconstruct(crops, batch["label"])
             broken = mask & ~np.isfinite(decoded).all(axis=(1, 2, 3))
             real, decoded = (as_scored(pixels, protocol) for pixels in (crops, np.asarray(to_uint8(decoded))))
             scores = _PIXEL_METRICS(real, decoded)

@@ -84,6 +84,8 @@ def read_statistics(path: str | os.PathLike[str]) -> tuple[Moments, Moments | No
       InputError: the file cannot be read, or its statistics have other shapes.
     """
     try:
+        if not zipfile.is_zipfile(path) and os.path.exists(path):
+            raise InputError(f"cannot read {path}: it is damaged, or no .npz file")
         with open(path, "rb") as file, np.load(file) as arrays:
             if "mu" not in arrays:
                 return None

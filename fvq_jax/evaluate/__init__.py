@@ -44,6 +44,7 @@ from fvq_jax.evals.protocol import PROTOCOLS
 from fvq_jax.evals.reconstruction import collect, conditions, not_computed, summarise
 from fvq_jax.evals.reference import Reference
 from fvq_jax.evaluate.samples import OF_DRAWING, OF_SAMPLES, add_arguments, evaluate_samples
+from fvq_jax.inference.class_tables import condition_of, labels_for
 from fvq_jax.inference.tokenizer import Tokenizer
 from fvq_jax.report.tokenizer import Report, Trained, write_report
 from fvq_jax.runtime import exits
@@ -104,9 +105,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         known = reference.load() if first else None
     total = min(images or len(source), len(source))
 
-    def reconstruct(crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        codes = tokenizer.encode(crops)
-        decoded = tokenizer.decode(codes)
+    def reconstruct(crops: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        given = labels_for(prepared.condition, labels)
+        codes = tokenizer.encode(crops, given)
+        decoded = tokenizer.decode(codes, given)
         if not np.isfinite(decoded).all():
             raise InputError(f"the reconstructions of {tokenizer} are not finite: its weights are broken")
         return decoded, codes
@@ -137,12 +139,14 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
             reference.save(moments)
     facts = {"tokenizer": repr(tokenizer), "path": str(path)}
     facts |= conditions(found, source, data=prepared.data, protocol=args.protocol, size=size) | {
-        "random_crops": args.crops
+        "random_crops": args.crops,
+        "condition": prepared.condition,
     }
     if args.crops:
         _, _, scored_as = facts["protocol_means"].partition("; ")
         facts["protocol_means"] = f"{args.crops:,} random crops as in training, seed {args.seed}; {scored_as}"
-    quantizer, table = tokenizer.trained_net.quantizer, tokenizer.codebook
+    quantizer = tokenizer.trained_net.quantizer
+    table = tokenizer.table("null" if tokenizer.classes else None)
     report = Report(
         tokenizer=Trained(quantizer.size, quantizer.latent_dim, tokenizer.downsampling, quantizer.description),
         facts=facts,
@@ -175,6 +179,7 @@ class _Prepared:
       source, data: the pictures, and what to call them.
       images: how many of them to score; 0 for all.
       size: side of the crops.
+      condition: what a bridge with classes is given, see `condition_of`.
     """
 
     path: Path
@@ -185,6 +190,7 @@ class _Prepared:
     data: str
     images: int
     size: int
+    condition: str
 
 
 def _prepare(args: argparse.Namespace) -> _Prepared:
@@ -200,13 +206,14 @@ def _prepare(args: argparse.Namespace) -> _Prepared:
     tokenizer = Tokenizer.from_pretrained(path, l2_norm=args.l2_norm)
     if size < 1 or size % tokenizer.downsampling:
         raise InputError(f"--size {size} is not divisible by the down-sampling of {tokenizer.downsampling}")
+    condition = condition_of(tokenizer.classes, args.condition)
     images = args.images or (trained.eval.images if trained and args.data is None else 0)
     source, data = _source(args.data, size, images, copy.deepcopy(trained))
     if args.crops:
         low, high = (trained.data.resize_min, trained.data.resize_max) if trained else (0, 0)
         source, images = RandomCrops(source, args.crops, size, low, high, seed=args.seed), 0
     networks = load_networks({name: getattr(args, name) for name in FILES}, size)
-    return _Prepared(path, trained, tokenizer, networks, source, data, images, size)
+    return _Prepared(path, trained, tokenizer, networks, source, data, images, size, condition)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -245,6 +252,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of --crops, or of samples (default: 0)")
     for name, what in FILES.items():
         parser.add_argument(option(name), metavar="FILE", type=Path, help=what)
+    parser.add_argument(
+        "--condition",
+        choices=("label", "null"),
+        help="which table of a tokenizer with one per class: that of the label of each picture, or that of no class; "
+        "with --generator the default is that of the generator's codes",
+    )
     parser.add_argument("--save-npz", action="store_true", help=f"also write DIR/{NPZ} for ADM's evaluation suite")
     parser.add_argument(
         "--reference-cache",
@@ -267,7 +280,7 @@ def _check_belongs(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
         parser.error("--generator needs --tokenizer=PATH, the tokenizer of its codes")
     ignored = {
         "tokenizer": (*OF_SAMPLES, *OF_DRAWING),
-        "samples": (*_OF_RECONSTRUCTIONS, *OF_DRAWING, "seed"),
+        "samples": (*_OF_RECONSTRUCTIONS, *OF_DRAWING, "seed", "condition"),
         "generator": _OF_RECONSTRUCTIONS,
     }[kind]
     for name in ignored:

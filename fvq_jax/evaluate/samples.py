@@ -38,7 +38,7 @@ from fvq_jax.runtime.hosts import sum_over_hosts
 METRICS = "metrics.json"
 # Options of samples in general, and of those that are drawn while they are scored.
 OF_SAMPLES = ("reference", "distances", "guidance")
-OF_DRAWING = ("count", "temperature", "top_k", "top_p", "schedule", "condition", "rounding")
+OF_DRAWING = ("count", "temperature", "top_k", "top_p", "schedule", "rounding")
 COUNT = 50_000
 _PICTURES = 48  # on the page, if their classes are not known
 
@@ -83,11 +83,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default = getattr(Sampling(), name)
         group.add_argument(f"--{name}", type=kind, default=default, help=f"{means} (default: %(default)s)")
     group.add_argument("--schedule", choices=SCHEDULES, default=Sampling().schedule, help="of the guidance")
-    group.add_argument(
-        "--condition",
-        choices=("label", "null"),
-        help="which table of a tokenizer with one per class (default: that of the generator's codes)",
-    )
     group.add_argument(
         "--rounding",
         choices=ROUNDINGS,
@@ -175,13 +170,8 @@ def _drawn(args: argparse.Namespace) -> list[_Set]:
     sets = []
     for guidance in guidances:
         options = {"guidance": guidance, **rest}
-        Sampling(**options).check()
-        require(
-            guidance <= 1 or generator.has_null_class,
-            f"--guidance={guidance:g} needs a generator that knows pictures without a class, and this one was trained "
-            "without class dropout: use --guidance=1",
-        )
-        drawn = DrawnPictures(generator, args.count, args.seed, options | {"condition": args.condition}, args.rounding)
+        condition = generator.check_sampling(Sampling(**options), args.condition)  # now, and not after hours
+        drawn = DrawnPictures(generator, args.count, args.seed, options | {"condition": condition}, args.rounding)
         sets.append(_Set(f"guidance {guidance:g}", drawn, guidance))
     return sets
 
@@ -310,7 +300,8 @@ def _drawing(args: argparse.Namespace, pictures: StoredPictures) -> dict[str, An
     names = ("seed", "temperature", "top_k", "top_p", "schedule", "rounding")
     facts = {name: getattr(args, name) for name in names}
     classes = pictures.generator.net.classes
-    return {"drawn_by": repr(pictures.generator), **facts, "labels": f"image i is of class i modulo {classes}"}
+    facts |= {"condition": pictures.options["condition"], "labels": f"image i is of class i modulo {classes}"}
+    return {"drawn_by": repr(pictures.generator), **facts}
 
 
 def _figures(one: SampleSet, reference: Reference) -> dict[str, Any]:

@@ -22,6 +22,31 @@ NULL = "null"  # names the table of no class
 KEPT_BYTES = 2**28  # of tables that stay on each device; one stays always
 
 
+def condition_of(classes: int, option: str | None) -> str:
+    """What the option `--condition` of a program says of pictures with labels: "label", "null" or "none".
+
+    Args:
+      classes: of the tokenizer; 0 for one with a single table, whose condition is "none".
+      option: "label", each picture with the table of its own class, or "null"; None if it was not given.
+
+    Raises:
+      InputError: it is missing, or not needed.
+    """
+    if classes and option is None:
+        raise InputError(
+            "this tokenizer has a bridge with classes: give --condition=label (each picture with its own) or "
+            "--condition=null (all with that of no class), and the same where the codes are decoded"
+        )
+    if not classes and option is not None:
+        raise InputError(f"--condition={option} is for a tokenizer whose bridge has classes: leave it out")
+    return option or "none"
+
+
+def labels_for(condition: str, labels: Int[np.ndarray, "b"]) -> Int[np.ndarray, "b"] | str | None:
+    """What `Tokenizer.encode` and `decode` take under this condition for pictures with these labels."""
+    return {"none": None, "label": labels, "null": NULL}[condition]
+
+
 class ClassTables:
     """The table of each class of a quantizer, on the devices.
 

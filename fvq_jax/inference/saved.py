@@ -219,6 +219,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _network(fields: Any, source: Path) -> TokenizerNet:
     """The network that a config describes; computes in float32, whatever it was trained in."""
+    require(isinstance(fields, dict), f"{source} does not describe a tokenizer: it has no section 'tokenizer'")
     try:
         fields = upgrade_network(fields)
         values = {name: fields[name] for name in FIELDS}

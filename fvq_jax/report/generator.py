@@ -104,7 +104,8 @@ def first_of_classes(
 ) -> tuple[list[int], tuple[str, ...]]:
     """Which of many samples a page shows: the positions of the first `each` of some classes, and a caption for each.
 
-    If there are more than `classes` classes, these are evenly spaced among them. `names` are those of all classes.
+    If there are more than `classes` classes, these are evenly spaced among them. `names` are those of the
+    first classes, or of all.
     """
     present = np.unique(labels)
     rows = min(classes, len(present))
@@ -113,7 +114,7 @@ def first_of_classes(
     for label in present[np.arange(rows) * len(present) // rows]:
         chosen = np.flatnonzero(labels == label)[:each].tolist()
         positions += chosen
-        captions += [names[label] if names else f"class {label}"] * len(chosen)
+        captions += [names[label] if label < len(names) else f"class {label}"] * len(chosen)
     return positions, tuple(captions)
 
 

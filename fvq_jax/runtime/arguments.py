@@ -25,6 +25,13 @@ def true_or_false(text: str) -> bool:
     return text.lower() == "true"
 
 
+def class_or_null(text: str) -> int | str:
+    """Converts the label of a class, or `null` for no class; for `type` of argparse."""
+    if not text.isdecimal() and text != "null":
+        raise argparse.ArgumentTypeError(f"must be a label such as 7, or null, not {text!r}")
+    return int(text) if text.isdecimal() else text
+
+
 def grid_sides(text: str) -> tuple[int, int]:
     """Converts rows x columns of a grid; for `type` of argparse."""
     match = re.fullmatch(r"(\d+)x(\d+)", text)

@@ -272,7 +272,7 @@ def test_the_files_of_llamagen_are_read_with_their_second_scale(llamagen, tmp_pa
     assert isinstance(source, CodeSource)
     assert len(source) == COUNT
     info = source.info
-    assert (info.tokenizer, info.vocab, info.classes, info.grid) == ("", 0, 0, (3, 3))
+    assert (info.tokenizer, info.condition, info.vocab, info.classes, info.grid) == ("", "", 0, 0, (3, 3))
     assert (info.scales, info.crops, info.cropping, info.size) == ((1.1, 1.05), 10, "ten", 32)
     same = open_codes(write_codes(tmp_path / "same", numbered(grid=(3, 3)), LABELS))
     for index in range(COUNT):

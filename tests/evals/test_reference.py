@@ -107,6 +107,8 @@ def test_wrong_statistics_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"b\.npz has mu but no sigma"):
         read_statistics(tmp_path / "b.npz")
     (tmp_path / "c.npz").write_bytes(b"PK no archive")
-    for name in ("c.npz", "none.npz"):
+    np.save(tmp_path / "d.npy", np.zeros(2048))
+    (tmp_path / "d.npy").rename(tmp_path / "d.npz")
+    for name in ("c.npz", "d.npz", "none.npz"):
         with pytest.raises(InputError, match=f"cannot read .*{name}"):
             read_statistics(tmp_path / name)

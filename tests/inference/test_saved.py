@@ -132,3 +132,10 @@ def test_other_paths_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write the folder"):
         save_folder(tmp_path / "file", bridged())
+
+
+def test_the_workdir_of_a_generator_is_no_tokenizer(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text('{"task": "generator", "generator": {}}')
+    with pytest.raises(InputError, match="does not describe a tokenizer: it has no section 'tokenizer'"):
+        load(tmp_path)

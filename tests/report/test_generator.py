@@ -121,6 +121,7 @@ def test_the_first_samples_of_evenly_spaced_classes():
     assert captions == ("class 0",) * 2 + ("class 5",) * 2 + ("class 10",) * 2 + ("class 15",) * 2
     positions, captions = first_of_classes(np.array([2, 0, 2]), ["a", "b", "c"])
     assert (positions, captions) == ([1, 0, 2], ("a", "c", "c"))
+    assert first_of_classes(np.array([2, 0]), ["a", "b"])[1] == ("a", "class 2")  # only the first classes have names
 
 
 def test_the_best_set():

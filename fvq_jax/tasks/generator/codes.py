@@ -43,10 +43,11 @@ def check_tokenizer(config: ConfigDict, train: CodeSource, held_out: CodeSource)
         f"data.train_dir holds codes of the tokenizer {ours}, and data.eval_dir codes of {theirs}: extract both with "
         "the same one",
     )
+    one, other = train.info.condition, held_out.info.condition
     require(
-        train.info.condition == held_out.info.condition,
-        f"data.train_dir holds codes extracted with --condition={train.info.condition}, and data.eval_dir with "
-        f"--condition={held_out.info.condition}: extract both alike",
+        not (one and other) or one == other,
+        f"data.train_dir holds codes extracted with the condition {one!r}, and data.eval_dir with {other!r}: extract "
+        "both alike",
     )
     path = config.data.tokenizer
     if not path:

@@ -28,6 +28,7 @@ from fvq_jax.evals.class_accuracy import ClassJudge
 from fvq_jax.evals.inception import load_inception
 from fvq_jax.evals.reference import read_statistics
 from fvq_jax.inference.generator import Generator
+from fvq_jax.inference.generator_options import check_tokenizer
 from fvq_jax.inference.saved_generator import Provenance, SavedGenerator
 from fvq_jax.inference.tokenizer import Tokenizer
 from fvq_jax.models.gpt import GPT
@@ -54,6 +55,7 @@ class Samples:
         self._provenance = Provenance(**{**provenance, "class_names": tuple(provenance["class_names"])})
         self._generator: Generator | None = None
         self._tokenizer = Tokenizer.from_pretrained(config.data.tokenizer)
+        _check_fits(self._net, self._provenance, self._tokenizer)
         evaluation, self._inception, self._reference = config.eval, None, None
         if evaluation.inception or evaluation.reference:
             for name in ("inception", "reference"):
@@ -154,6 +156,16 @@ class Samples:
     def _size(self) -> int:
         """The side of a sample, in pixels."""
         return self._net.grid[0] * self._tokenizer.downsampling
+
+
+def _check_fits(net: GPT, provenance: Provenance, tokenizer: Tokenizer) -> None:
+    """Raises InputError if the tokenizer cannot decode the samples: now, and not in the first evaluation."""
+    check_tokenizer(SavedGenerator(net, {}, provenance), tokenizer)
+    require(
+        not tokenizer.classes or provenance.condition != "",
+        "eval.samples: data.tokenizer has a table per class, and the codes in data.train_dir do not say with which "
+        "they were extracted: set eval.samples to 0, and draw samples later by python -m fvq_jax.sample --condition=...",
+    )
 
 
 def _read_reference(path: str, inception: generation.Inception, size: int) -> generation.Reference:

@@ -214,7 +214,7 @@ class GeneratorTask(Task):
         logging.info(
             "codes of tokenizer %s (condition: %s): %d images with %d scales of %d crops, %d held out",
             info.tokenizer or "of unknown name",
-            info.condition,
+            info.condition or "not known",
             len(train),
             info.scales,
             info.crops,
@@ -272,7 +272,7 @@ class GeneratorTask(Task):
             "images": evaluation.facts["images"],
             "codes": evaluation.facts["codes"],
             "tokenizer": info.tokenizer or "not known",
-            "condition": info.condition,
+            "condition": info.condition or "not known",
         }
         report = GeneratorReport(
             title=f"Generator, step {int(state.step)}",

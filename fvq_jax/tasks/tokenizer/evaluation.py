@@ -61,7 +61,7 @@ class Evaluator:
         """
         config, folded = self._config, self._folded(variables)
 
-        def reconstruct(crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        def reconstruct(crops: np.ndarray, _: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             images = global_batch({"image": crops}, self._mesh)["image"]
             images, codes = self._reconstruct(folded, images)
             return local_rows(images), local_rows(codes)

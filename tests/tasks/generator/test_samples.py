@@ -143,3 +143,21 @@ def test_codes_of_another_tokenizer_are_refused_by_both_fingerprints(folder):
     with pytest.raises(InputError, match=other.fingerprint) as caught:
         run(folder, "refused", **{"data.tokenizer": str(folder / "other")})
     assert open_codes(folder / "train").info.tokenizer in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("classes", "condition", "message"),
+    [
+        (CLASSES, "", "do not say with which they were extracted: set eval.samples to 0"),
+        (CLASSES, "none", "condition='none', and the tokenizer has a table for each of 4 classes"),
+        (CLASSES + 1, "null", "the tokenizer has 5 classes, and the generator 4"),
+    ],
+)
+def test_a_tokenizer_that_cannot_decode_samples_is_refused_before_training(folder, classes, condition, message):
+    path = folder / f"conditional{classes}"
+    tokenizer = Tokenizer(random_tokenizer(bridge=f"dit-XS/2-c{classes}"))
+    tokenizer.save_pretrained(path)
+    codes = write_splits(folder / f"codes-{condition}", size=SIZE, tokenizer=tokenizer.fingerprint, condition=condition)
+    with pytest.raises(InputError, match=message):
+        run(codes, "refused", **{"data.tokenizer": str(path)})
+    assert not list((codes / "refused").glob("checkpoints/step_*"))

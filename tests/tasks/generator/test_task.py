@@ -183,7 +183,7 @@ def test_codes_that_do_not_fit_are_refused_before_anything_compiles(folder, tmp_
 def test_splits_of_two_tokenizers_or_conditions_are_refused(folder, tmp_path):
     for change, message in (
         ({"tokenizer": "fedcba9876543210"}, "codes of the tokenizer 0123456789abcdef, .* codes of fedcba9876543210"),
-        ({"condition": "label"}, "--condition=none, and data.eval_dir with --condition=label"),
+        ({"condition": "label"}, "the condition 'none', and data.eval_dir with 'label'"),
     ):
         other = write_splits(tmp_path / next(iter(change)), **change)
         config = tiny_config(folder, **{"data.eval_dir": f"{other}/eval"})
