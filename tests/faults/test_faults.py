@@ -22,8 +22,9 @@ from PIL import Image
 from fvq_jax.runtime.checksums import FILE as CHECKSUMS
 from fvq_jax.runtime.workdir_lock import hold
 from fvq_jax.training.metric_files import read_metrics
-from tests.helpers.program import ROOT, Prepared
+from tests.helpers.program import ROOT, SMALLEST_GENERATOR, Prepared
 from tests.helpers.tiny import random_images
+from tests.helpers.tiny_generator import write_splits
 from tests.helpers.two_hosts import free_port
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")  # weights are compared on the host
@@ -63,7 +64,11 @@ def table():
 @pytest.fixture(scope="module")
 def uninterrupted(prepared, tmp_path_factory):
     """The workdir of a run that nothing disturbed, and the seconds it took."""
-    workdir, began = tmp_path_factory.mktemp("uninterrupted"), time.monotonic()
+    return undisturbed(prepared, tmp_path_factory.mktemp("uninterrupted"))
+
+
+def undisturbed(prepared, workdir):
+    began = time.monotonic()
     program = prepared.start(*RUN, f"--workdir={workdir}")
     code, _ = program.end()
     assert code == 0, program.said()
@@ -119,12 +124,29 @@ def kill_while_saving(program, workdir, wait):
 
 
 def test_killed_at_any_moment_a_run_goes_on_from_a_complete_checkpoint(prepared, uninterrupted, tmp_path, table):
+    kill_and_go_on(prepared, uninterrupted, tmp_path, table, "`kill -9` at a random moment", 20 if ALL else 3)
+
+
+def test_killed_at_any_moment_the_training_of_a_generator_goes_on(tmp_path_factory, table):
+    """With its moving average, and codes whose order and crops follow from the step."""
+    folder = tmp_path_factory.mktemp("generator")
+    write_splits(folder)
+    data = [f"--config.data.{split}_dir={folder / split}" for split in ("train", "eval")]
+    prepared = Prepared(folder, (*SMALLEST_GENERATOR, *data))
+    try:
+        whole = undisturbed(prepared, folder / "uninterrupted")
+        kill_and_go_on(prepared, whole, folder, table, "the same, training a generator", 20 if ALL else 1)
+    finally:
+        prepared.close()
+
+
+def kill_and_go_on(prepared, uninterrupted, folder, table, fault, kills):
     """Every second time while a checkpoint is being written; one `kill -9` after the other, the run ends the same."""
     rng = np.random.default_rng(0)
     whole, seconds = uninterrupted
-    lost, saving, kills, runs = [], 0, 20 if ALL else 3, 1
+    lost, saving, runs = [], 0, 1
     while True:
-        workdir = tmp_path / str(runs)
+        workdir = folder / str(runs)
         before, done = max(complete_steps(workdir), default=0), steps_done(workdir)
         program = prepared.start(*RUN, f"--workdir={workdir}")
         if len(lost) == kills:
@@ -148,9 +170,9 @@ def test_killed_at_any_moment_a_run_goes_on_from_a_complete_checkpoint(prepared,
         if len(lost) == kills:
             break
         runs += 1
-    assert saving
+    assert saving or kills == 1
     what = f"{runs} runs went on to the weights of the uninterrupted one, bit for bit ({saving} kills while saving)"
-    table.append(("`kill -9` at a random moment", kills, f"{np.mean(lost):.1f}, at most {max(lost)}", what))
+    table.append((fault, kills, f"{np.mean(lost):.1f}, at most {max(lost)}", what))
 
 
 @pytest.mark.parametrize("fault", [FLIPPED, TRUNCATED] if ALL else [FLIPPED])

@@ -8,11 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 import jax
 
+from tests.helpers.tiny_generator import CLASSES, GRID, VOCAB
+
 ROOT = pathlib.Path(__file__).parents[2]
-SMALLEST = (
+Flags = Sequence[str]
+SMALLEST: Flags = (
     "--config=configs/fvq16k.py:smoke",
     "--config.tokenizer.ch_mult=(1,)",
     "--config.tokenizer.quantizer.codebook_size=64",
@@ -21,6 +25,13 @@ SMALLEST = (
     "--config.adversarial.weight=0.0",
     "--config.data.image_size=16",
     "--config.eval.images=8",
+)
+SMALLEST_GENERATOR: Flags = (  # on the codes of `tiny_generator.write_splits`
+    f"--config=configs/llamagen.py:smoke,vocab={VOCAB}",
+    f"--config.generator.classes={CLASSES}",
+    f"--config.generator.grid={','.join(map(str, GRID))}",
+    "--config.generator.dtype=float32",
+    "--config.optim.ema_decay=0.9",
 )
 ENVIRONMENT = os.environ | {
     "XLA_FLAGS": "",  # one device
@@ -56,8 +67,8 @@ for line in sys.stdin:
 class Prepared:
     """A process that starts the program without the seconds that importing takes."""
 
-    def __init__(self, folder: pathlib.Path):
-        self._folder = folder
+    def __init__(self, folder: pathlib.Path, always: Flags = SMALLEST):
+        self._folder, self._always = folder, always
         self._count = 0
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
         self._process = subprocess.Popen([sys.executable, "-c", _PREPARED], cwd=ROOT, env=ENVIRONMENT, **pipes)
@@ -66,7 +77,7 @@ class Prepared:
         self._count += 1
         out, err = (self._folder / f"{name}{self._count}" for name in ("out", "err"))
         err.touch()
-        job = {"args": [*SMALLEST, *args], "environment": environment, "out": str(out), "err": str(err)}
+        job = {"args": [*self._always, *args], "environment": environment, "out": str(out), "err": str(err)}
         return Program(self, int(self.ask(job)), out, err)
 
     def ask(self, job: dict) -> str:
