@@ -164,7 +164,7 @@ def _check_fits(net: GPT, provenance: Provenance, tokenizer: Tokenizer) -> None:
     require(
         not tokenizer.classes or provenance.condition != "",
         "eval.samples: data.tokenizer has a table per class, and the codes in data.train_dir do not say with which "
-        "they were extracted: set eval.samples to 0, and draw samples later by python -m fvq_jax.sample --condition=...",
+        "they were extracted: set eval.samples to 0, and draw samples later by fvq_jax.sample --condition=...",
     )
 
 
