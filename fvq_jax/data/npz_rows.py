@@ -91,20 +91,36 @@ class _RowWriter:
 
 
 class ImageWriter(_RowWriter):
-    """Collects images of one size."""
+    """Collects images of one size; `labels`, the classes of all of them in order, become `arr_1`, as in ADM's files."""
 
-    def __init__(self, path: str | os.PathLike[str], height: int, width: int, *, active: bool = True):
-        super().__init__(path, 1, active=active)
-        self._shape = (height, width, 3)
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        height: int,
+        width: int,
+        *,
+        labels: Int[np.ndarray, "n"] | None = None,
+        active: bool = True,
+    ):
+        super().__init__(path, 1 if labels is None else 2, active=active)
+        self._shape, self._labels = (height, width, 3), labels
 
     def write(self, images: UInt8[np.ndarray, "n H W 3"]) -> None:
         """Adds images."""
         if images.shape[1:] != self._shape:
             raise ValueError(f"images {images.shape} do not fit rows of {self._shape}")
-        self._add(len(images), np.ascontiguousarray(images).tobytes())
+        contents = [np.ascontiguousarray(images).tobytes()]
+        if self._labels is not None:
+            own = self._labels[self.rows : self.rows + len(images)]
+            if len(own) < len(images):
+                raise ValueError(f"there are labels of {len(self._labels)} images only")
+            contents.append(own.astype("<i8").tobytes())
+        self._add(len(images), *contents)
 
     def _arrays(self) -> Iterator[_Array]:
         yield "arr_0", np.dtype("|u1"), self._shape, self._chunks(0)
+        if self._labels is not None:
+            yield "arr_1", np.dtype("<i8"), (), self._chunks(1)
 
 
 class CodeWriter(_RowWriter):

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float64, Int, Int64
 
+from fvq_jax.runtime.errors import InputError
+
 # How many imagined occurrences, spread like the unigram model, are added to the codes that follow any one code. Every
 # choice is scored, and the best one reported.
 STRENGTHS = tuple(2.0**power for power in range(-4, 15, 2))
@@ -32,7 +34,7 @@ class NGrams:
     def __init__(self, vocab: int, sequences: Iterable[Int[np.ndarray, "n t"]], limit: int = CODES_COUNTED):
         """Counts sequences, an array of several at a time, and stops after the array that reaches `limit` codes.
 
-        ValueError for a code outside the vocabulary, or if there are no sequences.
+        InputError for a code outside the vocabulary, or if there are no sequences.
         """
         self.vocab, self.codes = vocab, 0
         self._single = np.zeros(vocab, np.int64)
@@ -42,7 +44,9 @@ class NGrams:
         waiting: list[np.ndarray] = []
         for block in sequences:
             if block.size and not (block.min() >= 0 and block.max() < vocab):
-                raise ValueError(f"codes from {block.min()} to {block.max()} are not all in a vocabulary of {vocab}")
+                raise InputError(
+                    f"the training codes must be in 0..{vocab - 1}, and some are from {block.min()} to {block.max()}"
+                )
             waiting.append(self._keys(block))
             self.codes += block.size
             if sum(map(len, waiting)) >= _CHUNK:
@@ -51,7 +55,7 @@ class NGrams:
             if self.codes >= limit:
                 break
         if not self.codes:
-            raise ValueError("there are no sequences to count")
+            raise InputError("there are no sequences to count")
         self._merge([*waiting, np.zeros(0, np.int64)])
         np.add.at(self._before, self._pairs // vocab, self._times)
         np.add.at(self._single, self._pairs % vocab, self._times)

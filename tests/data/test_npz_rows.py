@@ -158,3 +158,20 @@ def test_damaged_pictures_are_named(tmp_path):
         member.write(bytes(100))
     with pytest.raises(InputError, match=r"short.npz is damaged: it ends early"):
         list(ImageReader(tmp_path / "short.npz").batches(2))
+
+
+def test_labels_of_images_are_read_back(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
+    labels = np.array([3, 1, 4, 1, 5], np.int32)
+    with ImageWriter(tmp_path / "a.npz", 4, 4, labels=labels) as writer:
+        for part in (slice(0, 2), slice(2, 5)):
+            writer.write(images[part])
+    reader = ImageReader(tmp_path / "a.npz")
+    np.testing.assert_array_equal(reader.labels, labels)
+    np.testing.assert_array_equal(np.concatenate(list(reader.batches(4))), images)
+    with (
+        pytest.raises(ValueError, match="labels of 5 images only"),
+        ImageWriter(tmp_path / "b.npz", 4, 4, labels=labels) as writer,
+    ):
+        writer.write(np.concatenate([images, images]))
+    assert not (tmp_path / "b.npz").exists()

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from fvq_jax.evals.ngram_bits import STRENGTHS, NGrams, bits_per_code
+from fvq_jax.runtime.errors import InputError
 
 
 def sequences(n, t, vocab, seed=0):
@@ -76,9 +77,11 @@ def test_counting_stops_at_the_limit():
     assert NGrams(6, [rows]).codes == 40
 
 
-@pytest.mark.parametrize(("rows", "message"), [([[0, 6]], "codes from 0 to 6"), ([[-1, 2]], "codes from -1 to 2")])
+@pytest.mark.parametrize(
+    ("rows", "message"), [([[0, 6]], "in 0..5, and some are from 0 to 6"), ([[-1, 2]], "from -1 to 2")]
+)
 def test_a_code_outside_the_vocabulary_is_refused(rows, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         NGrams(6, [np.array(rows)])
-    with pytest.raises(ValueError, match="no sequences"):
+    with pytest.raises(InputError, match="no sequences"):
         NGrams(6, [])
