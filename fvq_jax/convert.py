@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import functools
 import math
-import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -27,7 +26,7 @@ from fvq_jax.models.gpt import SIZES
 from fvq_jax.models.quantizers import Quantizer, VectorQuantizer, quantizer_settings
 from fvq_jax.models.quantizers.bridge import parse_bridge
 from fvq_jax.runtime import exits
-from fvq_jax.runtime.arguments import Parser, true_or_false
+from fvq_jax.runtime.arguments import Parser, grid_sides, true_or_false
 from fvq_jax.runtime.errors import require
 
 LARGE = 100e6  # bytes; reading a file of this size or more shows a progress bar
@@ -53,7 +52,9 @@ def main(argv: list[str] | None = None) -> int:
         help="label or null: whose table --layout=llamagen holds, if classes have their own",
     )
     parser.add_argument("--heads", type=int, help="attention heads of a generator, if SRC does not say")
-    parser.add_argument("--grid", type=_grid, help="rows x columns of its codes, such as 16x16, if SRC does not say")
+    parser.add_argument(
+        "--grid", type=grid_sides, help="rows x columns of its codes, such as 16x16, if SRC does not say"
+    )
     parser.add_argument("--classes", type=int, help="its classes, if SRC does not say and has no row for no class")
     args = parser.parse_args(argv)
     return exits.run(lambda: _convert(args))
@@ -114,14 +115,6 @@ def _size(params: Any) -> int:
 def _condition(text: str) -> int | str:
     """Converts a label; other text stays, and is judged where the classes are known."""
     return int(text) if text.isdecimal() else text
-
-
-def _grid(text: str) -> tuple[int, int]:
-    """Converts rows x columns."""
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"must be rows x columns such as 16x16, not {text!r}")
-    return int(match[1]), int(match[2])
 
 
 def _variant(quantizer: Quantizer) -> str:

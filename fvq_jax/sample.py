@@ -3,7 +3,7 @@
   python -m fvq_jax.sample --generator=PATH --tokenizer=PATH --out=DIR --random=50000 --npz
   python -m fvq_jax.sample --generator=PATH --tokenizer=PATH --out=DIR --classes=1,5,9 --per-class=8 --png
 
-Writes DIR/grid.png, pictures of up to 64 samples, and DIR/labels.npy, the class of every sample; with --npz also
+Writes DIR/grid.png, pictures of up to 80 samples, and DIR/labels.npy, the class of every sample; with --npz also
 DIR/samples.npz, which ADM's evaluation suite reads (arr_0, uint8 [N, H, W, 3]), and with --png a file for each sample.
 Sample i follows from the seed, i, its class and the options of drawing, so a program that was killed and is started
 again with them goes on with the same samples, also with other processes or another --batch. The samples of --per-class
@@ -19,6 +19,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import sys
 import time
@@ -33,13 +34,14 @@ from tqdm import tqdm
 
 from fvq_jax.data.npz_rows import ImageWriter
 from fvq_jax.data.sample_folder import SampleFolder
-from fvq_jax.inference.generator import DTYPES, Generator, weights_digest
+from fvq_jax.inference.generator import DTYPES, Generator
 from fvq_jax.inference.generator_options import Sampling
-from fvq_jax.inference.saved_generator import CONDITIONS
+from fvq_jax.inference.saved_generator import CONDITIONS, weights_digest
 from fvq_jax.inference.tokenizer import Tokenizer
 from fvq_jax.ops.pixels import ROUNDINGS, to_uint8
 from fvq_jax.ops.resize import resize_bicubic
 from fvq_jax.ops.sampling import SCHEDULES
+from fvq_jax.report.generator import first_of_classes
 from fvq_jax.report.pictures import sample_grid
 from fvq_jax.runtime import exits
 from fvq_jax.runtime.agreement import check_same, everywhere
@@ -50,7 +52,7 @@ from fvq_jax.runtime.hosts import rows_of_all_hosts
 from fvq_jax.runtime.names import did_you_mean
 
 GRID, LABELS, NPZ, PNG = "grid.png", "labels.npy", "samples.npz", "png"
-_SHOWN = 64  # samples on the grid
+_ROWS, _COLUMNS = 10, 8  # of the grid, at most
 _THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -189,7 +191,8 @@ def _draw_part(job: _Job, numbers: Int[np.ndarray, "n"], batch: int, folder: Sam
 
 def _write_files(args: argparse.Namespace, job: _Job, folder: SampleFolder) -> None:
     """Writes all files from the parts; InputError if they cannot be written."""
-    shown: list[UInt8[np.ndarray, "H W 3"]] = []
+    positions, columns = _to_show(job.labels)
+    shown: dict[int, UInt8[np.ndarray, "H W 3"]] = {}
     digits = len(str(len(job.labels) - 1))
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(tqdm(total=len(job.labels), unit=" images", desc="writing files"))
@@ -206,15 +209,27 @@ def _write_files(args: argparse.Namespace, job: _Job, folder: SampleFolder) -> N
                     for row in range(len(images))
                 ]
                 list(threads.map(_write_png, names, images))
-            shown += list(images[: _SHOWN - len(shown)])
+            shown |= {at: images[at - start] for at in positions if start <= at < start + len(images)}
             bar.update(len(images))
-    by_class = np.argsort(job.labels[: len(shown)], kind="stable")
-    _write_png(args.out / GRID, sample_grid(np.stack(shown)[by_class], columns=int(np.ceil(np.sqrt(len(shown))))))
+    _write_png(args.out / GRID, sample_grid(np.stack([shown[at] for at in positions]), columns=columns))
     try:
         with replace_whole(args.out / LABELS) as unfinished, unfinished.open("wb") as file:
             np.save(file, job.labels.astype(np.int32))
     except OSError as error:
         raise InputError(f"cannot write {args.out / LABELS}: {error.strerror or error}") from error
+
+
+def _to_show(labels: Int[np.ndarray, "n"]) -> tuple[list[int], int]:
+    """Positions of the samples on the grid, in its order, and its columns.
+
+    A row is a class, evenly spaced among all, if these have several samples each; else it shows the first samples.
+    """
+    classes, counts = np.unique(labels, return_counts=True)
+    if len(classes) > 1 and counts.min() > 1:
+        columns = min(_COLUMNS, int(counts.min()))
+        return first_of_classes(labels, classes=_ROWS, each=columns)[0], columns
+    first = labels[: _COLUMNS**2]
+    return np.argsort(first, kind="stable").tolist(), math.ceil(math.sqrt(len(first)))
 
 
 def _write_png(path: Path, image: UInt8[np.ndarray, "H W 3"]) -> None:

@@ -1,4 +1,9 @@
 import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -11,10 +16,12 @@ from fvq_jax.inference.saved_generator import Provenance
 from fvq_jax.inference.tokenizer import Tokenizer
 from fvq_jax.ops.pixels import to_uint8
 from fvq_jax.ops.resize import resize_bicubic
+from fvq_jax.report.pictures import sample_grid
 from tests.helpers.random_generator import random_generator
 from tests.helpers.random_tokenizer import random_tokenizer
 from tests.helpers.two_hosts import on_two_hosts
 
+ROOT = pathlib.Path(__file__).parents[1]
 NAMES = ("otter", "tench", "goldfish", "hen", "robin", "newt", "turtle", "gecko", "cobra", "scorpion")
 
 
@@ -103,6 +110,21 @@ def test_killed_in_the_middle_it_goes_on_with_the_same_samples(run, tmp_path, mo
     assert len(set(labels)) > 4
 
 
+def test_after_sigkill_another_process_makes_the_same_files(paths, run, tmp_path):
+    options = ["--random=160", "--guidance=1", "--batch=4", "--npz"]
+    command = [sys.executable, "-m", "fvq_jax.sample", *paths, f"--out={tmp_path / 'out'}", *options]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and len(list(tmp_path.glob("out/parts/*.npy"))) < 2:
+            time.sleep(0.002)
+        process.kill()
+        said = process.stderr.read().decode()
+    assert process.returncode == -signal.SIGKILL, said
+    assert 0 < run(*options)["drawn_now"] <= 152
+    assert run(*options, out="whole")["drawn_now"] == 160
+    for name in ("samples.npz", "labels.npy", "grid.png"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 def test_pixels_are_resized_and_rounded_as_asked(models, run, tmp_path):
     run("--random=4", "--guidance=1", "--resize=6", "--rounding=truncate", "--npz")
     images = models.sample(np.load(tmp_path / "out" / "labels.npy"), guidance=1.0)
@@ -135,6 +157,23 @@ def test_several_processes_share_the_work_and_the_first_writes(paths, run, tmp_p
     assert counts == [[3, 3]] * 2
     files = [np.load(tmp_path / out / "samples.npz")["arr_0"] for out in ("one", "two")]
     np.testing.assert_array_equal(*files)
+
+
+def test_a_row_of_the_grid_is_a_class(run, tmp_path):
+    run("--classes=4,2", "--per-class=3", "--guidance=1", "--batch=4", "--npz")
+    images = np.load(tmp_path / "out" / "samples.npz")["arr_0"]
+    labels = np.load(tmp_path / "out" / "labels.npy")
+    rows = np.concatenate([images[labels == label] for label in (2, 4)])
+    with Image.open(tmp_path / "out" / "grid.png") as grid:
+        np.testing.assert_array_equal(np.asarray(grid), sample_grid(rows, columns=3))
+
+
+def test_without_a_row_for_each_class_the_grid_is_a_square(run, tmp_path):
+    run("--random=9", "--guidance=1", "--npz")
+    images = np.load(tmp_path / "out" / "samples.npz")["arr_0"]
+    order = np.argsort(np.load(tmp_path / "out" / "labels.npy"), kind="stable")
+    with Image.open(tmp_path / "out" / "grid.png") as grid:
+        np.testing.assert_array_equal(np.asarray(grid), sample_grid(images[order], columns=3))
 
 
 @pytest.mark.parametrize(

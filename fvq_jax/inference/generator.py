@@ -6,7 +6,6 @@ write the files.
 
 import dataclasses
 import functools
-import hashlib
 import math
 import os
 from collections.abc import Callable
@@ -22,16 +21,23 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 from numpy.typing import ArrayLike
 
-from fvq_jax.inference.generator_options import Sampling, check_numbers, check_tokenizer
+from fvq_jax.inference.generator_options import (
+    Sampling,
+    check_numbers,
+    check_tokenizer,
+    checked_codes,
+    checked_condition,
+    checked_labels,
+    guidance_of,
+    knows_no_class,
+)
 from fvq_jax.inference.generator_programs import logits_rows, nll_bits_rows, sample_rows
 from fvq_jax.inference.saved_generator import Provenance, SavedGenerator, load_generator, save_generator_folder
 from fvq_jax.inference.tokenizer import Tokenizer
 from fvq_jax.interop.gpt_checkpoint import write_gpt
 from fvq_jax.interop.named_tensors import ENDINGS
 from fvq_jax.models.gpt_cache import Weights, decoding_weights
-from fvq_jax.ops.sampling import guidance_scales
 from fvq_jax.runtime.errors import InputError, require
-from fvq_jax.runtime.names import flatten
 
 DTYPES = ("float32", "bfloat16")
 LAYOUT = "llamagen"
@@ -115,7 +121,7 @@ class Generator:
     @property
     def has_null_class(self) -> bool:
         """Whether it knows pictures without a class, which guidance needs."""
-        return self.net.class_dropout > 0
+        return knows_no_class(self.net)
 
     def sample_codes(
         self, labels: ArrayLike, seed: int | np.integer = 0, *, numbers: ArrayLike | None = None, **options: Any
@@ -135,8 +141,8 @@ class Generator:
           InputError: a label, a number or an option that cannot be; guidance without a class for "no class".
         """
         sampling = Sampling(**options)
-        labels = self._labels(labels)
-        scales = self._scales(sampling)
+        labels = checked_labels(self.net, labels)
+        scales = guidance_of(self.net, sampling)
         doubled = bool(scales.max() > 1)
         numbers = np.arange(len(labels)) if numbers is None else np.asarray(numbers)
         check_numbers(seed, numbers, len(labels))
@@ -174,7 +180,7 @@ class Generator:
         Raises:
           InputError: as `sample_codes`, and if there is no tokenizer.
         """
-        self._check_condition(condition)
+        self._condition(condition)
         return self.decode(self.sample_codes(labels, seed, numbers=numbers, **options), labels, condition=condition)
 
     def decode(
@@ -192,13 +198,13 @@ class Generator:
         Raises:
           InputError: there is no tokenizer, or the condition does not fit.
         """
-        condition, tokenizer = self._check_condition(condition), self.tokenizer
+        condition, tokenizer = self._condition(condition), self.tokenizer
         assert tokenizer is not None
         if condition == "none":
             return tokenizer.decode(codes)
         if condition == "null":
             return tokenizer.decode(codes, "null")
-        labels = self._labels(labels)
+        labels = checked_labels(self.net, labels)
         require(
             len(labels) == 0 or int(labels.max()) < self.net.classes,
             'pictures without a class have no label to be decoded with: use condition="null"',
@@ -211,8 +217,8 @@ class Generator:
         Raises:
           InputError: what `sample` would raise for these options.
         """
-        self._scales(sampling)
-        return self._check_condition(condition)
+        guidance_of(self.net, sampling)
+        return self._condition(condition)
 
     def logits(self, labels: ArrayLike, codes: ArrayLike) -> Float[np.ndarray, "b t v"]:
         """The logits of every code at every position, given the true codes before it; float32 [b, t, v].
@@ -297,8 +303,8 @@ class Generator:
     def _teacher_forced(
         self, program: Callable[..., Array], labels: ArrayLike, codes: ArrayLike, nothing: np.ndarray, most: int
     ) -> np.ndarray:
-        labels = self._labels(labels)
-        rows = [labels, self._codes(codes, len(labels))]
+        labels = checked_labels(self.net, labels)
+        rows = [labels, checked_codes(self.net, codes, len(labels))]
         return self._in_parts(functools.partial(program, self._params), rows, nothing, most)
 
     def _in_parts(
@@ -316,91 +322,16 @@ class Generator:
             results.append(np.asarray(result)[: len(parts[0])])
         return np.concatenate(results)
 
+    def _condition(self, condition: str | None) -> str:
+        """What codes are decoded with. InputError if it does not fit, or there is no tokenizer."""
+        tables = None if self.tokenizer is None else self.tokenizer.classes
+        return checked_condition(self.provenance, tables, condition)
+
     def _most(self, doubled: bool) -> int:
         """How many images are sampled at once on a device."""
         net = self.net
         cache = 2 * net.layers * net.width * net.length * jnp.dtype(net.dtype).itemsize
         return _power_below(BUDGET // ((1 + doubled) * (cache + 16 * net.vocab)), MAX_PER_DEVICE)
-
-    # --- checks -------------------------------------------------------------------------------------------------
-
-    def _scales(self, sampling: Sampling) -> Float[np.ndarray, "t"]:
-        """The scale of guidance at every position. InputError for options that cannot be, or not with this model."""
-        sampling.check()
-        scales = guidance_scales(
-            float(sampling.guidance),
-            self.net.length,
-            sampling.schedule,
-            interval=int(sampling.interval),
-            power=float(sampling.power),
-        )
-        if scales.max() > 1 and not self.has_null_class:
-            raise InputError(
-                f"guidance={sampling.guidance:g} needs a model that knows pictures without a class, and this one was "
-                "trained without class dropout: use guidance=1"
-            )
-        return scales
-
-    def _labels(self, labels: ArrayLike) -> Int[np.ndarray, "b"]:
-        array = np.asarray(labels)
-        array = array.astype(np.int32) if array.size == 0 else array
-        if array.ndim != 1 or not jnp.issubdtype(array.dtype, jnp.integer):
-            raise InputError(f"labels must be whole numbers [b], not {array.dtype} {list(array.shape)}")
-        last = self.net.classes - (not self.has_null_class)
-        if array.size and not 0 <= array.min() <= array.max() <= last:
-            none = f" ({last}: no class)" if self.has_null_class else ""
-            raise InputError(f"labels must be in 0..{last}{none}, and these are from {array.min()} to {array.max()}")
-        return array.astype(np.int32)
-
-    def _codes(self, codes: ArrayLike, rows: int) -> Int[np.ndarray, "b t"]:
-        array, net = np.asarray(codes), self.net
-        fitting = ((rows, net.length), (rows, *net.grid))
-        if array.shape not in fitting or not jnp.issubdtype(array.dtype, jnp.integer):
-            raise InputError(
-                f"codes must be whole numbers {list(fitting[0])} or {list(fitting[1])}, as many rows as labels, not "
-                f"{array.dtype} {list(array.shape)}"
-            )
-        if array.size and not 0 <= array.min() <= array.max() < net.vocab:
-            raise InputError(f"codes must be in 0..{net.vocab - 1}, and these are from {array.min()} to {array.max()}")
-        return array.reshape(rows, net.length).astype(np.int32)
-
-    def _check_condition(self, condition: str | None) -> str:
-        """The condition that codes are decoded with. InputError if there is no tokenizer, or it does not fit."""
-        if self.tokenizer is None:
-            raise InputError(
-                "there is no tokenizer to make pictures with: load the generator with tokenizer=..., or draw codes "
-                "alone with sample_codes"
-            )
-        known = self.provenance.condition
-        if not self.tokenizer.classes:
-            require(
-                condition in (None, "none"),
-                f"condition={condition!r} is for a tokenizer with a table per class, and this one has a single table: "
-                "leave it out",
-            )
-            return "none"
-        chosen = known if condition is None else condition
-        require(
-            chosen in ("label", "null"),
-            "this tokenizer has a table per class, and nothing says which one the generator's codes were extracted "
-            f'with: give condition="label" or condition="null", not {chosen!r}',
-        )
-        require(
-            known in ("", chosen),
-            f"condition={chosen!r} does not fit: the codes that the generator was trained on were extracted with "
-            f"condition={known!r}",
-        )
-        return chosen
-
-
-def weights_digest(params: Any) -> str:
-    """16 hexadecimal digits that say which weights these are: a SHA-256 over their names, shapes and values."""
-    digest = hashlib.sha256()
-    for name, value in sorted(flatten(params).items()):
-        array = np.ascontiguousarray(value)
-        digest.update(f"{name} {array.dtype} {list(array.shape)}".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()[:16]
 
 
 def _power_below(number: int, most: int) -> int:

@@ -1,14 +1,17 @@
-"""How a generator draws, and what is checked before it does: options, numbers of images, and its tokenizer."""
+"""How a generator draws, and what is checked before it does: options, labels, codes, and its tokenizer."""
 
 import dataclasses
 import math
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
+from numpy.typing import ArrayLike
 
-from fvq_jax.inference.saved_generator import SavedGenerator
+from fvq_jax.inference.saved_generator import Provenance, SavedGenerator
 from fvq_jax.inference.tokenizer import Tokenizer
-from fvq_jax.ops.sampling import SCHEDULES
+from fvq_jax.models.gpt import GPT
+from fvq_jax.ops.sampling import SCHEDULES, guidance_scales
 from fvq_jax.runtime.errors import InputError, require
 
 _LARGEST = 2**32  # seeds and numbers of images are below it
@@ -88,3 +91,87 @@ def check_numbers(seed: int | np.integer, numbers: np.ndarray, rows: int) -> Non
         raise InputError(f"numbers must be whole numbers [{rows}], not {numbers.dtype} {list(numbers.shape)}")
     if rows and not 0 <= numbers.min() <= numbers.max() < _LARGEST:
         raise InputError(f"numbers of images must be in 0..{_LARGEST - 1}, not {numbers.min()} to {numbers.max()}")
+
+
+def knows_no_class(net: GPT) -> bool:
+    """Whether the network has seen pictures without their class, which guidance needs."""
+    return net.class_dropout > 0
+
+
+def guidance_of(net: GPT, sampling: Sampling) -> Float[np.ndarray, "t"]:
+    """The scale of guidance at every position. InputError for options that cannot be, or not with this network."""
+    sampling.check()
+    scales = guidance_scales(
+        float(sampling.guidance),
+        net.length,
+        sampling.schedule,
+        interval=int(sampling.interval),
+        power=float(sampling.power),
+    )
+    if scales.max() > 1 and not knows_no_class(net):
+        raise InputError(
+            f"guidance={sampling.guidance:g} needs a model that knows pictures without a class, and this one was "
+            "trained without class dropout: use guidance=1"
+        )
+    return scales
+
+
+def checked_labels(net: GPT, labels: ArrayLike) -> Int[np.ndarray, "b"]:
+    """Labels as an int32 array. InputError unless they are whole numbers, from 0 to the class for "no class"."""
+    array = np.asarray(labels)
+    array = array.astype(np.int32) if array.size == 0 else array
+    if array.ndim != 1 or not jnp.issubdtype(array.dtype, jnp.integer):
+        raise InputError(f"labels must be whole numbers [b], not {array.dtype} {list(array.shape)}")
+    last = net.classes - (not knows_no_class(net))
+    if array.size and not 0 <= array.min() <= array.max() <= last:
+        none = f" ({last}: no class)" if knows_no_class(net) else ""
+        raise InputError(f"labels must be in 0..{last}{none}, and these are from {array.min()} to {array.max()}")
+    return array.astype(np.int32)
+
+
+def checked_codes(net: GPT, codes: ArrayLike, rows: int) -> Int[np.ndarray, "b t"]:
+    """The codes of `rows` images as an int32 array [b, t]. InputError for another shape, type or range."""
+    array = np.asarray(codes)
+    fitting = ((rows, net.length), (rows, *net.grid))
+    if array.shape not in fitting or not jnp.issubdtype(array.dtype, jnp.integer):
+        raise InputError(
+            f"codes must be whole numbers {list(fitting[0])} or {list(fitting[1])}, as many rows as labels, not "
+            f"{array.dtype} {list(array.shape)}"
+        )
+    if array.size and not 0 <= array.min() <= array.max() < net.vocab:
+        raise InputError(f"codes must be in 0..{net.vocab - 1}, and these are from {array.min()} to {array.max()}")
+    return array.reshape(rows, net.length).astype(np.int32)
+
+
+def checked_condition(known: Provenance, tables: int | None, condition: str | None) -> str:
+    """The condition that codes are decoded with. InputError if it does not fit, or there is no tokenizer.
+
+    Args:
+      known: what the generator was trained on.
+      tables: for how many classes the tokenizer has tables; 0: a single table for all; None: there is no tokenizer.
+      condition: what is asked for; None: what is known.
+    """
+    if tables is None:
+        raise InputError(
+            "there is no tokenizer to make pictures with: load the generator with tokenizer=..., or draw codes "
+            "alone with sample_codes"
+        )
+    if tables == 0:
+        require(
+            condition in (None, "none"),
+            f"condition={condition!r} is for a tokenizer with a table per class, and this one has a single table: "
+            "leave it out",
+        )
+        return "none"
+    chosen = known.condition if condition is None else condition
+    require(
+        chosen in ("label", "null"),
+        "this tokenizer has a table per class, and nothing says which one the generator's codes were extracted "
+        f'with: give condition="label" or condition="null", not {chosen!r}',
+    )
+    require(
+        known.condition in ("", chosen),
+        f"condition={chosen!r} does not fit: the codes that the generator was trained on were extracted with "
+        f"condition={known.condition!r}",
+    )
+    return chosen

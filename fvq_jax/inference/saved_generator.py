@@ -5,6 +5,7 @@ under `provenance` which tokenizer's codes it was trained on, as far as that is 
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fvq_jax.interop.gpt_checkpoint import is_gpt_file, read_gpt
 from fvq_jax.interop.named_tensors import check_tensors, write_safetensors
@@ -133,6 +135,16 @@ def save_generator_folder(path: str | os.PathLike[str], saved: SavedGenerator) -
             unfinished.write_text(json.dumps(config, indent=2) + "\n")
     except OSError as error:
         raise InputError(f"cannot write the folder {path}: {error.strerror or error}") from error
+
+
+def weights_digest(params: Any) -> str:
+    """16 hexadecimal digits that say which weights these are: a SHA-256 over their names, shapes and values."""
+    digest = hashlib.sha256()
+    for name, value in sorted(flatten(params).items()):
+        array = np.ascontiguousarray(value)
+        digest.update(f"{name} {array.dtype} {list(array.shape)}".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()[:16]
 
 
 def _read_folder(path: Path) -> SavedGenerator:
