@@ -26,7 +26,7 @@ from fvq_jax.models.gpt import SIZES
 from fvq_jax.models.quantizers import Quantizer, VectorQuantizer, quantizer_settings
 from fvq_jax.models.quantizers.bridge import parse_bridge
 from fvq_jax.runtime import exits
-from fvq_jax.runtime.arguments import Parser, grid_sides, true_or_false
+from fvq_jax.runtime.arguments import Parser, class_or_null, grid_sides, true_or_false
 from fvq_jax.runtime.errors import require
 
 LARGE = 100e6  # bytes; reading a file of this size or more shows a progress bar
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--l2_norm", type=true_or_false, help="whether codes have unit length, if SRC does not say")
     parser.add_argument(
         "--condition",
-        type=_condition,
+        type=class_or_null,
         help="label or null: whose table --layout=llamagen holds, if classes have their own",
     )
     parser.add_argument("--heads", type=int, help="attention heads of a generator, if SRC does not say")
@@ -110,11 +110,6 @@ def describe_generator(saved: SavedGenerator) -> str:
 
 def _size(params: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-
-
-def _condition(text: str) -> int | str:
-    """Converts a label; other text stays, and is judged where the classes are known."""
-    return int(text) if text.isdecimal() else text
 
 
 def _variant(quantizer: Quantizer) -> str:

@@ -4,14 +4,15 @@
   python -m fvq_jax.sample --generator=PATH --tokenizer=PATH --out=DIR --classes=1,5,9 --per-class=8 --png
 
 Writes DIR/grid.png, pictures of up to 80 samples, and DIR/labels.npy, the class of every sample; with --npz also
-DIR/samples.npz, which ADM's evaluation suite reads (arr_0, uint8 [N, H, W, 3]), and with --png a file for each sample.
-Sample i follows from the seed, i, its class and the options of drawing, so a program that was killed and is started
-again with them goes on with the same samples, also with other processes or another --batch. The samples of --per-class
-are in a shuffled order: in a file that is ordered by class, the blocks of the Inception Score would hold few classes
-each, and it would collapse.
+DIR/samples.npz, which ADM's evaluation suite reads (arr_0, uint8 [N, H, W, 3], and the classes as arr_1), and with
+--png a file for each sample. Sample i follows from the seed, i, its class and the options of drawing, so a program that
+was killed and is started again with them goes on with the same samples, also with other processes or another --batch.
+The samples of --per-class are in a shuffled order: in a file that is ordered by class, the blocks of the Inception
+Score would hold few classes each, and it would collapse.
 
-The last line on standard output is JSON with `samples`, `seconds`, `samples_per_second` and `files`. With --distributed
-it is one of several processes, and only the first one writes. Exit codes: 0, and 2 for bad input.
+The last line on standard output is JSON with `samples`, `condition` (what a tokenizer with a table per class was given,
+or none), `seconds`, `samples_per_second` and `files`. With --distributed it is one of several processes, and only the
+first one writes. Exit codes: 0, and 2 for bad input.
 """
 
 import argparse
@@ -100,6 +101,7 @@ def sample(args: argparse.Namespace) -> dict[str, Any]:
     made = len(job.labels) - before
     result = {
         "samples": len(job.labels),
+        "condition": job.settings["condition"],
         "drawn_now": made,  # the others were there from an earlier start
         "seconds": round(seconds, 3),
         "samples_per_second": round(made / seconds, 3) if made else None,
@@ -200,7 +202,7 @@ def _write_files(args: argparse.Namespace, job: _Job, folder: SampleFolder) -> N
         writer = None
         for start, images in folder.parts():
             if args.npz and writer is None:
-                writer = stack.enter_context(ImageWriter(args.out / NPZ, *images.shape[1:3]))
+                writer = stack.enter_context(ImageWriter(args.out / NPZ, *images.shape[1:3], labels=job.labels))
             if writer is not None:
                 writer.write(images)
             if args.png:

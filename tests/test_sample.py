@@ -53,7 +53,7 @@ def run(paths, tmp_path, capsys):
 
 def test_classes_in_equal_shares_mixed_with_all_files(models, run, tmp_path):
     result = run("--classes=otter,3,turtle", "--per-class=7", "--batch=8", "--npz", "--png", "--seed=5")
-    assert (result["samples"], result["drawn_now"]) == (21, 21)
+    assert (result["samples"], result["drawn_now"], result["condition"]) == (21, 21, "none")
     assert result["samples_per_second"] == pytest.approx(21 / result["seconds"], rel=0.01)
     out = tmp_path / "out"
     assert result["files"] == [str(out / name) for name in ("grid.png", "labels.npy", "samples.npz", "png")]
@@ -63,7 +63,8 @@ def test_classes_in_equal_shares_mixed_with_all_files(models, run, tmp_path):
     expected = models.sample(labels, seed=5)
     with np.load(out / "samples.npz") as file:
         images = file["arr_0"]
-        assert file.files == ["arr_0"]
+        assert file.files == ["arr_0", "arr_1"]
+        np.testing.assert_array_equal(file["arr_1"], np.load(out / "labels.npy"))
     assert (images.dtype, images.shape) == (np.uint8, (21, 8, 8, 3))
     np.testing.assert_array_equal(images, to_uint8(expected))
     for number in (0, 20):
