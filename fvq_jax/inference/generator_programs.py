@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from fvq_jax.models.gpt import GPT
 from fvq_jax.models.gpt_cache import Weights, decode
-from fvq_jax.ops.sampling import draw, greedy, guided, image_keys, uniform_numbers
+from fvq_jax.ops.sampling import draw, greedy, guided, image_keys, random_words
 from fvq_jax.ops.token_loss import token_nll
 
 
@@ -38,7 +38,7 @@ def sample_rows(
         else:
             chosen = draw(
                 logits,
-                uniform_numbers(keys, position),
+                random_words(keys, position),
                 temperature=temperature,
                 top_k=top_k if cut_k else None,
                 top_p=top_p if cut_p else None,

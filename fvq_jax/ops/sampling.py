@@ -13,8 +13,6 @@ from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 SCHEDULES = ("constant", "cosine", "linear")
 
-_BLOCK = 128  # codes
-
 Logits = Float[Array | np.ndarray, "b v"]
 
 
@@ -77,7 +75,7 @@ def image_keys(seed: UInt32[Array, ""] | int, numbers: UInt32[Array, "b"] | Int[
 
 def draw(
     logits: Logits,
-    uniform: Float[Array | np.ndarray, "b"],
+    words: UInt32[Array | np.ndarray, "b 2"],
     *,
     temperature: Float[Array, ""] | float = 1.0,
     top_k: Int[Array, ""] | int | None = None,
@@ -85,13 +83,14 @@ def draw(
 ) -> Int[Array, "b"]:
     """A code for each image, drawn from the logits divided by the temperature, cut by `top_k` and then by `top_p`.
 
-    It is the code whose part of the interval [0, 1), divided among the codes by probability, holds the random number.
-    That costs one number for each image instead of one for each code. The codes are looked through in blocks of 128:
-    first the sums of all blocks, then the codes of one.
+    Every code has an exponential random number of its own, and the code wins for which its number, divided by the
+    code's probability, is smallest (a race of exponential clocks, or the Gumbel-max trick). So rounding of the logits
+    matters only where two codes finish at the same time. With one number for each image, looked up in the sums of the
+    probabilities, the rounding of every code would move the parts of all codes after it.
 
     Args:
       logits: float32; minus infinity for codes that must not be drawn.
-      uniform: a random number in [0, 1) for each image, see `uniform_numbers`.
+      words: random bits for each image, see `random_words`.
       temperature: above 0; see `greedy` for 0.
       top_k, top_p: see `keep_top_k` and `keep_top_p`; None: all codes may be drawn.
     """
@@ -100,15 +99,7 @@ def draw(
         logits = keep_top_k(logits, top_k)
     if top_p is not None:
         logits = keep_top_p(logits, top_p)
-    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-    weights = jnp.pad(weights, ((0, 0), (0, -logits.shape[-1] % _BLOCK))).reshape(logits.shape[0], -1, _BLOCK)
-    sums = jnp.sum(weights, axis=-1)
-    ends = jnp.cumsum(sums, axis=-1)
-    target = uniform[:, None] * ends[:, -1:]
-    block = _first_above(ends, target, sums > 0)
-    begin = jnp.where(block > 0, jnp.take_along_axis(ends, jnp.maximum(block - 1, 0), axis=-1), 0)
-    inside = jnp.take_along_axis(weights, block[:, :, None], axis=1)[:, 0]
-    return (block * _BLOCK + _first_above(jnp.cumsum(inside, axis=-1), target - begin, inside > 0))[:, 0]
+    return jnp.argmax(logits - jnp.log(exponential_numbers(words, logits.shape[-1])), axis=-1).astype(jnp.int32)
 
 
 def greedy(logits: Logits) -> Int[Array, "b"]:
@@ -116,20 +107,31 @@ def greedy(logits: Logits) -> Int[Array, "b"]:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-def uniform_numbers(keys: Shaped[Array, "b"], position: Int[Array, ""] | int) -> Float[Array, "b"]:
-    """A random number in [0, 1) for each image and position, from the image's key (see `image_keys`)."""
+def random_words(keys: Shaped[Array, "b"], position: Int[Array, ""] | int) -> UInt32[Array, "b 2"]:
+    """Random bits for each image at a position, from the image's key (see `image_keys`)."""
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
-    return jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32))(keys)
+    return jax.vmap(lambda key: jax.random.bits(key, (2,), jnp.uint32))(keys)
 
 
-def _first_above(
-    ends: Float[Array, "b m"], target: Float[Array | np.ndarray, "b 1"], possible: Bool[Array, "b m"]
-) -> Int[Array, "b 1"]:
-    """The first possible of the growing `ends` above the target; the last possible if rounding put that too far."""
-    above = possible & (ends > target)
-    last = ends.shape[-1] - 1 - jnp.argmax(possible[:, ::-1], axis=-1, keepdims=True)
-    first = jnp.argmax(above, axis=-1, keepdims=True)
-    return jnp.where(jnp.any(above, axis=-1, keepdims=True), first, last).astype(jnp.int32)
+def exponential_numbers(words: UInt32[Array | np.ndarray, "b 2"], count: int) -> Float[Array, "b v"]:
+    """`count` numbers above 0 from the exponential distribution of mean 1 for each row, a function of the row's words.
+
+    They are hashed from the words and their own index: JAX's generator would take longer than the transformer does for
+    the codes of a small batch on a CPU.
+    """
+    words = jnp.asarray(words)
+    bits = _mixed(jnp.arange(count, dtype=jnp.uint32)[None] * jnp.uint32(0x9E3779B9) ^ words[:, :1])
+    bits = _mixed(bits ^ words[:, 1:])
+    # Small numbers win races, and are fine-grained: the uniform number below 1 loses only bits that do not matter.
+    uniform = jnp.minimum((bits.astype(jnp.float32) + 0.5) * jnp.float32(2**-32), jnp.float32(1 - 2**-24))
+    return -jnp.log1p(-uniform)
+
+
+def _mixed(bits: UInt32[Array, "*b"]) -> UInt32[Array, "*b"]:
+    """A permutation of the 32-bit numbers in which every bit of the result depends on all bits of the argument."""
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x7FEB352D)
+    bits = (bits ^ (bits >> 15)) * jnp.uint32(0x846CA68B)
+    return bits ^ (bits >> 16)
 
 
 def _ranks(logits: Logits) -> UInt32[Array, "b v"]:

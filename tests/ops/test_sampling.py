@@ -8,13 +8,14 @@ from hypothesis.extra import numpy as st_numpy
 
 from fvq_jax.ops.sampling import (
     draw,
+    exponential_numbers,
     greedy,
     guidance_scales,
     guided,
     image_keys,
     keep_top_k,
     keep_top_p,
-    uniform_numbers,
+    random_words,
 )
 
 SAME = settings(max_examples=60, deadline=None, derandomize=True)
@@ -23,6 +24,12 @@ LOGITS = st_numpy.arrays(np.float32, (3, 20), elements=st.integers(-24, 24).map(
 
 
 jit_draw, jit_top_k, jit_top_p = (jax.jit(program) for program in (draw, keep_top_k, keep_top_p))
+
+
+def draws(logits, rows, position=7, **options):
+    """A draw from the same logits for each of many images."""
+    words = random_words(image_keys(1, jnp.arange(rows)), position)
+    return np.asarray(jit_draw(jnp.broadcast_to(logits, (rows, len(logits))), words, **options))
 
 
 def kept(logits):
@@ -89,48 +96,59 @@ def test_kept_logits_are_unchanged_and_both_zeros_are_equal():
     np.testing.assert_array_equal(kept(keep_top_k(np.float32([[-np.inf, 1, 2]]), 3)), [[False, True, True]])
 
 
-@SAME
-@given(LOGITS, st.lists(st.floats(0, 1, exclude_max=True, width=32), min_size=3, max_size=3), st.floats(0.25, 4))
-def test_the_code_is_the_one_whose_part_of_the_interval_holds_the_number(logits, numbers, temperature):
-    scaled = logits.astype(np.float64) / temperature
-    shares = np.exp(scaled - scaled.max(-1, keepdims=True))
-    ends = np.cumsum(shares / shares.sum(-1, keepdims=True), axis=-1)
-    codes = np.asarray(jit_draw(logits, np.float32(numbers), temperature=temperature))
-    for row, number, code in zip(ends, numbers, codes, strict=True):
-        begin = row[code - 1] if code else 0
-        assert begin - 2e-6 <= number <= row[code] + 2e-6
-
-
 @pytest.mark.parametrize("size", [5, 128, 129, 1000])
 def test_codes_come_as_often_as_their_probability_says(size):
     logits = np.random.default_rng(size).normal(size=size).astype(np.float32) * 2
     expected = np.exp(logits) / np.exp(logits).sum()
     rows = 20000
-    numbers = uniform_numbers(image_keys(1, jnp.arange(rows)), 7)
-    codes = jax.jit(draw)(jnp.broadcast_to(logits, (rows, size)), numbers)
+    codes = draws(logits, rows)
     found = np.bincount(codes, minlength=size) / rows
     assert np.abs(found - expected).max() < 4.5 * np.sqrt(expected.max() / rows)
     assert 0.5 * np.abs(found - expected).sum() < np.sqrt(size / rows)
 
 
-def test_what_was_cut_off_is_never_drawn_whatever_the_number():
-    logits = np.full((4, 300), -np.inf, np.float32)
-    logits[:, [130, 140, 299]] = [1.0, 1.0, -60.0]
-    numbers = np.float32([0, 0.5, 1 - 2**-24, 0.49999997])
-    assert set(np.asarray(jit_draw(logits, numbers)).tolist()) <= {130, 140, 299}
-    assert np.asarray(jit_draw(logits, numbers, top_k=2)).tolist() == [130, 140, 140, 130]
-    assert np.asarray(jit_draw(logits, numbers, top_p=0.4)).tolist() == [130, 140, 140, 130]  # equal ones stay together
-    logits[:, 140] = 0.9
-    assert np.asarray(jit_draw(logits, numbers, top_p=0.4)).tolist() == [130] * 4
-    assert np.asarray(jit_draw(logits, numbers, top_k=1)).tolist() == [130] * 4
+@pytest.mark.parametrize("options", [{"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.7}, {"temperature": 2.0}])
+def test_codes_come_as_often_as_the_cut_and_scaled_probability_says(options):
+    logits, rows = np.log(np.float32([0.4, 0.25, 0.2, 0.1, 0.05])), 20000
+    scaled = logits / options.get("temperature", 1.0)
+    scaled[{"top_k": 3, "top_p": 4}.get(next(iter(options)), 5) :] = -np.inf  # 0.4 + 0.25 + 0.2 passes 0.7
+    if "top_p" in options:
+        scaled[3:] = -np.inf
+    expected = np.exp(scaled) / np.exp(scaled).sum()
+    found = np.bincount(draws(logits, rows, **options), minlength=5) / rows
+    assert np.abs(found - expected).max() < 4.5 * np.sqrt(0.25 / rows)
+    assert not found[expected == 0].any()
 
 
-def test_top_p_sees_what_top_k_has_left_at_the_temperature():
-    logits = np.log(np.float32([[0.5, 0.3, 0.15, 0.05]]))
-    number = np.float32([1 - 2**-24])
-    assert jit_draw(logits, number, top_k=3, top_p=0.8) == 1  # 0.5 + 0.3 is 0.84 of the three that are left
-    assert jit_draw(logits, number, top_p=0.8001) == 2
-    assert jit_draw(logits, number, temperature=0.25, top_p=0.8) == 0  # 0.5^4 is 0.88 of all
+def test_draws_of_neighbouring_positions_and_images_are_independent():
+    rows, size = 4000, 8
+    first, second = (draws(np.zeros(size, np.float32), rows, position=position) for position in (0, 1))
+    for a, b in ((first, second), (first[1:], first[:-1])):
+        table = np.zeros((size, size))
+        np.add.at(table, (a, b), 1)
+        expected = len(a) / size**2
+        assert np.sum((table - expected) ** 2 / expected) < 120  # chi-square of 63 degrees of freedom: 1 in 10^5
+
+
+def test_exponential_numbers_have_the_distribution_and_are_different_for_every_code():
+    words = random_words(image_keys(3, jnp.arange(4)), 0)
+    numbers = np.asarray(exponential_numbers(words, 2**16))
+    assert (numbers > 0).all()
+    assert np.isfinite(numbers).all()
+    for row in numbers:
+        assert len(np.unique(row)) > 0.99 * row.size
+        ordered = np.sort(row)
+        distribution = (np.arange(row.size) + 0.5) / row.size
+        assert np.abs(1 - np.exp(-ordered) - distribution).max() < 2 / np.sqrt(row.size)  # Kolmogorov-Smirnov
+    assert np.abs(np.corrcoef(numbers) - np.eye(4)).max() < 0.02
+
+
+def test_rounding_of_logits_hardly_ever_changes_a_draw():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(2000, 1024)).astype(np.float32) * 2
+    words = random_words(image_keys(0, jnp.arange(2000)), 0)
+    noisy = logits + rng.normal(size=logits.shape).astype(np.float32) * 1e-5
+    assert np.sum(np.asarray(jit_draw(logits, words)) != np.asarray(jit_draw(noisy, words))) <= 1
 
 
 def test_greedy_takes_the_lowest_of_equal_codes():
@@ -139,18 +157,18 @@ def test_greedy_takes_the_lowest_of_equal_codes():
 
 def test_the_number_of_an_image_decides_its_randomness_and_not_its_place():
     all_keys = image_keys(5, jnp.arange(8))
-    numbers = np.asarray(uniform_numbers(all_keys, 3))
-    np.testing.assert_array_equal(uniform_numbers(image_keys(5, jnp.array([6, 1])), 3), numbers[[6, 1]])
-    assert len({*numbers.tolist(), *np.asarray(uniform_numbers(all_keys, 4)).tolist()}) == 16
-    assert not np.isin(numbers, uniform_numbers(image_keys(6, jnp.arange(8)), 3)).any()
+    words = np.asarray(random_words(all_keys, 3))
+    np.testing.assert_array_equal(random_words(image_keys(5, jnp.array([6, 1])), 3), words[[6, 1]])
+    assert len(np.unique(np.concatenate([words, random_words(all_keys, 4)]), axis=0)[:, 0]) == 16
+    assert not np.isin(words, random_words(image_keys(6, jnp.arange(8)), 3)).any()
 
 
 def test_a_million_codes_are_cut_and_drawn_without_sorting():
     shape = jax.ShapeDtypeStruct((2, 2**20), jnp.float32)
-    number = jax.ShapeDtypeStruct((2,), jnp.float32)
+    words = jax.ShapeDtypeStruct((2, 2), jnp.uint32)
     for options in ({}, {"top_k": 100, "top_p": 0.9}):
         assert (
             "stablehlo.sort"
-            not in jax.jit(lambda z, u, options=options: draw(z, u, **options)).lower(shape, number).as_text()
+            not in jax.jit(lambda z, w, options=options: draw(z, w, **options)).lower(shape, words).as_text()
         )
     assert "stablehlo.sort" in jax.jit(jnp.sort).lower(shape).as_text()
