@@ -1,4 +1,5 @@
 import functools
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -303,6 +304,28 @@ def test_recomputing_layers_gives_the_same_loss_and_gradient():
     np.testing.assert_allclose(results[1][0], results[0][0], rtol=1e-6)
     for actual, expected in zip(jax.tree.leaves(results[1][2]), jax.tree.leaves(results[0][2]), strict=True):
         np.testing.assert_allclose(actual, expected, atol=1e-6 * np.abs(expected).max(), rtol=1e-5)
+
+
+def operations(jaxpr):
+    """Names of all operations, those of functions and loops included."""
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for value in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(value, "eqns"):
+                yield from operations(value)
+
+
+def test_random_numbers_are_drawn_once_and_products_computed_once():
+    """In the backward pass neither is computed again, but what lies between products is."""
+    net = NET.clone(dropout=0.1, class_dropout=0.1)
+    counts = {}
+    for remat in (False, True):
+        run = functools.partial(loss_and_gradient, net.clone(remat=remat))
+        counts[remat] = Counter(operations(jax.make_jaxpr(run)(random_params(), *batch(), jax.random.key(0)).jaxpr))
+    assert counts[False]["random_bits"] == 4  # of classes, embeddings and both branches of a layer
+    assert counts[True]["random_bits"] == 6
+    assert counts[True]["dot_general"] - counts[False]["dot_general"] == 6  # all of a layer but the last
+    assert counts[True]["rsqrt"] == counts[False]["rsqrt"]
 
 
 # --- on several devices ---------------------------------------------------------------------------------------------

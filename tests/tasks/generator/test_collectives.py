@@ -68,7 +68,7 @@ def test_no_device_holds_the_weights_of_all_layers(step):
 
 
 def test_gathered_weights_that_are_kept_are_found(monkeypatch):
-    monkeypatch.setattr("fvq_jax.models.gpt._all_but_gathered", lambda *_, **__: True)
+    monkeypatch.setattr("fvq_jax.models.gpt._costly", lambda *_, **__: True)
     _, program = lowered(tiny_config(**CONFIG), make_mesh(DATA, AXIS))
     assert whole_network(program.compile(compiler_options=HARDLY_OPTIMISED).as_text())
 
