@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
 
@@ -53,10 +54,13 @@ def missing() -> str:
     return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} not installed" if names else ""
 
 
-def write(rows: list[dict[str, Any]], columns: dict[str, str], markdown: bool) -> None:
-    """The rows as JSON objects, then as a table if wanted."""
+def write(rows: Iterable[dict[str, Any]], columns: dict[str, str], markdown: bool) -> None:
+    """The rows as JSON objects, each as soon as it is known, then as a table if wanted."""
+    written = []
     for row in rows:
         sys.stdout.write(json.dumps(row) + "\n")
+        sys.stdout.flush()
+        written.append(row)
     if markdown:
-        used = {key: text for key, text in columns.items() if any(row.get(key) not in (None, "") for row in rows)}
-        sys.stdout.write("\n" + markdown_table(rows, used))
+        used = {key: text for key, text in columns.items() if any(row.get(key) not in (None, "") for row in written)}
+        sys.stdout.write("\n" + markdown_table(written, used))

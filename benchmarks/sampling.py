@@ -7,14 +7,14 @@ compiled; both have random weights, guide, and draw from all codes. An image is 
 to the first image is that of the first call in a new process with the weights in memory: compiling and a whole batch.
 
 `of_limit` is the rate over what reading the weights once per step and the cache as far as it is filled would allow, or
-the products of matrices, at this machine's measured rates of both (`limits.py`; the fastest of JAX and PyTorch).
+the products of matrices, at the highest rates of both that were measured so far (`limits.py`, with JAX and PyTorch).
 """
 
 import argparse
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -86,14 +86,17 @@ class Rates:
         self._measured += [{name: worker.run(name).answer for name in limits.RATES} for worker in self._workers]
 
     def highest(self) -> dict[str, float]:
-        """A limit is what the machine can do, not what one library did at one time. Ends the processes."""
-        for worker in self._workers:
-            worker.close()
+        """A limit is what the machine can do, not what one library did at one time."""
         return {name: max(rates[name] for rates in self._measured) for name in limits.RATES}
 
+    def close(self) -> None:
+        """Ends the processes."""
+        for worker in self._workers:
+            worker.close()
 
-def compare(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """One row per batch and method, the methods alternating."""
+
+def compare(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """One row per batch and method, the methods alternating; those of a batch come once it is measured."""
     shape, guided = shape_of(args), 2 if args.guidance > 1 else 1
     write_weights(shape, folder / "weights.safetensors")
     peer = (shape, args.dtype)
@@ -104,6 +107,7 @@ def compare(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         "transformers_compiled": ("torch", llama.load_sampling, *peer, True, *rest),
     }
     rates = Rates(args.dtype)
+    rates.measure()
     workers, status = {}, dict.fromkeys(args.methods, "")
     for method in args.methods:
         if method != "fvq_jax" and (reason := missing()):
@@ -113,7 +117,6 @@ def compare(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             workers[method] = Worker(*programs[method])
         except DoesNotFitError as error:
             status[method] = str(error)
-    rows = []
     for batch in args.batches:
         mine = {}
         for method in list(workers):
@@ -124,30 +127,28 @@ def compare(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
                 status[method] = str(error)
         seconds = alternate(workers, [str(batch)], args.rounds, args.budget)
         rates.measure()
+        found = rates.highest()
+        bound, bound_by = limits.limit(shape, args.dtype, batch, guided, found)
         shared = {"size": shape.size, "vocab": shape.vocab, "tokens": shape.tokens, "dtype": args.dtype}
         shared |= {"guidance": args.guidance, "batch": batch, **machine()}
+        shared |= {"copy_gb_per_second": round(found["copy_bytes_per_second"] / 1e9, 1)}
+        shared |= {"matmul_gflops": round(found["operations_per_second"] / 1e9, 1)}
+        shared |= {"bound": bound_by, "limit_images_per_second": round(bound, 4)}
         for method in args.methods:
             row = {"method": method, "status": status[method], **shared}
             if method in workers:
                 taken = seconds[method, str(batch)]
                 row["seconds"] = round(statistics.median(taken), 4)
                 row["images_per_second"] = round(batch / statistics.median(taken), 4)
+                row["of_limit"] = round(row["images_per_second"] / bound, 4)
                 row["first_seconds"] = round(mine[method], 2)
                 if "fvq_jax" in workers:
                     row["speedup"] = round(median_ratio(taken, seconds["fvq_jax", str(batch)]), 3)
                 row["peak_mib"] = round(workers[method].peak())
-            rows.append(row)
+            yield row
     for worker in workers.values():
         worker.close()
-    found = rates.highest()
-    for row in rows:
-        row["copy_gb_per_second"] = round(found["copy_bytes_per_second"] / 1e9, 1)
-        row["matmul_gflops"] = round(found["operations_per_second"] / 1e9, 1)
-        bound, row["bound"] = limits.limit(shape, args.dtype, row["batch"], guided, found)
-        row["limit_images_per_second"] = round(bound, 4)
-        if "seconds" in row:
-            row["of_limit"] = round(row["images_per_second"] / bound, 4)
-    return rows
+    rates.close()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -161,8 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     args = finish(parser, argv)
     args.batches = [int(batch) for batch in args.batches.split(",")]
     with tempfile.TemporaryDirectory() as folder:
-        rows = compare(args, Path(folder))
-    write(rows, COLUMNS, args.markdown)
+        write(compare(args, Path(folder)), COLUMNS, args.markdown)
 
 
 if __name__ == "__main__":

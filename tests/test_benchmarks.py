@@ -164,10 +164,8 @@ def has_peer(row):
 
 
 def test_sampling_beside_the_peer_and_the_limit():
-    rows, table = run("sampling", *TINY, "--batches=1,3", "--guidance=2", "--markdown")
-    assert [(row["method"], row["batch"]) for row in rows] == [
-        (method, batch) for batch in (1, 3) for method in ("fvq_jax", "transformers")
-    ]
+    rows, table = run("sampling", *TINY, "--batches=3", "--guidance=2", "--markdown")
+    assert [(row["method"], row["batch"]) for row in rows] == [("fvq_jax", 3), ("transformers", 3)]
     for row in rows:
         assert (row["tokens"], row["dtype"], row["guidance"]) == (16, "float32", 2)
         assert row["limit_images_per_second"] > 0
