@@ -16,7 +16,7 @@ def get_config(arg=""):
     """A transformer of 4 layers on 8 x 8 codes of 1,024."""
     args = common.parse_arg(arg, smoke=False, batch=0)
     config = default_config("generator")
-    config.steps, config.epochs = 450, 0.0
+    config.steps, config.epochs = 600, 0.0
     config.batch_size = 64
 
     config.generator.vocab = 1024
@@ -37,7 +37,7 @@ def get_config(arg=""):
     config.eval.samples = 400
     config.eval.guidances = (1.0, 1.5, 2.0, 3.0)
     config.eval.pictures = "photos"
-    config.checkpoint.every_steps = 150
+    config.checkpoint.every_steps = 200
     config.log.every_steps = 20
     if args["smoke"]:
         config.steps, config.optim.warmup_steps = 4, 1
