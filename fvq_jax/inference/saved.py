@@ -22,7 +22,7 @@ from fvq_jax.interop.torch_file import read_tensors
 from fvq_jax.models.quantizers import make_quantizer, quantizer_settings
 from fvq_jax.models.tokenizer import TokenizerNet, fold
 from fvq_jax.runtime.errors import InputError, require
-from fvq_jax.runtime.files import replace_whole
+from fvq_jax.runtime.files import read_json, replace_whole
 from fvq_jax.runtime.names import flatten, nest
 from fvq_jax.runtime.storage import CHECKPOINTS, CONFIG
 
@@ -157,7 +157,7 @@ def _architecture(net: TokenizerNet) -> dict[str, Any]:
 
 
 def _read_folder(path: Path) -> SavedTokenizer:
-    config = _read_json(path / CONFIG)
+    config = read_json(path / CONFIG)
     if config.get("format") != FORMAT or config.get("version") not in range(1, VERSION + 1):
         raise InputError(f"{path / CONFIG} is not the config of a tokenizer that this version can read")
     net = _network(config.get("tokenizer"), path / CONFIG)
@@ -177,7 +177,7 @@ def _read_folder(path: Path) -> SavedTokenizer:
 
 
 def _read_workdir(path: Path) -> SavedTokenizer:
-    config = _read_json(path / CONFIG)
+    config = read_json(path / CONFIG)
     net = _network(config.get("tokenizer"), path / CONFIG)
     state = abstract_variables(net)
     params = state.pop("params")
@@ -203,18 +203,6 @@ def _read_workdir(path: Path) -> SavedTokenizer:
 
 def _shapes(net: TokenizerNet) -> dict[str, tuple[int, ...]]:
     return {name: leaf.shape for name, leaf in flatten(abstract_params(net)).items()}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is damaged: it holds no config")
-    return content
 
 
 def _network(fields: Any, source: Path) -> TokenizerNet:

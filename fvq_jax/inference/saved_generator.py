@@ -21,7 +21,7 @@ from fvq_jax.interop.named_tensors import check_tensors, write_safetensors
 from fvq_jax.interop.torch_file import read_tensors
 from fvq_jax.models.gpt import GPT
 from fvq_jax.runtime.errors import InputError, require
-from fvq_jax.runtime.files import replace_whole
+from fvq_jax.runtime.files import read_json, replace_whole
 from fvq_jax.runtime.names import flatten, nest
 from fvq_jax.runtime.storage import CHECKPOINTS, CONFIG, PROVENANCE
 
@@ -110,7 +110,7 @@ def is_generator(path: str | os.PathLike[str]) -> bool:
     path = Path(path)
     if path.is_file():
         return is_gpt_file(path)
-    config = _read_json(path / CONFIG) if (path / CONFIG).exists() else {}
+    config = read_json(path / CONFIG) if (path / CONFIG).exists() else {}
     return config.get("format") == FORMAT or config.get("task") == SECTION
 
 
@@ -123,7 +123,7 @@ def save_generator_folder(path: str | os.PathLike[str], saved: SavedGenerator) -
     path = Path(path)
     if (path / CHECKPOINTS).exists():
         raise InputError(f"{path} holds a training run, which a generator must not overwrite: use another folder")
-    if (path / CONFIG).exists() and _read_json(path / CONFIG).get("format") != FORMAT:
+    if (path / CONFIG).exists() and read_json(path / CONFIG).get("format") != FORMAT:
         raise InputError(f"{path} holds something else than a generator, and is not overwritten: use another folder")
     settings = {name: getattr(saved.net, name) for name in FIELDS}
     provenance = {name: value for name, value in dataclasses.asdict(saved.provenance).items() if value}
@@ -148,7 +148,7 @@ def weights_digest(params: Any) -> str:
 
 
 def _read_folder(path: Path) -> SavedGenerator:
-    config = _read_json(path / CONFIG)
+    config = read_json(path / CONFIG)
     if config.get("format") != FORMAT or config.get("version") != VERSION:
         raise InputError(f"{path / CONFIG} is not the config of a generator that this version can read")
     net = _network(config.get(SECTION), path / CONFIG)
@@ -159,7 +159,7 @@ def _read_folder(path: Path) -> SavedGenerator:
 
 
 def _read_workdir(path: Path, use_ema: bool | None) -> SavedGenerator:
-    config = _read_json(path / CONFIG)
+    config = read_json(path / CONFIG)
     net = _network(config.get(SECTION), path / CONFIG)
     averaged = config.get("optim", {}).get("ema_decay", 0) > 0
     require(averaged or not use_ema, f"{path} keeps no moving average (optim.ema_decay is 0): leave out use_ema")
@@ -174,7 +174,7 @@ def _read_workdir(path: Path, use_ema: bool | None) -> SavedGenerator:
             params = checkpoints.restore_part({"networks": {SECTION: {"params": params}}})["networks"][SECTION][
                 "params"
             ]
-    known = _read_json(path / PROVENANCE) if (path / PROVENANCE).exists() else {}
+    known = read_json(path / PROVENANCE) if (path / PROVENANCE).exists() else {}
     return SavedGenerator(net, params, _provenance(known, path / PROVENANCE))
 
 
@@ -182,18 +182,6 @@ def _abstract_params(net: GPT) -> dict[str, Any]:
     """Shapes and dtypes of the parameters of `net`, without making one."""
     labels, codes = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1,), (1, net.length)))
     return dict(jax.eval_shape(net.init, jax.random.key(0), labels, codes)["params"])
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is damaged: it does not hold names and values")
-    return content
 
 
 def _network(fields: Any, source: Path) -> GPT:

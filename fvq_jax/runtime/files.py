@@ -1,9 +1,11 @@
-"""Writing a file so that no reader ever sees half of it, and making the folder that it goes to."""
+"""Writing a file so that no reader ever sees half of it, making the folder that it goes to, and reading JSON."""
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from fvq_jax.runtime.errors import InputError
 
@@ -42,3 +44,16 @@ def write_whole(path: Path, text: str) -> None:
             unfinished.write_text(text)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. InputError if the file cannot be read, or holds something else."""
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is damaged: it does not hold names and values")
+    return content

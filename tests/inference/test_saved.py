@@ -90,7 +90,10 @@ def test_a_training_run_is_not_overwritten(tmp_path):
     [
         (lambda path: (path / "config.json").unlink(), r"cannot read .*config\.json: No such file"),
         (lambda path: (path / "config.json").write_text("{"), r"config\.json is damaged"),
-        (lambda path: (path / "config.json").write_text("[]"), r"config\.json is damaged: it holds no config"),
+        (
+            lambda path: (path / "config.json").write_text("[]"),
+            r"config\.json is damaged: it does not hold names and values",
+        ),
         (lambda path: (path / "config.json").write_text("{}"), "not the config of a tokenizer"),
         (lambda path: edit(path, "ch", None), r"config\.json does not describe a tokenizer: 'ch'"),
         (lambda path: edit(path, "bridge", "S/3"), "64 codes are not divisible by groups of 9"),
