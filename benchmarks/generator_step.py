@@ -50,6 +50,7 @@ def load_jax(shape: llama.Shape, dtype: str, labels: np.ndarray, codes: np.ndarr
     config.generator.update(grid=tuple(shape.grid), vocab=shape.vocab, classes=shape.classes, hidden=shape.hidden)
     config.generator.update(layers=shape.layers, width=shape.width, heads=shape.heads, dtype=dtype)
     config.generator.update(dropout=0.0, class_dropout=0.0, path_dropout=0.0)
+    config.generator.unroll = jax.default_backend() == "cpu"
     mesh = jax.make_mesh((1, 1), ("data", "codebook"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
     task = task_of(config)(config, mesh)
     train_step = TrainStep.of(task, config, mesh, total_steps=1000, warmup_steps=100)

@@ -23,7 +23,7 @@ def get_config(arg=""):
     config.generator.classes = 10
     config.generator.grid = (8, 8)
     config.generator.layers, config.generator.width, config.generator.heads = 4, 128, 4
-    config.generator.dtype = "float32"
+    config.generator.dtype, config.generator.unroll = "float32", True
 
     config.optim.learning_rate = 2e-3
     config.optim.warmup_steps, config.optim.warmup_epochs = 30, 0.0

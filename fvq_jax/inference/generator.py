@@ -62,7 +62,7 @@ class Generator:
         name = jnp.dtype(dtype).name
         require(name in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not {name}")
         self._saved = saved
-        self.net = saved.net.clone(dtype=jnp.dtype(dtype), mesh=None, remat=False)
+        self.net = saved.net.clone(dtype=jnp.dtype(dtype), mesh=None, remat=False, unroll=False)
         self.tokenizer = tokenizer
         if tokenizer is not None:
             check_tokenizer(saved, tokenizer)

@@ -150,6 +150,8 @@ class GPT(nn.Module):
       rope_base, eps: of the rotations and of the norms.
       dtype: of the matrix products.
       remat: recompute layers in the backward pass, to save memory.
+      unroll: compile all layers one after the other instead of one in a loop. That takes longer, and a CPU is then
+        faster: it need not copy a layer's parameters out of the stack in every pass.
       mesh: a mesh with axes `data` and `codebook`, over which parameters (see `rules`) and batch are divided.
     """
 
@@ -167,6 +169,7 @@ class GPT(nn.Module):
     eps: float = 1e-5
     dtype: DTypeLike = jnp.float32
     remat: bool = False
+    unroll: bool = False
     mesh: Mesh | None = None
 
     def setup(self) -> None:
@@ -230,7 +233,7 @@ class GPT(nn.Module):
             return self._batch(x + drop(added.astype(jnp.float32), 1)), None
 
         layer = jax.checkpoint(layer, prevent_cse=False, policy=None if self.remat else _costly)
-        x, _ = jax.lax.scan(layer, x, (self.blocks(), jnp.arange(self.layers)))
+        x, _ = jax.lax.scan(layer, x, (self.blocks(), jnp.arange(self.layers)), unroll=self.unroll)
         return rms_norm(x, self.norm, self.eps)
 
     def logits(self, labels: Int[Array, "b"], codes: Int[Array, "b t"]) -> Float[Array, "b t v"]:

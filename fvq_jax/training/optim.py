@@ -74,6 +74,30 @@ class Annealing:
         return lambda step: peak * multiplier(step)
 
 
+class Guarded(optax.GradientTransformationExtraArgs):
+    """An optimizer whose `update(grads, state, params, finite=...)` leaves its state as it is unless `finite`.
+
+    The updates are of no use then.
+    """
+
+
+def guarded(optimizer: optax.GradientTransformation) -> Guarded:
+    """Any optimizer, guarded."""
+    if isinstance(optimizer, Guarded):
+        return optimizer
+
+    def update(grads: Any, state: Any, params: Any = None, *, finite: Any = True, **_: Any) -> tuple[Any, Any]:
+        updates, new = optimizer.update(grads, state, params)
+        return updates, kept_unless(finite, new, state)
+
+    return Guarded(optimizer.init, update)
+
+
+def kept_unless(finite: Any, new: Any, old: Any) -> Any:
+    """The arrays of `new` if `finite`, else those of `old`."""
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+
+
 def make_optimizer(
     rate: optax.Schedule,
     *,
@@ -83,7 +107,7 @@ def make_optimizer(
     own_rates: Mapping[str, optax.Schedule] | None = None,
     weight_decay: float | None = None,
     decayed: Callable[[str], bool] = lambda name: True,
-) -> optax.GradientTransformation:
+) -> Guarded:
     """Adam after clipping by the global gradient norm of the network; `clip_norm` 0 leaves gradients as they are.
 
     Args:
@@ -96,8 +120,7 @@ def make_optimizer(
         None: plain Adam. The optimizer's state has one more part with a number, 0 included, than with None.
       decayed: whether the parameter with this path, such as "layers/wqkv", is shrunk.
     """
-    clip = optax.clip_by_global_norm(clip_norm) if clip_norm > 0 else optax.identity()
-    first = [clip, optax.scale_by_adam(b1, b2)]
+    first = [_clip(clip_norm) if clip_norm > 0 else optax.identity(), _adam(b1, b2)]
     if weight_decay is not None:
 
         def mask(params: Any) -> Any:
@@ -105,10 +128,51 @@ def make_optimizer(
 
         first.append(optax.add_decayed_weights(weight_decay, mask))
     if not own_rates:
-        return optax.chain(*first, optax.scale_by_learning_rate(rate))
+        return _chained(*first, optax.scale_by_learning_rate(rate))
 
     def label(path: tuple[Any, ...], _: Any) -> str:
         return next((key.key for key in path if getattr(key, "key", None) in own_rates), "rest")
 
     rates = {name: optax.scale_by_learning_rate(schedule) for name, schedule in {"rest": rate, **own_rates}.items()}
-    return optax.chain(*first, optax.partition(rates, lambda params: jax.tree.map_with_path(label, params)))
+    return _chained(*first, optax.partition(rates, lambda params: jax.tree.map_with_path(label, params)))
+
+
+def _chained(*parts: optax.GradientTransformation) -> Guarded:
+    chain = optax.chain(*map(guarded, parts))
+
+    def update(grads: Any, state: Any, params: Any = None, *, finite: Any = True, **_: Any) -> tuple[Any, Any]:
+        return chain.update(grads, state, params, finite=finite)
+
+    return Guarded(chain.init, update)
+
+
+def _clip(most: float) -> optax.GradientTransformation:
+    """Scales gradients down to a global norm of `most`, if theirs is larger.
+
+    `optax.clip_by_global_norm` divides every gradient twice, so that a CPU stores the clipped ones; one factor for all
+    is part of whatever reads them.
+    """
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        factor = jnp.minimum(1.0, most / optax.tree.norm(grads))
+        return jax.tree.map(lambda grad: factor * grad, grads), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)
+
+
+def _adam(b1: float, b2: float) -> Guarded:
+    """`optax.scale_by_adam`, computing the updates from moments that have replaced the old ones already.
+
+    On a CPU, XLA makes a program for every result, and each computes the new moments again from the old ones: these
+    cannot be replaced as long as another program needs them, so they are copied first. A GPU or TPU computes all in one
+    program, which for the barrier's sake becomes two: the moments, 2 of 7 arrays, are read once more.
+    """
+    adam, epsilon = optax.scale_by_adam(b1, b2), 1e-8
+
+    def update(grads: Any, state: Any, params: Any = None, *, finite: Any = True, **_: Any) -> tuple[Any, Any]:
+        new = jax.lax.optimization_barrier(kept_unless(finite, adam.update(grads, state, params)[1], state))
+        means = optax.tree.bias_correction(new.mu, b1, new.count)
+        squares = optax.tree.bias_correction(new.nu, b2, new.count)
+        return jax.tree.map(lambda mean, square: mean / (jnp.sqrt(square) + epsilon), means, squares), new
+
+    return Guarded(adam.init, update)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Shaped
 from ml_collections import ConfigDict
 
 from fvq_jax.runtime.mesh import BATCH, replicated
-from fvq_jax.training.optim import Annealing
+from fvq_jax.training.optim import Annealing, Guarded, guarded, kept_unless
 from fvq_jax.training.state import NetworkState, TrainState, abstract_state
 from fvq_jax.training.task import Task
 
@@ -41,7 +41,7 @@ class TrainStep:
 
     task: Task
     mesh: Mesh
-    optimizers: Mapping[str, optax.GradientTransformation]
+    optimizers: Mapping[str, Guarded]
     rate: optax.Schedule
     seed: int = 0
     accumulate: int = 1
@@ -57,7 +57,7 @@ class TrainStep:
         return cls(
             task,
             mesh,
-            task.optimizers(annealing),
+            {name: guarded(optimizer) for name, optimizer in task.optimizers(annealing).items()},
             annealing.rate(optim.learning_rate),
             seed=config.seed,
             accumulate=optim.accumulate,
@@ -94,17 +94,19 @@ class TrainStep:
 
         networks = {}
         for name, network in state.networks.items():
-            updates, opt_state = self.optimizers[name].update(grads[name], network.opt_state, network.params)
-            params = optax.apply_updates(network.params, updates)
-            networks[name] = NetworkState(params, opt_state, variables[name])
+            optimizer, before = self.optimizers[name], (network.params, network.variables)
+            updates, opt_state = optimizer.update(grads[name], network.opt_state, network.params, finite=finite)
+            after = optax.apply_updates(network.params, updates), variables[name]
+            params, changed = kept_unless(finite, after, before)
+            networks[name] = NetworkState(params, opt_state, changed)
         ema = state.ema
         if self.ema_decay > 0:
             # In this form the average of a parameter that never changes is equal to it, to the last bit.
-            step = 1 - self.ema_decay
-            ema = jax.tree.map(lambda old, new: old + step * (new - old), ema, networks[self.task.main].params)
-        networks, ema = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (networks, ema), (state.networks, state.ema)
-        )
+            main, share = networks[self.task.main], 1 - self.ema_decay
+            # The barrier has the same reason as in `optim`.
+            main = networks[self.task.main] = main.replace(params=jax.lax.optimization_barrier(main.params))
+            average = jax.tree.map(lambda old, new: old + share * (new - old), ema, main.params)
+            ema = kept_unless(finite, average, ema)
         scalars["learning_rate"] = self.rate(state.step - state.skipped)
         scalars |= self.task.batch_scalars(counts)
         skipped = state.skipped + jnp.where(finite, 0, 1)

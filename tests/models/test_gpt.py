@@ -295,11 +295,12 @@ def test_dropping_paths_replaces_the_dropout_inside_layers(monkeypatch):
         assert set(seen[1:]) == {inside}
 
 
-def test_recomputing_layers_gives_the_same_loss_and_gradient():
+@pytest.mark.parametrize("option", ["remat", "unroll"])
+def test_recomputing_and_unrolling_layers_gives_the_same_loss_and_gradient(option):
     net = NET.clone(dropout=0.1, class_dropout=0.1, path_dropout=0.3)
     results = []
-    for remat in (False, True):
-        run = jax.jit(functools.partial(loss_and_gradient, net.clone(remat=remat)))
+    for value in (False, True):
+        run = jax.jit(functools.partial(loss_and_gradient, net.clone(**{option: value})))
         results.append(run(random_params(), *batch(), jax.random.key(0)))
     np.testing.assert_allclose(results[1][0], results[0][0], rtol=1e-6)
     for actual, expected in zip(jax.tree.leaves(results[1][2]), jax.tree.leaves(results[0][2]), strict=True):
@@ -326,6 +327,12 @@ def test_random_numbers_are_drawn_once_and_products_computed_once():
     assert counts[True]["random_bits"] == 6
     assert counts[True]["dot_general"] - counts[False]["dot_general"] == 6  # all of a layer but the last
     assert counts[True]["rsqrt"] == counts[False]["rsqrt"]
+
+
+def test_unrolled_layers_are_no_loop():
+    for unroll in (False, True):
+        run = functools.partial(NET.clone(unroll=unroll).apply, {"params": random_params()}, *batch())
+        assert ("while" in jax.jit(run).lower().as_text()) != unroll
 
 
 # --- on several devices ---------------------------------------------------------------------------------------------

@@ -1,10 +1,13 @@
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from fvq_jax.training.optim import Annealing, learning_annealing, make_optimizer
+from fvq_jax.training.optim import Annealing, guarded, kept_unless, learning_annealing, make_optimizer
 from tests.helpers.golden_case import load_case
 
 NAMES = {"lin": "linear", "cos": "cosine", "const": "constant"}
@@ -195,3 +198,38 @@ def test_parts_with_rates_of_their_own_decay_by_them():
     update, _ = optimizer.update(zero, optimizer.init(params), params)
     for name, rate in {"quantizer": 0.02, "encoder": 0.1}.items():
         jax.tree.map(lambda leaf, rate=rate: np.testing.assert_allclose(leaf, -0.5 * rate), update[name])
+
+
+ALL_PARTS = {"own_rates": {"quantizer": lambda step: 0.02 * (step + 1)}, "weight_decay": 0.5, "clip_norm": 1.0}
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "all parts", "plain optax"])
+def test_the_state_stays_unless_everything_is_finite(optimizer):
+    made = {
+        "adam": make_optimizer(lambda step: 0.1 / (step + 1), **ADAM),
+        "all parts": make_optimizer(lambda step: 0.1 / (step + 1), **ADAM | ALL_PARTS),
+        "plain optax": guarded(optax.adamw(lambda step: 0.1 / (step + 1))),
+    }[optimizer]
+    state = made.update(gradients(), made.init(PARAMS), PARAMS, finite=jnp.array(True))[1]
+    wrong = jax.tree.map(lambda leaf: leaf * np.nan, gradients())
+    kept = made.update(wrong, state, PARAMS, finite=jnp.array(False))[1]
+    jax.tree.map(np.testing.assert_array_equal, kept, state)
+    first = made.update(gradients(seed=1), state, PARAMS, finite=jnp.array(True))
+    jax.tree.map(np.testing.assert_array_equal, made.update(gradients(seed=1), kept, PARAMS), first)
+
+
+def test_moments_replace_the_old_ones_without_a_copy():
+    """On a CPU; `optax.adam` shows what happens otherwise."""
+
+    def copies(optimizer):
+        @functools.partial(jax.jit, donate_argnums=(0, 1))
+        def step(params, state, grads, finite):
+            updates, state = optimizer.update(grads, state, params, finite=finite)
+            return kept_unless(finite, optax.apply_updates(params, updates), params), state
+
+        params = {"codebook": jnp.ones((512, 64))}
+        text = step.lower(params, optimizer.init(params), params, jnp.array(True)).compile().as_text()
+        return len(re.findall(r"f32\[512,64\]\S* copy\(", text))
+
+    assert copies(make_optimizer(optax.constant_schedule(0.1), **ADAM)) == 0
+    assert copies(guarded(optax.adam(0.1))) == 2

@@ -33,6 +33,9 @@ _FIELDS: dict[str, Field] = {
         stays=True,
     ),
     "generator.remat": Field(False, "Recompute layers in the backward pass, to save memory."),
+    "generator.unroll": Field(
+        False, "Compile every layer instead of one in a loop: slower to compile, faster on a CPU."
+    ),
     "optim.weight_decay": Field(0.05, "AdamW's decay of matrices; vectors, the weights of norms, do not decay."),
     "data.source": Field("codes", "What to train on: codes that were extracted before.", choices=SOURCES, stays=True),
     "data.train_dir": Field("", "Folder of codes to train on, from python -m fvq_jax.tokenize extract."),

@@ -36,7 +36,7 @@ def step_flops(net: GPT, images: int, parts: int = 1) -> float:
 def uncounted_flops(net: GPT, images: int, devices: int, codebook: int, micro_batches: int = 1) -> float:
     """What a count with every loop body once leaves out of `step_flops`, over all devices and micro-batches.
 
-    Counted are one layer of the scan, and one block of tokens and codes of the loss.
+    Counted are one layer of the loop, or with `unroll` all, and one block of tokens and codes of the loss.
 
     Args:
       net: the network.
@@ -49,8 +49,8 @@ def uncounted_flops(net: GPT, images: int, devices: int, codebook: int, micro_ba
     lengths = images * net.length // parts, net.vocab // codebook
     tokens, codes = map(block_size, lengths, block_sizes(net.width, net.dtype))
     block = _head_products(net, images, parts) * 2.0 * tokens * codes * net.width * parts
-    layer = (4 if net.remat else 3) * layer_flops(net, images)
-    return step_flops(net, images, parts) - layer - block
+    layers = (net.layers if net.unroll else 1) * (4 if net.remat else 3) * layer_flops(net, images)
+    return step_flops(net, images, parts) - layers - block
 
 
 def _head_products(net, images, parts):

@@ -51,7 +51,7 @@ class Samples:
     def __init__(self, config: ConfigDict, mesh: Mesh, net: GPT, provenance: Mapping[str, Any]):
         """Opens the files that the config names. InputError if one is missing or does not fit."""
         self._config, self._mesh = config, mesh
-        self._net = net.clone(mesh=None, remat=False)
+        self._net = net.clone(mesh=None, remat=False, unroll=False)
         self._provenance = Provenance(**{**provenance, "class_names": tuple(provenance["class_names"])})
         self._generator: Generator | None = None
         self._tokenizer = Tokenizer.from_pretrained(config.data.tokenizer)

@@ -151,9 +151,16 @@ def test_logits_of_all_tokens_are_found():
 
 
 @pytest.mark.parametrize(
-    ("remat", "micro", "keep"), [(False, 1, False), (True, 1, False), (False, 2, False), (False, 2, True)]
+    ("remat", "unroll", "micro", "keep"),
+    [
+        (False, False, 1, False),
+        (True, False, 1, False),
+        (True, True, 1, False),
+        (False, False, 2, False),
+        (False, False, 2, True),
+    ],
 )
-def test_counted_and_uncounted_flops_are_those_of_the_step(remat, micro, keep, monkeypatch):
+def test_counted_and_uncounted_flops_are_those_of_the_step(remat, unroll, micro, keep, monkeypatch):
     """XLA also counts what is done elementwise: a few per cent at this width."""
     # Of the 8 images of a micro-batch a device has 2, each of 64 codes.
     monkeypatch.setattr("fvq_jax.ops.token_loss.KEPT", 4 * 2 * 64 * 8192 - (not keep))
@@ -168,6 +175,7 @@ def test_counted_and_uncounted_flops_are_those_of_the_step(remat, micro, keep, m
             "generator.heads": 2,
             "generator.grid": (8, 8),
             "generator.remat": remat,
+            "generator.unroll": unroll,
             "optim.accumulate": micro,
         }
     )
