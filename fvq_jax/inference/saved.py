@@ -120,7 +120,9 @@ def save_folder(path: str | os.PathLike[str], saved: SavedTokenizer) -> None:
     trained = {name: value for name, value in named.items() if bridged and name.startswith("quantizer/")}
     weights = {name: value for name, value in named.items() if name not in trained}
     if bridged and not saved.net.quantizer.classes:
-        weights["quantizer/codebook"] = saved.folded
+        assert saved.folded is not None
+        folded = saved.net.quantizer.folded_params(saved.params.get("quantizer", {}), saved.folded)
+        weights |= flatten({"quantizer": folded})
     try:
         path.mkdir(parents=True, exist_ok=True)
         write_safetensors(path / WEIGHTS, weights)

@@ -50,7 +50,8 @@ class Tokenizer:
         if saved.net.quantizer.foldable and not self.classes:
             folded = _folded_codebook(saved.net, saved.params) if saved.folded is None else saved.folded
             self._saved = SavedTokenizer(saved.net, saved.params, folded)
-            self.params = {**saved.params, "quantizer": {"codebook": folded}}
+            quantizer = saved.net.quantizer.folded_params(saved.params.get("quantizer", {}), folded)
+            self.params = {**saved.params, "quantizer": quantizer}
         mesh = Mesh(np.array(jax.local_devices()), ("data",))
         self._devices = mesh.size
         self._by_rows = NamedSharding(mesh, P("data"))

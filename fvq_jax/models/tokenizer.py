@@ -92,4 +92,6 @@ def fold(net: TokenizerNet, variables: dict[str, Any]) -> tuple[TokenizerNet, di
     if not net.quantizer.foldable:
         return plain, variables
     table = net.apply(variables, method="table")
-    return plain, {"params": {**variables["params"], "quantizer": {"codebook": table}}}
+    params = variables["params"]
+    folded = net.quantizer.folded_params(params.get("quantizer", {}), table)
+    return plain, {"params": {**params, "quantizer": folded}}

@@ -98,14 +98,13 @@ class TrainStep:
             updates, opt_state = optimizer.update(grads[name], network.opt_state, network.params, finite=finite)
             after = optax.apply_updates(network.params, updates), variables[name]
             params, changed = kept_unless(finite, after, before)
-            networks[name] = NetworkState(params, opt_state, changed)
+            # The barrier has the same reason as in `optim`: the moving average is computed from the parameters.
+            networks[name] = NetworkState(jax.lax.optimization_barrier(params), opt_state, changed)
         ema = state.ema
         if self.ema_decay > 0:
             # In this form the average of a parameter that never changes is equal to it, to the last bit.
-            main, share = networks[self.task.main], 1 - self.ema_decay
-            # The barrier has the same reason as in `optim`.
-            main = networks[self.task.main] = main.replace(params=jax.lax.optimization_barrier(main.params))
-            average = jax.tree.map(lambda old, new: old + share * (new - old), ema, main.params)
+            share = 1 - self.ema_decay
+            average = jax.tree.map(lambda old, new: old + share * (new - old), ema, networks[self.task.main].params)
             ema = kept_unless(finite, average, ema)
         scalars["learning_rate"] = self.rate(state.step - state.skipped)
         scalars |= self.task.batch_scalars(counts)

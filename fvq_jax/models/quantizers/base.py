@@ -146,3 +146,7 @@ class Quantizer(nn.Module):
         A module of another class must be made with `parent=None`; else Flax would make it a submodule of this one.
         """
         raise NotImplementedError
+
+    def folded_params(self, params: Mapping[str, Any], table: Any) -> dict[str, Any]:
+        """The parameters of `folded` if `foldable`, made of the parameters and the table of this one."""
+        return {"codebook": table}

@@ -169,6 +169,12 @@ def test_a_fresh_codebook_is_uniform_within_one_over_k():
     np.testing.assert_allclose(np.std(codebook), 2 / K / np.sqrt(12), rtol=0.1)
 
 
+def test_a_fresh_codebook_may_be_normal():
+    codebook = make(bridge="none", init_std=0.1).init(jax.random.key(1), jnp.zeros((1, 1, 1, D)))["params"]["codebook"]
+    np.testing.assert_allclose(np.std(codebook), 0.1, rtol=0.1)
+    assert np.abs(codebook).max() > 0.2
+
+
 def test_it_is_described_by_its_sizes_bridge_and_shapes():
     quantizer = make(l2_normalize=True)
     assert (quantizer.size, quantizer.latent_dim, quantizer.code_shape(2, 3)) == (K, D, (2, 3))
