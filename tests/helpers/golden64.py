@@ -22,13 +22,16 @@ import numpy as np
 from fvq_jax.interop.discriminator import patchgan_from_torch
 from fvq_jax.interop.gpt_layout import gpt_params, gpt_tensors
 from fvq_jax.interop.lpips import lpips_params
-from fvq_jax.interop.torch_layout import tokenizer_params, torch_tensors
+from fvq_jax.interop.torch_layout import tokenizer_params, torch_name, torch_tensors
 from fvq_jax.models.frozen.lpips import VGG16, lpips_distance
 from fvq_jax.models.gpt import GPT
+from fvq_jax.models.quantizers.multi_scale import MultiScaleQuantizer
+from fvq_jax.models.quantizers.residual import ResidualQuantizer
 from fvq_jax.models.quantizers.vector import VectorQuantizer
 from fvq_jax.models.tokenizer import TokenizerNet
 from fvq_jax.ops.adversarial import discriminator_loss, generator_loss
 from fvq_jax.ops.token_loss import token_nll
+from fvq_jax.runtime.names import flatten, nest
 from fvq_jax.training.state import NetworkState, TrainState
 from tests.helpers.golden_case import load_case
 from tests.helpers.tiny import make_step, tiny_config
@@ -190,6 +193,64 @@ def tokenizer(name):
     }
 
 
+def quantizer_alone(name):
+    """Vectors, codes and losses of a quantizer with levels; the gradient of mean(vectors^2) and both losses, by
+    latents (`grad_z`) and every parameter (`grad/*`).
+    """
+    case = load_case(name)
+    quantizer = published_levels(case.config)
+    z = _wide(case.images("z"))
+    made = jax.eval_shape(quantizer.init, jax.random.key(0), z)["params"]
+    params = nest(
+        {
+            path: _from_torch(path, case.weights[published_name(path)], leaf.shape)
+            for path, leaf in flatten(made).items()
+        }
+    )
+
+    def loss(params, z):
+        output = quantizer.apply({"params": params}, z)
+        terms = {"vq_loss": output.losses["codebook"]}
+        terms["commit_loss"] = case.config["commit_loss_beta"] * output.losses["commitment"]
+        return jnp.mean(jnp.square(output.vectors)) + sum(terms.values()), (output, terms)
+
+    (gradient, grad_z), (output, terms) = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(_wide(params), z)
+    return {
+        "codes": output.codes.reshape(case.outputs["codes" if "codes" in case.outputs else "indices"].shape),
+        "quantized": _channels_first(output.vectors),
+        "grad_z": _channels_first(grad_z),
+        **terms,
+        **{f"grad/{published_name(path)}": value for path, value in flatten(gradient).items()},
+    }
+
+
+def published_levels(config):
+    """The quantizer with levels that a config of the published code describes."""
+    common = {
+        "codebook_size": config["codebook_size"],
+        "code_dim": config["codebook_dim"],
+        "bridge": config["bridge"].replace("dit:QBridge", "dit"),
+        "search_implementation": _search(),
+    }
+    if "levels" in config:
+        return ResidualQuantizer(**common, depth=config["levels"])
+    return MultiScaleQuantizer(**common, scales=tuple(config["scales"]), phi_count=config["share_quant_resi"])
+
+
+def published_name(path):
+    """The published name of a parameter of such a quantizer."""
+    if path.startswith("phi_"):
+        phi, _, leaf = path.split("/")
+        return f"quant_resi.qresi_ls.{phi.removeprefix('phi_')}.{leaf.replace('kernel', 'weight')}"
+    return torch_name(f"quantizer/{path}", 0).removeprefix("quantize.")
+
+
+def _from_torch(path, value, shape):
+    if path.endswith("/kernel"):
+        value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+    return value.reshape(shape)
+
+
 def lpips(name):
     """Distances, and the gradient of their sum by the second images."""
     case = load_case(name)
@@ -335,6 +396,7 @@ def published_generator(config):
 
 PROGRAMS = {
     **dict.fromkeys(("fvq_vit", "fvq_dit", "fvq_linear", "llamagen_l2"), tokenizer),
+    **dict.fromkeys(("rq", "var_multiscale"), quantizer_alone),
     "lpips_vgg16": lpips,
     "adversarial_losses": adversarial,
     "training_run": training_run,

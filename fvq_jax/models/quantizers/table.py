@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
@@ -182,11 +183,17 @@ class TableQuantizer(Quantizer):
         if self.mesh is None:
             codes = nearest_code(flat, table, precision=precision, implementation=implementation)
         else:
-            codes = sharded_nearest_code(flat, table, self.mesh, precision=precision, implementation=implementation)
-        return codes.reshape(latent.shape[:-1])
+            tokens = _padded(flat, self.mesh)
+            codes = sharded_nearest_code(tokens, table, self.mesh, precision=precision, implementation=implementation)
+        return codes[: len(flat)].reshape(latent.shape[:-1])
 
     def rows(self, table: Float[Array, "k d"], codes: Int[Array, "*n"]) -> Float[Array, "*n d"]:
         """These rows of the table, to which gradients go."""
         flat = codes.reshape(-1)
-        rows = table[flat] if self.mesh is None else sharded_lookup(flat, table, self.mesh)
-        return rows.reshape(*codes.shape, self.code_dim)
+        rows = table[flat] if self.mesh is None else sharded_lookup(_padded(flat, self.mesh), table, self.mesh)
+        return rows[: len(flat)].reshape(*codes.shape, self.code_dim)
+
+
+def _padded(tokens: Any, mesh: Mesh) -> Any:
+    """The tokens with zeros behind them, so that the devices of the mesh divide their number."""
+    return jnp.pad(tokens, ((0, -len(tokens) % mesh.size),) + ((0, 0),) * (tokens.ndim - 1))

@@ -1,0 +1,55 @@
+"""The residual quantizer: each level quantizes what the levels before it have left of the latent (arXiv 2203.01941)."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from fvq_jax.models.quantizers.levels import LevelQuantizer
+from fvq_jax.runtime.fields import setting
+
+
+class ResidualQuantizer(LevelQuantizer):
+    """Residual quantization: `depth` codes for every latent, all of one table. Codes are [b, h, w, depth].
+
+    There is one codebook for all levels, as published: the contract of quantizers has one table, which is searched,
+    folded, saved and drawn.
+    """
+
+    depth: int = setting(4, "Number of levels, that is, of codes for every latent.", above=0, stays=True)
+
+    @property
+    def levels(self) -> int:
+        """The depth."""
+        return self.depth
+
+    @property
+    def description(self) -> str:
+        """The bridge, and the number of levels."""
+        return f"{super().description}, {self.depth} levels"
+
+    def code_shape(self, h: int, w: int) -> tuple[int, ...]:
+        """A code of every level per latent."""
+        return h, w, self.depth
+
+    def architecture(self) -> dict[str, Any]:
+        """Sizes, bridge, number of levels; and the kind of groups, if the bridge has groups."""
+        return super().architecture() | {"depth": self.depth}
+
+    def choose(self, latent: Float[Array, "b h w d"], table: Float[Array, "k d"]) -> Int[Array, "b h w depth"]:
+        """The code nearest to the latent, then the one nearest to what it leaves, and so on."""
+        rest, codes = latent, []
+        for _ in range(self.depth):
+            codes.append(self.nearest(rest, table))
+            rest = rest - self.rows(table, codes[-1])
+        return jnp.stack(codes, axis=-1)
+
+    def sums(
+        self, table: Float[Array, "k d"], codes: Int[Array, "b h w depth"], upto: int
+    ) -> Float[Array, "b h w {upto} d"]:
+        """The sums of the vectors of the first 1, 2, ..., `upto` levels. Gradients go to the table."""
+        return jnp.cumsum(self.rows(table, codes[..., :upto]), axis=-2)
+
+    def by_level(self, codes: Int[Array, "b h w depth"]) -> list[Int[Array, "b h w"]]:
+        """The codes of each level."""
+        return [codes[..., level] for level in range(self.depth)]
