@@ -70,8 +70,12 @@ class MultiScaleQuantizer(LevelQuantizer):
         whole = bool(scales) and all(type(size) is int and size > 0 for size in scales)
         if not whole or sorted(set(scales)) != list(scales):
             raise ValueError(f"scales must be growing positive whole numbers such as (1, 2, 4), not {scales}")
-        if self.phi_count > len(scales):
-            raise ValueError(f"phi_count {self.phi_count} is above the number of scales: use 1 to {len(scales)}")
+        fitting = [n for n in range(1, len(scales) + 1) if set(phi_of_scales(len(scales), n)) == set(range(n))]
+        if self.phi_count not in fitting:
+            raise ValueError(
+                f"phi_count {self.phi_count} leaves a convolution that none of the {len(scales)} scales uses; numbers "
+                f"that do not: {', '.join(map(str, fitting))}"
+            )
 
     def architecture(self) -> dict[str, Any]:
         """Sizes, bridge, scales, convolutions; and the kind of groups, if the bridge has groups."""

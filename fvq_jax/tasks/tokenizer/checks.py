@@ -59,6 +59,10 @@ def _check_images(config: ConfigDict) -> None:
         f"data.image_size {size} is not divisible by the down-sampling of {factor} (tokenizer.ch_mult has "
         f"{len(config.tokenizer.ch_mult)} levels): use {near(size, factor)}",
     )
+    try:
+        make_quantizer(config.tokenizer.quantizer.to_dict()).code_shape(size // factor, size // factor)
+    except ValueError as error:
+        raise InputError(f"{QUANTIZER}: {error}") from None
     layers, kind = config.adversarial.layers, config.adversarial.discriminator
     adversarial = has_discriminator(config)
     for wanted, least, reason in (

@@ -1,0 +1,108 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fvq_jax.models.quantizers.residual import ResidualQuantizer
+from tests.helpers.golden_case import relative_error
+
+K, D, DEPTH = 40, 6, 3
+
+
+def make(**options):
+    return ResidualQuantizer(**{"codebook_size": K, "code_dim": D, "bridge": "none", "depth": DEPTH, **options})
+
+
+@functools.cache
+def case():
+    """Latents [2, 3, 5, d] and a table with codes of many lengths."""
+    rng = np.random.default_rng(1)
+    latent, table = rng.normal(size=(2, 3, 5, D)), rng.normal(size=(K, D)) * np.geomspace(0.2, 1.5, K)[:, None]
+    return jnp.float32(latent), jnp.float32(table)
+
+
+@functools.cache
+def oracle():
+    """Codes [n, depth], the sums [depth, n, d], and the gradient of the codebook loss by the table; float64."""
+    latent, table = (np.float64(array) for array in case())
+    tokens = latent.reshape(-1, D)
+    codes, sums = np.zeros((len(tokens), DEPTH), int), np.zeros((DEPTH, len(tokens), D))
+    gradient = np.zeros_like(table)
+    for token, z in enumerate(tokens):
+        chosen = []
+        for level in range(DEPTH):
+            total = sum((table[code] for code in chosen), np.zeros(D))
+            chosen.append(min(range(K), key=lambda code: np.linalg.norm(z - total - table[code])))
+            sums[level, token] = total + table[chosen[-1]]
+            # The mean over levels, tokens and channels of a square: all codes chosen so far are pulled alike.
+            for code in chosen:
+                gradient[code] += 2 * (sums[level, token] - z) / tokens.size / DEPTH
+        codes[token] = chosen
+    return codes, sums, gradient
+
+
+@functools.cache
+def found():
+    """The output, and the gradient of the codebook loss by the table."""
+
+    def loss(codebook, latent):
+        output = make().apply({"params": {"codebook": codebook}}, latent)
+        return output.losses["codebook"], output
+
+    gradient, output = jax.jit(jax.grad(loss, has_aux=True))(case()[1], case()[0])
+    return output, gradient
+
+
+def test_each_level_is_the_code_nearest_to_what_is_left():
+    (codes, sums, _), (output, _) = oracle(), found()
+    assert output.codes.shape == (2, 3, 5, DEPTH)
+    np.testing.assert_array_equal(output.codes.reshape(-1, DEPTH), codes)
+    np.testing.assert_allclose(output.vectors.reshape(-1, D), sums[-1], atol=1e-5)
+    error = np.mean([np.mean(np.square(case()[0].reshape(-1, D) - total)) for total in sums])
+    np.testing.assert_allclose(list(output.losses.values()), error, rtol=1e-5)
+    assert len(np.unique(codes)) > 10
+
+
+def test_a_code_is_pulled_by_its_own_level_and_all_later_ones():
+    assert relative_error(found()[1], oracle()[2]) < 1e-5
+    unused = np.setdiff1d(np.arange(K), oracle()[0])
+    assert not np.any(found()[1][unused])
+
+
+@pytest.mark.parametrize("upto", [1, 2, 3, None])
+def test_decoding_adds_up_the_first_levels(upto):
+    codes, sums, _ = oracle()
+    codes = jnp.asarray(codes.reshape(2, 3, 5, DEPTH), jnp.int32)
+    vectors = make().apply({"params": {"codebook": case()[1]}}, codes, upto, method="decode")
+    np.testing.assert_allclose(vectors.reshape(-1, D), sums[-1 if upto is None else upto - 1], atol=1e-5)
+
+
+def test_the_depth_is_the_number_of_codes_per_latent():
+    latent, table = case()
+    deeper = jax.jit(lambda x: make(depth=5).apply({"params": {"codebook": table}}, x, method="encode"))(latent)
+    assert deeper.shape == (2, 3, 5, 5)
+    np.testing.assert_array_equal(deeper[..., :DEPTH], found()[0].codes)
+    assert make(depth=5).code_shape(2, 3) == (2, 3, 5)
+
+
+def test_it_is_described_by_its_sizes_bridge_and_depth():
+    assert make().description == "bridge none, 3 levels"
+    assert make().architecture() == {"codebook_size": K, "code_dim": D, "bridge": "none", "depth": DEPTH}
+    weights = make(codebook_weight=0.5, commitment_weight=0.1).loss_weights
+    assert weights == {"codebook": 0.5, "commitment": 0.1}
+
+
+def test_there_is_one_table_and_every_code_is_a_search():
+    """Tokens are codes of any level."""
+    params = make(bridge="linear").init(jax.random.key(0), jnp.zeros((1, 1, 1, D)))["params"]
+    assert set(params) == {"codebook", "bridge_net"}
+    assert make(bridge="linear").apply({"params": params}, method="table").shape == (K, D)
+    assert make(codebook_size=4096).uncounted_flops(100, "tpu") == (2 * 100 * 4096 * D, 6)
+
+
+def test_a_mesh_that_does_not_fit_is_refused():
+    make().check(8)
+    with pytest.raises(ValueError, match=r"mesh.codebook 3 does not divide the 40 codes"):
+        make().check(3)
