@@ -2,7 +2,6 @@ import functools
 import itertools
 import json
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from fvq_jax.models.quantizers import make_quantizer, quantizer_settings
 from fvq_jax.models.tokenizer import TokenizerNet, fold
 from fvq_jax.runtime.mesh import shardings
 from fvq_jax.runtime.names import flatten
+from tests.helpers.compiled_program import COLLECTIVE, arrays, collectives, size
 from tests.helpers.golden_case import relative_error
 
 K, D, SIDE = 64, 8, 3
@@ -199,22 +199,49 @@ def test_it_all_stays_float32_in_a_network_of_bfloat16(name):
     assert "bf16" not in str(program)
 
 
-@variants
-def test_nothing_has_tokens_times_codes_elements(name):
-    """The search goes through blocks of 512 codes."""
-    quantizer = make(name, codebook_size=4096, bridge="none")
+BIG = 4096  # codes: more blocks than one for each of four devices
+
+
+@functools.cache
+def compiled(name, one_look_up=True):
+    """The program of the gradients on a mesh of 2 x 4; or of one that looks the codes of each level up alone."""
+    mesh = mesh_of(2, 4)
+    quantizer = make(name, mesh, codebook_size=BIG, bridge="none")
     latent, params = latents_and_params(name)
-    params = {key: value for key, value in params.items() if key != "bridge_net"} | {"codebook": jnp.ones((4096, D))}
+    params = {key: value for key, value in params.items() if key != "bridge_net"} | {"codebook": jnp.ones((BIG, D))}
+    latent = jax.device_put(latent, NamedSharding(mesh, P(("data", "codebook"))))
+    layout = shardings({"quantizer": params}, mesh, quantizer.rules)["quantizer"]
 
     def loss(params, latent):
         output = quantizer.apply({"params": params}, latent)
-        return sum(output.losses.values()) + output.vectors.sum()
+        if one_look_up:
+            return sum(output.losses.values()) + output.vectors.sum()
+        rows = [quantizer.rows(params["codebook"], codes) for codes in quantizer.by_level(output.codes)]
+        return sum(jnp.square(part).sum() for part in rows)
 
-    text = jax.jit(jax.grad(loss)).lower(params, latent).as_text()
-    shapes = {tuple(map(int, shape.split("x"))) for shape in re.findall(r"tensor<((?:\d+x)*\d+)xf32>", text)}
-    tokens = 8 * SIDE**2
-    assert (tokens, 512) in shapes
-    assert max(map(math.prod, shapes)) == max(4096 * D, tokens * 512)
+    gradients = jax.jit(jax.grad(loss), out_shardings=layout)
+    return gradients.lower(jax.device_put(params, layout), latent).compile().as_text()
+
+
+def summed_over_devices(program, *dims):
+    """How many float32 arrays [*dims] all-reduces of the program result in."""
+    results = [match[1] for match in map(COLLECTIVE.search, program.splitlines()) if match and match[2] == "all-reduce"]
+    return " ".join(results).count(f"f32[{','.join(map(str, dims))}]")
+
+
+@variants
+def test_gradients_of_all_levels_reach_the_rows_in_one_sum_over_devices(name):
+    assert summed_over_devices(compiled(name), BIG // 4, D) == 1
+    assert summed_over_devices(compiled(name, one_look_up=False), BIG // 4, D) == LEVELS
+
+
+@variants
+def test_rows_never_leave_their_device_and_no_array_has_tokens_times_codes(name):
+    program, tokens = compiled(name), 8 * SIDE**2 // 2  # of all devices along `codebook`
+    assert max(math.prod(dims) for _, _, dims in collectives(program)) <= BIG // 4 * D
+    sizes = {dims for _, dims in arrays(program)}
+    assert size(tokens, 512) in sizes
+    assert max(map(math.prod, sizes)) <= tokens * 512
 
 
 TWINS = [
