@@ -150,8 +150,10 @@ class Tokenizer:
         table: Any = jax.jit(functools.partial(self.net.apply, method="table"))({"params": self.params})
         return None if table is None else np.asarray(table)
 
-    def encode(self, images: ArrayLike, labels: ArrayLike | str | None = None) -> Int[np.ndarray, "b h w"]:
+    def encode(self, images: ArrayLike, labels: ArrayLike | str | None = None) -> Int[np.ndarray, "b ..."]:
         """Images to codes: a numpy array, int32 [b, h, w], in [0, k).
+
+        A quantizer with levels has more codes per image: residual [b, h, w, depth], multi-scale [b, codes].
 
         Args:
           images: [b, H, W, 3], uint8, or floating-point in [-1, 1]; any b, H and W multiples of `downsampling`.
@@ -159,7 +161,8 @@ class Tokenizer:
             the table of no class for all of them; otherwise None.
 
         Raises:
-          InputError: another shape, type or range; labels are missing, or not needed.
+          InputError: another shape, type or range; labels are missing, or not needed; the quantizer takes images of
+            another size only.
         """
         images = np.asarray(images)
         factor = self.downsampling
@@ -183,7 +186,11 @@ class Tokenizer:
                     "(uint8 images are scaled here)"
                 )
         grid = (height // factor, width // factor)
-        nothing, numbers = np.zeros((0, *grid), np.int32), self._numbers(labels, len(images))
+        try:
+            nothing = np.zeros((0, *self.net.quantizer.code_shape(*grid)), np.int32)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        numbers = self._numbers(labels, len(images))
         if numbers is None:
             return self._in_parts(self._encode, images, nothing)
         latents = np.zeros((0, *grid, self.net.quantizer.latent_dim), np.float32)
@@ -193,24 +200,28 @@ class Tokenizer:
         """Codes to images: a numpy array, float32 [b, H, W, 3], in [-1, 1].
 
         Args:
-          codes: whole numbers [b, h, w] in [0, k), of any h and w.
+          codes: whole numbers in [0, k), of a shape that `encode` gives.
           labels: as for `encode`, and the same.
 
         Raises:
           InputError: another shape, type or range; labels are missing, or not needed.
         """
         codes = np.asarray(codes)
-        if codes.ndim != 3 or 0 in codes.shape[1:] or not jnp.issubdtype(codes.dtype, jnp.integer):
-            raise InputError(f"codes must be whole numbers [b, h, w], not {codes.dtype} {list(codes.shape)}")
+        if not jnp.issubdtype(codes.dtype, jnp.integer):
+            raise InputError(f"codes must be whole numbers, not {codes.dtype}")
+        try:
+            grid = self.net.quantizer.grid(codes.shape[1:])
+        except ValueError as error:
+            raise InputError(f"{error}, not {list(codes.shape)}") from None
         size = self.net.quantizer.size
         if codes.size and not 0 <= codes.min() <= codes.max() < size:
             raise InputError(f"codes must be in 0..{size - 1}, and these are from {codes.min()} to {codes.max()}")
-        height, width = (side * self.downsampling for side in codes.shape[1:])
+        height, width = (side * self.downsampling for side in grid)
         codes, nothing = codes.astype(np.int32), np.zeros((0, height, width, 3), np.float32)
         numbers = self._numbers(labels, len(codes))
         if numbers is None:
             return self._in_parts(self._decode, codes, nothing)
-        vectors = np.zeros((0, *codes.shape[1:], self.net.quantizer.latent_dim), np.float32)
+        vectors = np.zeros((0, *grid, self.net.quantizer.latent_dim), np.float32)
         return self._in_parts(self._pixels, self._by_class(self._look_up, codes, numbers, vectors), nothing)
 
     def save_pretrained(

@@ -23,7 +23,8 @@ SHOWN = 10  # names in a message about a bad checkpoint
 
 def abstract_variables(net: TokenizerNet) -> dict[str, Any]:
     """Shapes and dtypes of the variables of `net` by collection: `params`, and its state if there is any."""
-    image = jax.ShapeDtypeStruct((1, net.downsampling, net.downsampling, 3), jnp.float32)
+    h, w = net.quantizer.only_grid or (1, 1)
+    image = jax.ShapeDtypeStruct((1, h * net.downsampling, w * net.downsampling, 3), jnp.float32)
     variables = dict(jax.eval_shape(net.init, jax.random.key(0), image))
     variables.pop("intermediates", None)
     return variables

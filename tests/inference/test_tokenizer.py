@@ -9,10 +9,13 @@ import pytest
 import safetensors.numpy
 
 import fvq_jax
+from fvq_jax.inference.saved import SavedTokenizer
 from fvq_jax.inference.tokenizer import MAX_PER_DEVICE, Tokenizer
+from fvq_jax.models.quantizers import make_quantizer
+from fvq_jax.models.tokenizer import TokenizerNet
 from fvq_jax.runtime.errors import InputError
 from tests.helpers.golden_case import load_case, relative_error
-from tests.helpers.random_tokenizer import random_tokenizer
+from tests.helpers.random_tokenizer import NETWORK, random_params, random_tokenizer
 
 
 @functools.cache
@@ -109,8 +112,8 @@ def test_images_that_cannot_be_encoded_are_refused_in_one_line(images, message):
 @pytest.mark.parametrize(
     ("codes", "message"),
     [
-        (np.zeros((8, 8), np.int32), r"must be whole numbers \[b, h, w\], not int32 \[8, 8\]"),
-        (np.zeros((1, 8, 8), np.float32), r"must be whole numbers \[b, h, w\], not float32"),
+        (np.zeros((8, 8), np.int32), r"must be \[b, h, w\], not \[8, 8\]"),
+        (np.zeros((1, 8, 8), np.float32), r"must be whole numbers, not float32"),
         (np.full((1, 8, 8), 64), r"must be in 0\.\.63, and these are from 64 to 64"),
         (np.full((1, 8, 8), -1), r"must be in 0\.\.63, and these are from -1 to -1"),
     ],
@@ -196,3 +199,36 @@ def test_exported_names_and_shapes_are_those_of_llamagen(tmp_path):
     Tokenizer.from_pretrained(tmp_path / "in.safetensors").save_pretrained(tmp_path / "o.safetensors", "llamagen")
     tensors = safetensors.numpy.load_file(tmp_path / "o.safetensors")
     assert {key: value.shape for key, value in tensors.items()} == folded.shapes
+
+
+LEVELS = [
+    ({"name": "residual", "depth": 3}, (4, 4, 3), r"codes must be \[b, h, w, 3\], not \[1, 4, 4\]"),
+    ({"name": "multi_scale", "scales": (1, 2, 4), "phi_count": 3}, (21,), r"codes must be \[b, 21\], not \[1, 4, 4\]"),
+]
+
+
+@pytest.mark.parametrize(("settings", "shape", "message"), LEVELS)
+def test_a_tokenizer_with_levels_is_used_and_saved_like_any_other(tmp_path, settings, shape, message):
+    sizes = {"codebook_size": 64, "code_dim": 8, "bridge": "linear"}
+    net = TokenizerNet(make_quantizer({**settings, **sizes}), **NETWORK)
+    tok, images = Tokenizer(SavedTokenizer(net, random_params(net))), pictures(3, 8, 8)
+    codes = tok.encode(images)
+    assert codes.shape == (3, *shape)
+    assert len(np.unique(codes)) > 8
+    np.testing.assert_array_equal(codes, direct_codes(tok, images))
+    assert tok.decode(codes).shape == images.shape
+    assert tok.encode(images[:0]).shape == (0, *shape)
+    assert tok.decode(codes[:0]).shape == (0, 8, 8, 3)
+    with pytest.raises(InputError, match=message):
+        tok.decode(np.zeros((1, 4, 4), np.int32))
+    tok.save_pretrained(tmp_path / "saved")
+    again = Tokenizer.from_pretrained(tmp_path / "saved")
+    np.testing.assert_array_equal(again.encode(images), codes)
+    np.testing.assert_array_equal(again.decode(codes), tok.decode(codes))
+
+
+def test_multi_scale_takes_images_of_one_size():
+    sizes = {"codebook_size": 64, "code_dim": 8, "bridge": "none"}
+    net = TokenizerNet(make_quantizer({**LEVELS[1][0], **sizes}), **NETWORK)
+    with pytest.raises(InputError, match="takes a grid of 4 x 4 latents, not 8 x 8"):
+        Tokenizer(SavedTokenizer(net, random_params(net))).encode(pictures(1, 16, 16))

@@ -79,9 +79,23 @@ class Quantizer(nn.Module):
         """The weight of every loss term in the total, in the order in which they are added."""
         raise NotImplementedError
 
+    @property
+    def only_grid(self) -> tuple[int, int] | None:
+        """The only h and w of latents that it takes; None if it takes any."""
+        return None
+
     def code_shape(self, h: int, w: int) -> tuple[int, ...]:
         """The shape of the codes of one image whose latents are [h, w, d]."""
         raise NotImplementedError
+
+    def grid(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """The inverse of `code_shape`: h and w of an image's latents, from the shape of its codes.
+
+        ValueError, which says what codes [b, ...] must be, for another shape. By default there is a code per latent.
+        """
+        if len(shape) != 2 or 0 in shape:
+            raise ValueError("codes must be [b, h, w]")
+        return shape[0], shape[1]
 
     def check(self, axis: int = 1) -> None:
         """Raises ValueError, saying what would work, unless the settings fit each other and mesh.codebook = `axis`."""

@@ -53,15 +53,26 @@ class MultiScaleQuantizer(LevelQuantizer):
         """The bridge, and the scales."""
         return f"{super().description}, scales {' '.join(map(str, self.scales))}"
 
+    @property
+    def only_grid(self) -> tuple[int, int]:
+        """The last scale."""
+        return self.scales[-1], self.scales[-1]
+
     def code_shape(self, h: int, w: int) -> tuple[int, ...]:
         """The codes of all scales, one after the other. ValueError unless the grid of latents is the last scale."""
         side = self.scales[-1]
-        if (h, w) != (side, side):
+        if (h, w) != self.only_grid:
             raise ValueError(
                 f"scales end with {side}, which takes a grid of {side} x {side} latents, not {h} x {w}: use square "
                 "images, and end scales with the side of an image divided by the down-sampling"
             )
         return (sum(size**2 for size in self.scales),)
+
+    def grid(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """The last scale."""
+        if shape != (expected := self.code_shape(*self.only_grid)):
+            raise ValueError(f"codes must be [b, {expected[0]}]")
+        return self.only_grid
 
     def check(self, axis: int = 1) -> None:
         """As for every table; scales must grow, and every convolution must have a scale."""

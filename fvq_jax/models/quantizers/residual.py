@@ -32,6 +32,12 @@ class ResidualQuantizer(LevelQuantizer):
         """A code of every level per latent."""
         return h, w, self.depth
 
+    def grid(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """All axes but the last, which must be the levels."""
+        if len(shape) != 3 or shape[-1] != self.depth or 0 in shape:
+            raise ValueError(f"codes must be [b, h, w, {self.depth}]")
+        return shape[0], shape[1]
+
     def architecture(self) -> dict[str, Any]:
         """Sizes, bridge, number of levels; and the kind of groups, if the bridge has groups."""
         return super().architecture() | {"depth": self.depth}

@@ -214,6 +214,8 @@ def test_the_base_asks_for_every_part_of_the_contract():
         "rules",
         "uncounted_flops",
         "folded_params",
+        "grid",
+        "only_grid",
     }  # these have a default
     for name in {name for name in vars(Quantizer) if not name.startswith("_")} - given:
         assert getattr(VectorQuantizer, name) is not getattr(Quantizer, name), name

@@ -133,6 +133,13 @@ def test_a_fresh_one_has_a_convolution_per_phi():
     assert set(made) == {"codebook", "bridge_net", "phi_0", "phi_1", "phi_2"}
 
 
+def test_the_grid_follows_from_the_shape_of_codes():
+    assert make().grid((39,)) == make().only_grid == (5, 5)
+    for shape in ((5, 5), (38,)):
+        with pytest.raises(ValueError, match=r"codes must be \[b, 39\]"):
+            make().grid(shape)
+
+
 def test_it_is_described_by_its_sizes_bridge_and_scales():
     assert make().description == "bridge none, scales 1 2 3 5"
     sizes = {"codebook_size": K, "code_dim": D, "bridge": "none", "scales": SCALES, "phi_count": 2}

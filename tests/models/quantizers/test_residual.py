@@ -87,6 +87,13 @@ def test_the_depth_is_the_number_of_codes_per_latent():
     assert make(depth=5).code_shape(2, 3) == (2, 3, 5)
 
 
+def test_the_grid_follows_from_the_shape_of_codes():
+    assert make().grid((2, 5, 3)) == (2, 5)
+    for shape in ((2, 5), (2, 5, 4), (0, 5, 3)):
+        with pytest.raises(ValueError, match=r"codes must be \[b, h, w, 3\]"):
+            make().grid(shape)
+
+
 def test_it_is_described_by_its_sizes_bridge_and_depth():
     assert make().description == "bridge none, 3 levels"
     assert make().architecture() == {"codebook_size": K, "code_dim": D, "bridge": "none", "depth": DEPTH}
