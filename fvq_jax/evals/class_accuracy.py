@@ -6,12 +6,15 @@ and texture tell apart, such as crops of a few photographs; it is no measure for
 """
 
 import functools
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float32, Int, UInt8
-from sklearn.ensemble import ExtraTreesClassifier
 
 from fvq_jax.runtime.errors import InputError, require
+
+if TYPE_CHECKING:
+    from sklearn.ensemble import ExtraTreesClassifier
 
 Images = UInt8[np.ndarray, "n H W 3"]
 
@@ -31,7 +34,7 @@ class ClassJudge:
     and every picture is also learned from a smoothed copy.
     """
 
-    def __init__(self, forest: ExtraTreesClassifier, size: tuple[int, ...]):
+    def __init__(self, forest: "ExtraTreesClassifier", size: tuple[int, ...]):
         self._forest, self._size = forest, size
 
     @classmethod
@@ -41,6 +44,10 @@ class ClassJudge:
         Raises:
           InputError: fewer than two classes, another number of labels, or pictures of less than 8 x 8 pixels.
         """
+        from sklearn.ensemble import (
+            ExtraTreesClassifier,
+        )  # here, since it would double the time that any run takes to start
+
         _check(images, labels)
         require(len(np.unique(labels)) > 1, "a classifier needs pictures of at least two classes")
         forest = ExtraTreesClassifier(_TREES, min_samples_leaf=_LEAF, random_state=0)

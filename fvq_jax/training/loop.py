@@ -80,7 +80,7 @@ def train(
         pictures = {split: run.task.source(split).fingerprint() for split in ("train", "eval")}
         check_same({"checkpoint": checkpoints.latest_step(), "pictures": pictures})
         if checkpoints.latest_step() is None:
-            state, record = create_state(run.step.init, config.seed, run.mesh, run.task.rules), {}
+            state, record = create_state(run.step.init, config.seed, run.step.abstract()), {}
             if run.init_params is not None:
                 state = with_params(state, run.task.main, run.init_params)
         else:

@@ -77,7 +77,10 @@ def abstract_state(init: Callable[[jax.Array], TrainState], mesh: Mesh, rules: R
     )
 
 
-def create_state(init: Callable[[jax.Array], TrainState], seed: int, mesh: Mesh, rules: Rules) -> TrainState:
-    """Runs `init(key)` so that every array is made in its layout; a divided array is never whole on one device."""
-    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(init, mesh, rules))
+def create_state(init: Callable[[jax.Array], TrainState], seed: int, abstract: TrainState) -> TrainState:
+    """Runs `init(key)` so that every array is made in its layout; a divided array is never whole on one device.
+
+    `abstract` is what `abstract_state` says about `init`.
+    """
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(init, out_shardings=layout)(jax.random.key(seed))

@@ -1,6 +1,7 @@
 """One training step of any task: micro-batches, guard against values that are not finite, update, moving average."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,6 +78,10 @@ class TrainStep:
 
     def abstract(self) -> TrainState:
         """Shapes, dtypes and layout of the state."""
+        return self._abstract
+
+    @functools.cached_property
+    def _abstract(self) -> TrainState:
         return abstract_state(self.init, self.mesh, self.task.rules)
 
     def __call__(

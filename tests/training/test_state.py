@@ -31,7 +31,7 @@ def real_state():
     changes = {"adversarial.weight": 0.5, "optim.ema_decay": 0.9}
     small = {"tokenizer.quantizer.bridge": "XS/2-d1", "tokenizer.ch_mult": (1,)}
     step = make_step(tiny_config(**changes | small), mesh)
-    return step, create_state(step.init, 0, mesh, step.task.rules)
+    return step, create_state(step.init, 0, step.abstract())
 
 
 EVERYTHING = {"adversarial.weight": 0.5, "adversarial.layers": 2, "optim.ema_decay": 0.9}
@@ -126,7 +126,7 @@ def test_the_real_state_starts_at_step_zero_with_float32_parameters():
 @pytest.mark.parametrize("sizes", [(8, 1), (2, 4), (1, 8)])
 def test_the_mesh_changes_no_number(sizes):
     mesh = make_mesh(*sizes)
-    state = create_state(small_init, 3, mesh, LAYOUT)
+    state = create_state(small_init, 3, abstract_state(small_init, mesh, LAYOUT))
     expected = jax.jit(small_init)(jax.random.key(3))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), state, expected)
     codebook = state.networks["tokenizer"].params["quantizer"]["codebook"]
@@ -135,7 +135,10 @@ def test_the_mesh_changes_no_number(sizes):
 
 def test_the_seed_decides():
     mesh = make_mesh(8, 1)
-    states = [create_state(small_init, seed, mesh, LAYOUT).ema["encoder"]["kernel"] for seed in (0, 0, 1)]
+    states = [
+        create_state(small_init, seed, abstract_state(small_init, mesh, LAYOUT)).ema["encoder"]["kernel"]
+        for seed in (0, 0, 1)
+    ]
     np.testing.assert_array_equal(states[0], states[1])
     assert np.any(states[0] != states[2])
 
@@ -156,7 +159,7 @@ def test_the_codebook_is_never_whole_on_a_device():
 
 
 def test_a_network_can_start_from_given_parameters_and_its_average_with_it():
-    state = create_state(small_init, 3, make_mesh(2, 4), LAYOUT)
+    state = create_state(small_init, 3, abstract_state(small_init, make_mesh(2, 4), LAYOUT))
     given = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64) + 1, state.networks["tokenizer"].params)
     changed = with_params(state, "tokenizer", given)
     for params in (changed.networks["tokenizer"].params, changed.ema):

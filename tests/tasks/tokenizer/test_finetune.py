@@ -40,7 +40,7 @@ def two_steps(**changes):
     config = config_of(batch_size=8, **{"optim.warmup_steps": 0, **changes})
     validate(config, TokenizerTask, 1)
     step = make_step(config, one_device(), config.steps)
-    state = create_state(step.init, 0, step.mesh, step.task.rules)
+    state = create_state(step.init, 0, step.abstract())
     network = state.networks["tokenizer"]
     params = spread_codes(network.params)
     ema = jax.tree.map(jnp.copy, params) if config.optim.ema_decay else {}
@@ -233,7 +233,7 @@ def test_given_parameters_keep_the_layout():
     config = config_of(**{"mesh.data": 2, "mesh.codebook": 4, "optim.ema_decay": 0.9})
     mesh = make_mesh(2, 4)
     step = make_step(config, mesh, config.steps, 1)
-    state = create_state(step.init, 0, mesh, step.task.rules)
+    state = create_state(step.init, 0, step.abstract())
     params = random_tokenizer(ch_mult=(1,), bridge="XS/2").params
     placed = with_params(state, "tokenizer", params)
     assert not changed(jax.device_get(placed.networks["tokenizer"].params), params)
