@@ -4,9 +4,10 @@
   python -m fvq_jax.tokenize decode CODES.npz FOLDER --tokenizer=PATH
   python -m fvq_jax.tokenize extract --tokenizer=PATH --data=DATA --out=DIR --size=256 --crops=ten --scales=1.1,1.05
 
-`encode` writes `codes` int32 [N, h, w] of central crops, and `names` [N], paths below the folder. PATH is anything that
-`Tokenizer.from_pretrained` reads. Files that are no readable pictures are named and skipped. Memory does not grow with
-the number of pictures, except for their sorted names (about 100 bytes each).
+`encode` writes `codes` int32 [N, h, w] of central crops (of another shape if the quantizer has levels or scales), and
+`names` [N], paths below the folder. PATH is anything that `Tokenizer.from_pretrained` reads. Files that are no readable
+pictures are named and skipped. Memory does not grow with the number of pictures, except for their sorted names (about
+100 bytes each).
 
 `extract` writes what a generator is trained on: the codes of several crops of every picture, with its label and name,
 in shards (see `data.extraction`). DATA is a folder of pictures, one that `fvq_jax.data.prepare` wrote, `photos` (the
@@ -94,7 +95,7 @@ def encode(
     grid = _grid(size, tokenizer.downsampling)
     skipped = 0
     with (
-        CodeWriter(target, grid, grid) as writer,
+        CodeWriter(target, tokenizer.trained_net.quantizer.code_shape(grid, grid)) as writer,
         tqdm(total=len(files), unit=" images", desc="encoding") as bar,
     ):
         for names, crops in _crops(files, size, batch):
@@ -110,7 +111,8 @@ def encode(
             bar.update(len(names))
         if not writer.rows:
             raise InputError(f"none of the {len(files)} files in {source} is a readable picture")
-    return f"{target}: {writer.rows} x {grid} x {grid} codes, {skipped} of {len(files)} files skipped"
+    each = " x ".join(map(str, tokenizer.trained_net.quantizer.code_shape(grid, grid)))
+    return f"{target}: {writer.rows} x {each} codes, {skipped} of {len(files)} files skipped"
 
 
 def decode(

@@ -1,8 +1,9 @@
 """Files of rows: an .npz that is written and read a few rows at a time, so that memory does not grow with the file.
 
-Codes: `codes` int32 [N, h, w] and `names` [N]. Images: `arr_0` uint8 [N, H, W, 3], which the evaluation suite of ADM
-(guided-diffusion) reads. An array in an .npz starts with its shape, but the number of rows is known only at the end. So
-the rows first go to temporary files beside the target, and the target appears once it is whole. `numpy.load` reads it.
+Codes: `codes` int32 [N, h, w], or of another shape behind N, and `names` [N]. Images: `arr_0` uint8 [N, H, W, 3],
+which the evaluation suite of ADM (guided-diffusion) reads. An array in an .npz starts with its shape, but the number of
+rows is known only at the end. So the rows first go to temporary files beside the target, and the target appears once it
+is whole. `numpy.load` reads it.
 """
 
 import io
@@ -126,12 +127,13 @@ class ImageWriter(_RowWriter):
 class CodeWriter(_RowWriter):
     """Collects rows of codes with their names."""
 
-    def __init__(self, path: str | os.PathLike[str], height: int, width: int):
+    def __init__(self, path: str | os.PathLike[str], shape: tuple[int, ...]):
+        """`shape` is that of the codes of one image."""
         super().__init__(path, 2)
-        self._shape = (height, width)
+        self._shape = shape
         self._longest = 1
 
-    def write(self, codes: Int[np.ndarray, "n h w"], names: list[str]) -> None:
+    def write(self, codes: Int[np.ndarray, "n ..."], names: list[str]) -> None:
         """Adds rows."""
         if codes.shape != (len(names), *self._shape):
             raise ValueError(f"codes {codes.shape} do not fit {len(names)} names and rows of {self._shape}")
@@ -171,14 +173,15 @@ class CodeReader:
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"cannot read codes from {path}: {reason}") from error
-        right = len(self.shape) == 3 and self._type.kind in "iu" and self._name_type.kind == "U"
+        right = len(self.shape) >= 2 and self._type.kind in "iu" and self._name_type.kind == "U"
         if not right or names != self.shape[:1]:
             raise InputError(
-                f"{path} is no file of codes: it needs whole numbers `codes` [N, h, w] and text `names` [N], and has "
+                f"{path} is no file of codes: it needs whole numbers `codes` [N, h, w], or of another shape behind N, "
+                f"and text `names` [N], and has "
                 f"{self._type} {list(self.shape)} and {self._name_type} {list(names)}"
             )
 
-    def batches(self, size: int) -> Iterator[tuple[Int[np.ndarray, "n h w"], list[str]]]:
+    def batches(self, size: int) -> Iterator[tuple[Int[np.ndarray, "n ..."], list[str]]]:
         """The rows with their names, at most `size` at a time. InputError if the file is damaged."""
         with (
             zipfile.ZipFile(self._path) as archive,

@@ -8,7 +8,7 @@ only pixels and codes are scored: the quick evaluation during training. The call
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ from fvq_jax.evals.pixel_metrics import SSIM_WINDOW, l1, mse, psnr, ssim
 from fvq_jax.evals.protocol import CROPS, PROTOCOLS, as_scored
 from fvq_jax.evals.reference import Moments
 from fvq_jax.models.frozen.inception import CLASSES, FEATURES
-from fvq_jax.ops.code_usage import code_statistics, perplexity, usage
+from fvq_jax.ops.code_usage import code_statistics, level_statistics, perplexity, usage
 from fvq_jax.ops.pixels import to_uint8, to_unit
 from fvq_jax.runtime.agreement import everywhere
 from fvq_jax.runtime.errors import InputError
@@ -37,11 +37,26 @@ from fvq_jax.runtime.row_parallel import RowParallel
 
 RFID_FEATURES = FEATURES[-1]
 NEVER = np.iinfo(np.int64).max  # in `first_use`: the code was never chosen
-# uint8 pictures of this host and their classes -> their reconstructions in [-1, 1] and their codes, both on the host.
-Reconstruct = Callable[
-    [UInt8[np.ndarray, "b H W 3"], Int[np.ndarray, "b"]],
-    tuple[Float[np.ndarray, "b H W 3"], Int[np.ndarray, "b h w"]],
-]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstructed:
+    """What a tokenizer makes of a batch of pictures, on the host.
+
+    Attributes:
+      images: in [-1, 1].
+      codes: of any shape that the quantizer gives.
+      error, power: the quantization error and what it is a part of, see `models.tokenizer.quantization_error`.
+    """
+
+    images: Float[np.ndarray, "b H W 3"]
+    codes: Int[np.ndarray, "b ..."]
+    error: Float[np.ndarray, "b"]
+    power: Float[np.ndarray, "b"]
+
+
+# uint8 pictures of this host and their classes
+Reconstruct = Callable[[UInt8[np.ndarray, "b H W 3"], Int[np.ndarray, "b"]], Reconstructed]
 
 
 @jax.tree_util.register_dataclass
@@ -54,7 +69,8 @@ class Sums:
       broken: how many pictures have a reconstruction that is not finite; their scores are NaN.
       skipped: how many unreadable files.
       scalars: the sum over pictures of each metric of single pictures.
-      code_counts: how often each code was chosen [k].
+      error, power: sums over pictures of the quantization error and of what it is a part of.
+      code_counts: how often each code was chosen, on each level [l, k].
       real, decoded: statistics of the features of crops and of reconstructions.
       inception_score: that of the reconstructions. These three are None without InceptionV3; `real` is None also if the
         statistics of the crops are known already.
@@ -64,7 +80,9 @@ class Sums:
     broken: np.int64
     skipped: np.int64
     scalars: dict[str, Any]
-    code_counts: Int64[np.ndarray, "k"]
+    error: np.float64
+    power: np.float64
+    code_counts: Int64[np.ndarray, "l k"]
     real: FeatureStatistics | None
     decoded: FeatureStatistics | None
     inception_score: InceptionScore | None
@@ -93,6 +111,7 @@ def collect(
     networks: Networks,
     *,
     codebook_size: int,
+    level_of: Int[np.ndarray, "..."],
     size: int,
     batch_size: int,
     protocol: str = "direct",
@@ -111,6 +130,7 @@ def collect(
       source: the pictures; all, or `images` of them, in the order of `data.evaluation_set.Sample`.
       networks: which metrics beyond pixels to compute.
       codebook_size: how many codes there are.
+      level_of: the level of every code of a picture, see `Quantizer.level_of`.
       size: side of the crops.
       batch_size: pictures at a time, of all hosts.
       protocol: a name in `PROTOCOLS`.
@@ -140,13 +160,15 @@ def collect(
         num_workers=num_workers,
     )
     prefetched = Prefetch(batches, lambda batch: batch, timeout=timeout)
-    sums = _no_sums(codebook_size, networks, with_reference)
+    level_of = level_of.reshape(-1)
+    sums = _no_sums((int(level_of.max()) + 1, codebook_size), networks, with_reference)
     first_use = np.full(codebook_size, NEVER)
     examples = ExampleCollector(keep_images, count, sample.name)
     try:
         for step, batch in enumerate(_on_all_hosts(prefetched)):
             mask, crops = batch["mask"], batch["image"]
-            decoded, codes = reconstruct(crops, batch["label"])
+            found = reconstruct(crops, batch["label"])
+            decoded, codes = found.images, found.codes
             broken = mask & ~np.isfinite(decoded).all(axis=(1, 2, 3))
             real, decoded = (as_scored(pixels, protocol) for pixels in (crops, np.asarray(to_uint8(decoded))))
             scores = _PIXEL_METRICS(real, decoded)
@@ -159,7 +181,10 @@ def collect(
             sums.broken += broken.sum()
             positions = (step * hosts + index) * len(mask) + np.flatnonzero(mask)
             codes = codes.reshape(len(mask), -1)[mask]
-            sums.code_counts += np.bincount(codes.reshape(-1), minlength=codebook_size)
+            sums.error += found.error[mask].sum(dtype=np.float64)
+            sums.power += found.power[mask].sum(dtype=np.float64)
+            numbered = (level_of * codebook_size + codes).reshape(-1)
+            sums.code_counts += np.bincount(numbered, minlength=sums.code_counts.size).reshape(sums.code_counts.shape)
             np.minimum.at(first_use, codes, positions[:, None])
             examples.add(positions, scores, real[mask], decoded[mask])
             if networks.inception and sums.decoded and sums.inception_score:
@@ -199,15 +224,24 @@ def conditions(found: Found, source: Source, *, data: str, protocol: str, size: 
         "images": int(sums.images),
         "skipped_files": int(sums.skipped),
         "tokens": int(sums.code_counts.sum()),
-        "codebook_size": len(sums.code_counts),
+        "codebook_size": sums.code_counts.shape[1],
     }
 
 
-def summarise(sums: Sums, downsampling: int, reference: Moments | None = None) -> dict[str, float | int]:
-    """Every metric by name. `reference`: mean and covariance of the crops' features, if rFID can be computed.
+def summarise(
+    sums: Sums, pixels: int, reference: Moments | None = None, levels: Sequence[str] = ()
+) -> dict[str, float | int]:
+    """Every metric by name.
 
-    `psnr`, `ssim`, `l1`, `mse` (data range 1) and `lpips_*` are means over pictures; `usage`, `perplexity` and those
-    of `code_statistics` count the tokens of the whole set.
+    `psnr`, `ssim`, `l1`, `mse` (data range 1) and `lpips_*` are means over pictures, `quantization_error` and the
+    relative one over latents; `usage`, `perplexity` and those of `code_statistics` count the tokens of the whole set
+    and of all levels together, those of `level_statistics` of one level.
+
+    Args:
+      sums: of the pass.
+      pixels: of a picture.
+      reference: mean and covariance of the crops' features, if rFID can be computed.
+      levels: their names, if the quantizer has several.
     """
     metrics = {name: float(value / sums.images) for name, value in sums.scalars.items()}
     if reference is not None and sums.decoded is not None:
@@ -216,9 +250,12 @@ def summarise(sums: Sums, downsampling: int, reference: Moments | None = None) -
         metrics["inception_score"], metrics["inception_score_std"] = sums.inception_score.result()
     if sums.broken:
         metrics |= dict.fromkeys(metrics.keys() & {"rfid", "inception_score", "inception_score_std"}, math.nan)
-    counts = sums.code_counts
+    metrics["quantization_error"] = float(sums.error / sums.images)
+    metrics["relative_quantization_error"] = float(sums.error / sums.power) if sums.power else math.nan
+    counts = sums.code_counts.sum(axis=0)
     metrics |= {"usage": float(usage(counts)), "perplexity": float(perplexity(counts))}
-    return metrics | code_statistics(counts, downsampling**2)
+    metrics |= code_statistics(counts, float(pixels * sums.images / counts.sum()))
+    return metrics | level_statistics(sums.code_counts, levels)
 
 
 def not_computed(networks: Networks, sums: Sums) -> dict[str, str]:
@@ -243,14 +280,16 @@ def _pixel_metrics(params: tuple[()], a: jax.Array, b: jax.Array) -> dict[str, j
 _PIXEL_METRICS = RowParallel(_pixel_metrics, ())  # one for all evaluations of a run, which compile it once
 
 
-def _no_sums(codebook_size: int, networks: Networks, with_reference: bool) -> Sums:
+def _no_sums(code_counts: tuple[int, int], networks: Networks, with_reference: bool) -> Sums:
     features = networks.inception is not None
     return Sums(
         images=np.int64(0),
         broken=np.int64(0),
         skipped=np.int64(0),
         scalars={},
-        code_counts=np.zeros(codebook_size, np.int64),
+        error=np.float64(0),
+        power=np.float64(0),
+        code_counts=np.zeros(code_counts, np.int64),
         real=FeatureStatistics.empty(RFID_FEATURES) if features and with_reference else None,
         decoded=FeatureStatistics.empty(RFID_FEATURES) if features else None,
         inception_score=InceptionScore.empty(CLASSES) if features else None,

@@ -24,6 +24,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -41,7 +42,7 @@ from fvq_jax.data.sources import kind_of, make_source
 from fvq_jax.evals.networks import FILES, Networks, load_networks, option
 from fvq_jax.evals.projection import principal_plane
 from fvq_jax.evals.protocol import PROTOCOLS
-from fvq_jax.evals.reconstruction import collect, conditions, not_computed, summarise
+from fvq_jax.evals.reconstruction import Reconstructed, collect, conditions, not_computed, summarise
 from fvq_jax.evals.reference import Reference
 from fvq_jax.evaluate.samples import OF_DRAWING, OF_SAMPLES, add_arguments, evaluate_samples
 from fvq_jax.inference.class_tables import condition_of, labels_for
@@ -105,13 +106,13 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         known = reference.load() if first else None
     total = min(images or len(source), len(source))
 
-    def reconstruct(crops: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        given = labels_for(prepared.condition, labels)
-        codes = tokenizer.encode(crops, given)
-        decoded = tokenizer.decode(codes, given)
-        if not np.isfinite(decoded).all():
+    quantizer, grid = tokenizer.trained_net.quantizer, (size // tokenizer.downsampling,) * 2
+
+    def reconstruct(crops: np.ndarray, labels: np.ndarray) -> Reconstructed:
+        found = tokenizer.reconstruct(crops, labels_for(prepared.condition, labels))
+        if not np.isfinite(found.images).all():
             raise InputError(f"the reconstructions of {tokenizer} are not finite: its weights are broken")
-        return decoded, codes
+        return Reconstructed(*found)
 
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(ImageWriter(args.out / NPZ, size, size, active=first)) if args.save_npz else None
@@ -120,7 +121,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
             reconstruct,
             source,
             networks,
-            codebook_size=tokenizer.net.quantizer.size,
+            codebook_size=quantizer.size,
+            level_of=quantizer.level_of(*grid),
             size=size,
             batch_size=args.batch,
             protocol=args.protocol,
@@ -145,17 +147,18 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if args.crops:
         _, _, scored_as = facts["protocol_means"].partition("; ")
         facts["protocol_means"] = f"{args.crops:,} random crops as in training, seed {args.seed}; {scored_as}"
-    quantizer = tokenizer.trained_net.quantizer
     table = tokenizer.table("null" if tokenizer.classes else None)
     report = Report(
-        tokenizer=Trained(quantizer.size, quantizer.latent_dim, tokenizer.downsampling, quantizer.description),
+        tokenizer=Trained(
+            quantizer.size, quantizer.latent_dim, tokenizer.downsampling, quantizer.description, quantizer.level_names
+        ),
         facts=facts,
-        metrics=summarise(sums, tokenizer.downsampling, moments),
+        metrics=summarise(sums, size**2, moments, quantizer.level_names),
         not_computed=not_computed(networks, sums),
         found=found,
         plane=None if table is None else jax.device_get(jax.jit(principal_plane)(table)),
         rows=read_metrics(path) if trained else (),
-        batch_tokens=trained.batch_size * (trained.data.image_size // tokenizer.downsampling) ** 2 if trained else None,
+        batch_tokens=_tokens(trained, tokenizer) if trained else None,
         config=dotted(trained) if trained else {},
     )
     metrics = {
@@ -167,6 +170,12 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     write_whole(args.out / METRICS, json.dumps(metrics, indent=2) + "\n")  # first: the page only shows it
     write_report(args.out, report)
     return metrics
+
+
+def _tokens(trained: ConfigDict, tokenizer: Tokenizer) -> int:
+    """Codes of a training batch."""
+    side = trained.data.image_size // tokenizer.downsampling
+    return trained.batch_size * math.prod(tokenizer.trained_net.quantizer.code_shape(side, side))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +24,29 @@ from fvq_jax.inference.saved import SavedTokenizer, load, save_folder
 from fvq_jax.interop.named_tensors import ENDINGS
 from fvq_jax.interop.tokenizer_checkpoint import write_checkpoint
 from fvq_jax.models.quantizers import quantizer_settings
-from fvq_jax.models.tokenizer import TokenizerNet
+from fvq_jax.models.tokenizer import TokenizerNet, quantization_error
 from fvq_jax.ops.pixels import to_float
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.names import flatten
 
 LAYOUTS = ("llamagen", "fvq")
 MAX_PER_DEVICE = 16  # images at once: larger batches go through in parts
+
+
+class Reconstruction(NamedTuple):
+    """What becomes of a batch of images.
+
+    Attributes:
+      images: float32 [b, H, W, 3] in [-1, 1].
+      codes: as `Tokenizer.encode` gives them.
+      error: float32 [b], the quantization error: the mean over an image's latents z of |z - q|^2.
+      power: float32 [b], the mean of |z|^2.
+    """
+
+    images: Float[np.ndarray, "b H W 3"]
+    codes: Int[np.ndarray, "b ..."]
+    error: Float[np.ndarray, "b"]
+    power: Float[np.ndarray, "b"]
 
 
 class Tokenizer:
@@ -60,12 +76,12 @@ class Tokenizer:
             self._tables = ClassTables(saved.net.quantizer, networks.pop("quantizer"), everywhere)
         self._on_devices = jax.device_put(networks, everywhere)
         self._encode = jax.jit(functools.partial(_encode, self.net))
-        self._decode = jax.jit(functools.partial(_decode, self.net))
+        self._decode = jax.jit(functools.partial(_decode, self.net), static_argnames="upto")
         # With classes, the networks run on whole batches and only search and look-up class by class.
         self._latents = jax.jit(functools.partial(_encode, self.net, method="encode_latent"))
         self._search = jax.jit(functools.partial(_search, self.net))
-        self._look_up = jax.jit(functools.partial(_look_up, self.net))
-        self._pixels = jax.jit(functools.partial(_decode, self.net, method="decode_vectors"))
+        self._look_up = jax.jit(functools.partial(_look_up, self.net), static_argnames="upto")
+        self._pixels = jax.jit(functools.partial(_decode_vectors, self.net))
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], *, l2_norm: bool | None = None) -> "Tokenizer":
@@ -164,6 +180,34 @@ class Tokenizer:
           InputError: another shape, type or range; labels are missing, or not needed; the quantizer takes images of
             another size only.
         """
+        images, grid = self._checked(images)
+        numbers = self._numbers(labels, len(images))
+        nothing = np.zeros((0, *self.net.quantizer.code_shape(*grid)), np.int32)
+        if numbers is None:
+            return self._in_parts(self._encode, images, nothing)
+        return self._by_class(self._search, self._all_latents(images, grid), numbers, nothing)
+
+    def reconstruct(self, images: ArrayLike, labels: ArrayLike | str | None = None) -> Reconstruction:
+        """Encodes and decodes, and says how far the latents are from the vectors that their codes stand for.
+
+        Arguments and errors are those of `encode`.
+        """
+        images, grid = self._checked(images)
+        numbers, quantizer = self._numbers(labels, len(images)), self.net.quantizer
+        latents, codes = self._all_latents(images, grid), np.zeros((0, *quantizer.code_shape(*grid)), np.int32)
+        vectors, params = np.zeros((0, *grid, quantizer.latent_dim), np.float32), self._on_devices.get("quantizer", {})
+        if numbers is None:
+            codes = self._in_parts(self._search, latents, codes, params)
+            vectors = self._in_parts(self._look_up, codes, vectors, params)
+        else:
+            codes = self._by_class(self._search, latents, numbers, codes)
+            vectors = self._by_class(self._look_up, codes, numbers, vectors)
+        pixels = self._in_parts(self._pixels, vectors, np.zeros((0, *images.shape[1:]), np.float32))
+        error, power = quantization_error(quantizer.compared(jnp.asarray(latents)), jnp.asarray(vectors))
+        return Reconstruction(pixels, codes, np.asarray(error), np.asarray(power))
+
+    def _checked(self, images: ArrayLike) -> tuple[np.ndarray, tuple[int, int]]:
+        """The images, uint8 or float32 in [-1, 1], and their grid. InputError for what is no image or does not fit."""
         images = np.asarray(images)
         factor = self.downsampling
         if images.ndim != 4 or images.shape[-1] != 3:
@@ -187,42 +231,50 @@ class Tokenizer:
                 )
         grid = (height // factor, width // factor)
         try:
-            nothing = np.zeros((0, *self.net.quantizer.code_shape(*grid)), np.int32)
+            self.net.quantizer.code_shape(*grid)
         except ValueError as error:
             raise InputError(str(error)) from None
-        numbers = self._numbers(labels, len(images))
-        if numbers is None:
-            return self._in_parts(self._encode, images, nothing)
-        latents = np.zeros((0, *grid, self.net.quantizer.latent_dim), np.float32)
-        return self._by_class(self._search, self._in_parts(self._latents, images, latents), numbers, nothing)
+        return images, grid
 
-    def decode(self, codes: ArrayLike, labels: ArrayLike | str | None = None) -> Float[np.ndarray, "b H W 3"]:
+    def _all_latents(self, images: np.ndarray, grid: tuple[int, int]) -> Float[np.ndarray, "b h w d"]:
+        nothing = np.zeros((0, *grid, self.net.quantizer.latent_dim), np.float32)
+        return self._in_parts(self._latents, images, nothing)
+
+    def decode(
+        self, codes: ArrayLike, labels: ArrayLike | str | None = None, *, upto: int | None = None
+    ) -> Float[np.ndarray, "b H W 3"]:
         """Codes to images: a numpy array, float32 [b, H, W, 3], in [-1, 1].
 
         Args:
           codes: whole numbers in [0, k), of a shape that `encode` gives.
           labels: as for `encode`, and the same.
+          upto: decode only so many of the levels of a residual quantizer, or of the scales of a multi-scale one.
 
         Raises:
           InputError: another shape, type or range; labels are missing, or not needed.
         """
-        codes = np.asarray(codes)
+        codes, quantizer = np.asarray(codes), self.net.quantizer
         if not jnp.issubdtype(codes.dtype, jnp.integer):
             raise InputError(f"codes must be whole numbers, not {codes.dtype}")
         try:
-            grid = self.net.quantizer.grid(codes.shape[1:])
+            grid = quantizer.grid(codes.shape[1:])
         except ValueError as error:
             raise InputError(f"{error}, not {list(codes.shape)}") from None
-        size = self.net.quantizer.size
+        most = max(len(quantizer.level_names), 1)
+        if upto is not None and not 1 <= upto <= most:
+            raise InputError(f"upto must be in 1..{most}, the number of levels, not {upto}")
+        size = quantizer.size
         if codes.size and not 0 <= codes.min() <= codes.max() < size:
             raise InputError(f"codes must be in 0..{size - 1}, and these are from {codes.min()} to {codes.max()}")
         height, width = (side * self.downsampling for side in grid)
         codes, nothing = codes.astype(np.int32), np.zeros((0, height, width, 3), np.float32)
+        upto = upto if quantizer.level_names else None
         numbers = self._numbers(labels, len(codes))
         if numbers is None:
-            return self._in_parts(self._decode, codes, nothing)
-        vectors = np.zeros((0, *grid, self.net.quantizer.latent_dim), np.float32)
-        return self._in_parts(self._pixels, self._by_class(self._look_up, codes, numbers, vectors), nothing)
+            return self._in_parts(functools.partial(self._decode, upto=upto), codes, nothing)
+        vectors = np.zeros((0, *grid, quantizer.latent_dim), np.float32)
+        vectors = self._by_class(functools.partial(self._look_up, upto=upto), codes, numbers, vectors)
+        return self._in_parts(self._pixels, vectors, nothing)
 
     def save_pretrained(
         self,
@@ -319,8 +371,13 @@ def _encode(net: TokenizerNet, params: dict[str, Any], images: Array, method: st
     return net.apply({"params": params}, images, method=method)
 
 
-def _decode(net: TokenizerNet, params: dict[str, Any], codes: Array, method: str = "decode") -> Array:
-    images: Any = net.apply({"params": params}, codes, method=method)
+def _decode(net: TokenizerNet, params: dict[str, Any], codes: Array, upto: int | None = None) -> Array:
+    images: Any = net.apply({"params": params}, codes, upto, method="decode")
+    return jnp.clip(images, -1, 1)
+
+
+def _decode_vectors(net: TokenizerNet, params: dict[str, Any], vectors: Array) -> Array:
+    images: Any = net.apply({"params": params}, vectors, method="decode_vectors")
     return jnp.clip(images, -1, 1)
 
 
@@ -328,8 +385,8 @@ def _search(net: TokenizerNet, params: dict[str, Any], latents: Array) -> Any:
     return net.quantizer.apply({"params": params}, latents, method="encode")
 
 
-def _look_up(net: TokenizerNet, params: dict[str, Any], codes: Array) -> Any:
-    return net.quantizer.apply({"params": params}, codes, method="decode")
+def _look_up(net: TokenizerNet, params: dict[str, Any], codes: Array, upto: int | None = None) -> Any:
+    return net.quantizer.apply({"params": params}, codes, upto, method="decode")
 
 
 def _folded_codebook(net: TokenizerNet, params: dict[str, Any]) -> np.ndarray:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.typing import DTypeLike
@@ -16,10 +17,19 @@ from fvq_jax.models.quantizers.base import Quantizer
 
 @struct.dataclass
 class TokenizerOutput:
-    """A forward pass: `reconstruction` float32 [b, H, W, 3], not clipped, and what the quantizer returned."""
+    """A forward pass.
+
+    Attributes:
+      reconstruction: float32 [b, H, W, 3], not clipped.
+      quantized: what the quantizer returned, `Quantized`.
+      error: float32 [b], the quantization error of every image, see `quantization_error`.
+      power: float32 [b], the mean over its latents of their squared length, of which the error is a part.
+    """
 
     reconstruction: Any
-    quantized: Any  # Quantized
+    quantized: Any
+    error: Any
+    power: Any
 
 
 class TokenizerNet(nn.Module):
@@ -61,9 +71,9 @@ class TokenizerNet(nn.Module):
         """Images to codes."""
         return self.quantizer.encode(self.encode_latent(images))
 
-    def decode(self, codes: Int[Array, "b ..."]) -> Float[Array, "b H W 3"]:
-        """Codes to images, not clipped."""
-        return self.decode_vectors(self.quantizer.decode(codes))
+    def decode(self, codes: Int[Array, "b ..."], upto: int | None = None) -> Float[Array, "b H W 3"]:
+        """Codes to images, not clipped; `upto` as for `Quantizer.decode`."""
+        return self.decode_vectors(self.quantizer.decode(codes, upto))
 
     def decode_vectors(self, vectors: Float[Array, "b h w d"]) -> Float[Array, "b H W 3"]:
         """Quantized vectors to images, not clipped."""
@@ -77,8 +87,22 @@ class TokenizerNet(nn.Module):
         self, images: Float[Array, "b H W 3"], *, train: bool = False, key: Shaped[Array, ""] | None = None
     ) -> TokenizerOutput:
         """Encodes, quantizes and decodes; `train` and `key` are passed to the quantizer."""
-        quantized = self.quantizer(self.encode_latent(images), train=train, key=key)
-        return TokenizerOutput(self.decode_vectors(quantized.vectors), quantized)
+        latent = self.encode_latent(images)
+        quantized = self.quantizer(latent, train=train, key=key)
+        error, power = quantization_error(self.quantizer.compared(latent), quantized.vectors)
+        return TokenizerOutput(self.decode_vectors(quantized.vectors), quantized, error, power)
+
+
+def quantization_error(
+    latent: Float[Array, "b h w d"], vectors: Float[Array, "b h w d"]
+) -> tuple[Float[Array, "b"], Float[Array, "b"]]:
+    """Per image, the means over latents of |z - q|^2 and of |z|^2, summed over the channels; no gradient."""
+    latent, vectors = jax.lax.stop_gradient((latent, vectors))
+
+    def mean_square(x):
+        return jnp.mean(jnp.sum(jnp.square(x), axis=-1), axis=(1, 2))
+
+    return mean_square(latent - vectors), mean_square(latent)
 
 
 def fold(net: TokenizerNet, variables: dict[str, Any]) -> tuple[TokenizerNet, dict[str, Any]]:

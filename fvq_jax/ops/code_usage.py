@@ -10,6 +10,7 @@ loop and the evaluation keep the sums and report them.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +66,25 @@ def usage_if_uniform(tokens: int, codebook_size: int) -> float:
     return -math.expm1(tokens * math.log1p(-1.0 / codebook_size))
 
 
-def code_statistics(counts: Int[np.ndarray, "k"], pixels_per_code: int) -> dict[str, float | int]:
+def level_statistics(counts: Int[np.ndarray, "l k"], levels: Sequence[str], window: str = "") -> dict[str, float]:
+    """Usage and perplexity of every level or scale, named `usage/LEVEL` and so on.
+
+    With them comes `usage_most/LEVEL`: the largest usage that so many tokens can show, n / k if that is below 1.
+
+    Args:
+      counts: how often each code was chosen on each level.
+      levels: their names; with none, nothing is returned.
+      window: a further part of the names, such as "window/".
+    """
+    found: dict[str, float] = {}
+    for name, own in zip(levels, counts, strict=False):
+        found[f"usage/{window}{name}"] = float(usage(own))
+        found[f"usage_most/{window}{name}"] = min(1.0, int(own.sum()) / len(own))
+        found[f"perplexity/{window}{name}"] = float(perplexity(own))
+    return found
+
+
+def code_statistics(counts: Int[np.ndarray, "k"], pixels_per_code: float | int) -> dict[str, float | int]:
     """How a set of tokens uses the codebook, beyond `usage` and `perplexity`.
 
     Args:

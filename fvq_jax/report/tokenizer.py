@@ -30,12 +30,20 @@ _NEARLY_ALL = 0.999
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What was trained: number and dimension of the codes, pixels per latent along a side, a description in words."""
+    """What was trained.
+
+    Attributes:
+      codes, code_dim: number and dimension of the codes.
+      downsampling: pixels per latent along a side.
+      description: in words.
+      levels: names of the levels or scales, if there are several.
+    """
 
     codes: int
     code_dim: int
     downsampling: int
     description: str
+    levels: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +119,7 @@ def _tiles(report: Report) -> Iterable[tuple[str, str]]:
         yield metric, ""
     even = usage_if_uniform(report.facts["tokens"], report.tokenizer.codes)
     yield "usage", f"even use: {even:.1%}" if even < _NEARLY_ALL else ""
-    for metric in ("dead_codes", "perplexity", "bits_per_pixel"):
+    for metric in ("dead_codes", "perplexity", "relative_quantization_error", "bits_per_pixel"):
         yield metric, ""
 
 
@@ -229,8 +237,8 @@ def _pair(example: Example, ranked_by: str) -> str:
 
 def _codes(report: Report) -> str:
     sums = report.found.sums
-    counts, images = sums.code_counts, report.found.count
-    tokens = (report.facts["size"] // report.tokenizer.downsampling) ** 2
+    counts, images = sums.code_counts.sum(axis=0), report.found.count
+    tokens = report.facts["tokens"] // report.facts["images"]
     shown = [
         (
             "How often each code is chosen",
@@ -256,7 +264,32 @@ def _codes(report: Report) -> str:
         )
         caption += figures.DENSITY_MEANS if len(counts) > figures.MOST_POINTS else ""
         shown.append(("Map of the codebook", figures.codebook_map_figure(points, share, counts), caption))
-    return f"<h2>Codes</h2>\n{plots(shown)}"
+    return f"<h2>Codes</h2>\n{plots(shown)}\n{_levels(report)}"
+
+
+def _levels(report: Report) -> str:
+    """A table with a row for each level or scale; empty if there is only one."""
+    names = report.tokenizer.levels
+    if not names:
+        return ""
+    usage, perplexity = METRICS["usage"], METRICS["perplexity"]
+    rows = [
+        (
+            name.replace("_", " "),
+            f"{int(own.sum()):,}",
+            usage.text(report.metrics[f"usage/{name}"]),
+            usage.text(report.metrics[f"usage_most/{name}"]),
+            perplexity.text(report.metrics[f"perplexity/{name}"]),
+        )
+        for name, own in zip(names, report.found.sums.code_counts, strict=True)
+    ]
+    heads = ("Level", "Tokens", usage.heading, "At most, with so many tokens", perplexity.heading)
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return (
+        '<p class="note">Each level chooses from the same codes. The figures above count all levels together.</p>\n'
+        f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
+    )
 
 
 def _training(report: Report) -> str:

@@ -13,7 +13,7 @@ NAMES = ["a.png", "b/c.jpg", "ünïcode.png", "d", "e" * 40, "f", "g"]
 
 
 def write(path, rows=ROWS, names=NAMES, parts=((0, 3), (3, 4), (4, 7))):
-    with CodeWriter(path, *rows.shape[1:]) as writer:
+    with CodeWriter(path, rows.shape[1:]) as writer:
         for start, stop in parts:
             writer.write(rows[start:stop], names[start:stop])
         assert not path.exists()
@@ -50,7 +50,7 @@ def test_files_of_numpy_itself_are_read(tmp_path):
 
 def test_an_exception_leaves_no_file(tmp_path):
     def write_too_few_names():
-        with CodeWriter(tmp_path / "x.npz", 2, 3) as writer:
+        with CodeWriter(tmp_path / "x.npz", (2, 3)) as writer:
             writer.write(ROWS, NAMES)
             writer.write(ROWS, NAMES[:6])
 
@@ -62,7 +62,7 @@ def test_an_exception_leaves_no_file(tmp_path):
 def test_a_place_that_cannot_be_written_to_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cannot write .*file/x\.npz"):
-        CodeWriter(tmp_path / "file" / "x.npz", 2, 3)
+        CodeWriter(tmp_path / "file" / "x.npz", (2, 3))
 
 
 def test_other_files_are_refused_in_one_line(tmp_path):
@@ -73,7 +73,7 @@ def test_other_files_are_refused_in_one_line(tmp_path):
         {"codes": ROWS.astype(np.float32), "names": np.array(NAMES)},
         {"codes": ROWS, "names": np.arange(7)},
         {"codes": ROWS, "names": np.array(NAMES[:6])},
-        {"codes": ROWS[0], "names": np.array(NAMES[:2])},
+        {"codes": ROWS[:2, 0, 0], "names": np.array(NAMES[:2])},
     ):
         np.savez(path, **arrays)
         with pytest.raises(InputError, match=r"x\.npz is no file of codes: it needs"):

@@ -41,10 +41,15 @@ def shades(images):
 def as_they_are(crops, labels):
     """Reconstructs without loss; the code is the shade, everywhere in a picture."""
     codes = np.broadcast_to(shades(crops)[:, None, None], (len(crops), 8, 8))
-    return crops / np.float32(127.5) - 1, codes
+    zeros = np.zeros(len(crops), np.float32)
+    return reconstruction.Reconstructed(crops / np.float32(127.5) - 1, codes, zeros, zeros)
+
+
+LEVELS = np.zeros((8, 8), int)
 
 
 def collect(source, reconstruct=as_they_are, networks=NO_NETWORKS, batch_size=64, **options):
+    options = {"level_of": LEVELS, **options}
     return reconstruction.collect(
         reconstruct, source, networks, codebook_size=SHADES + 4, size=SIZE, batch_size=batch_size, **options
     )
@@ -78,14 +83,34 @@ def test_when_each_code_came_up_first():
     seen = [int(sample[position]["label"]) for position in range(len(sample))]
     assert found.first_use.tolist() == [seen.index(shade) for shade in range(SHADES)] + [reconstruction.NEVER] * 4
     assert found.count == len(seen)
-    np.testing.assert_array_equal(found.sums.code_counts, [20 * 64] * SHADES + [0] * 4)
+    np.testing.assert_array_equal(found.sums.code_counts, [[20 * 64] * SHADES + [0] * 4])
+
+
+def test_levels_are_counted_apart_and_the_quantization_error_is_a_mean_over_pictures():
+    def reconstruct(crops, labels):
+        zeros, shade = np.zeros((len(crops), 5), int), shades(crops)
+        codes = np.where(np.arange(5) < 3, shade[:, None], zeros + SHADES)  # two codes of an image never change
+        return reconstruction.Reconstructed(as_they_are(crops, labels).images, codes, shade / 2.0, shade + 1.0)
+
+    found = collect(Greys(), reconstruct, level_of=np.array([0, 0, 0, 1, 1]))
+    counts = found.sums.code_counts
+    np.testing.assert_array_equal(counts, [[20 * 3] * SHADES + [0] * 4, [0] * SHADES + [20 * SHADES * 2] + [0] * 3])
+    metrics = reconstruction.summarise(found.sums, SIZE**2, levels=("level_1", "level_2"))
+    mean = (SHADES - 1) / 2
+    assert metrics["quantization_error"] == pytest.approx(mean / 2)
+    assert metrics["relative_quantization_error"] == pytest.approx(mean / 2 / (mean + 1))
+    assert metrics["usage"] == pytest.approx((SHADES + 1) / (SHADES + 4))
+    assert metrics["usage/level_1"] == pytest.approx(SHADES / (SHADES + 4))
+    assert metrics["usage/level_2"] == pytest.approx(1 / (SHADES + 4))
+    assert (metrics["perplexity/level_2"], metrics["usage_most/level_2"]) == (1, 1)
+    assert metrics["bits_per_pixel"] == pytest.approx(5 * np.log2(SHADES + 4) / SIZE**2)
 
 
 def test_a_picture_without_a_number_does_not_score_as_black():
     def reconstruct(crops, labels):
-        images, codes = as_they_are(crops, labels)
-        images[0, 3, 4, 1] = np.nan
-        return images, codes
+        found = as_they_are(crops, labels)
+        found.images[0, 3, 4, 1] = np.nan
+        return found
 
     found = collect(Greys(11), reconstruct, batch_size=16)
     assert found.sums.broken == 1

@@ -25,9 +25,12 @@ def made_up_report(codes: int = 1024, size: int = 32, images: int = 192) -> Repo
         pair = [np.asarray(picture) for picture in (crop, crop.filter(ImageFilter.GaussianBlur(radius)))]
         scores = {"psnr": np.array([33 - 4 * radius]), "ssim": np.array([0.95 - 0.1 * radius])}
         collector.add(np.array([position]), scores, pair[0][None], pair[1][None])
-    sums = Sums(np.int64(images), np.int64(0), np.int64(0), {}, counts, None, None, None)
+    sums = Sums(
+        np.int64(images), np.int64(0), np.int64(0), {}, np.float64(0.3), np.float64(4), counts[None], None, None, None
+    )
     metrics = {"psnr": 27.812, "ssim": 0.7634, "l1": 0.031, "mse": 0.0017, "rfid": 1.234}
     metrics |= {"inception_score": 189.53, "inception_score_std": 2.345, "lpips_alex": 0.0871}
+    metrics |= {"quantization_error": 0.3 / images, "relative_quantization_error": 0.075}
     metrics |= {"usage": float(usage(counts)), "perplexity": float(perplexity(counts))}
     rows = [
         {

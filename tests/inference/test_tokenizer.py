@@ -61,6 +61,28 @@ def test_codes_and_pictures_are_those_of_the_network(options):
 
 
 @pytest.mark.parametrize("options", [{}, {"bridge": "none", "l2_normalize": True}])
+def test_reconstruction_says_how_far_latents_are_from_their_vectors(options):
+    tok, images = tokenizer(**options), pictures(5, 16, 24)
+    found = tok.reconstruct(images)
+    np.testing.assert_array_equal(found.codes, tok.encode(images))
+    np.testing.assert_allclose(found.images, tok.decode(found.codes), atol=2e-5)
+    encode = jax.jit(functools.partial(tok.net.apply, method="encode_latent"))
+    z = np.asarray(encode({"params": tok.params}, images / np.float32(127.5) - 1), np.float64)
+    z = z / np.linalg.norm(z, axis=-1, keepdims=True) if options else z
+    apart = ((z - tok.codebook[found.codes]) ** 2).sum(axis=-1)
+    np.testing.assert_allclose(found.error, apart.mean(axis=(1, 2)), rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(found.power, (z**2).sum(axis=-1).mean(axis=(1, 2)), rtol=1e-4)
+
+
+def test_without_levels_there_is_only_one_to_decode():
+    tok = tokenizer()
+    codes = tok.encode(pictures(1))
+    np.testing.assert_array_equal(tok.decode(codes, upto=1), tok.decode(codes))
+    with pytest.raises(InputError, match=r"upto must be in 1..1, the number of levels, not 2"):
+        tok.decode(codes, upto=2)
+
+
+@pytest.mark.parametrize("options", [{}, {"bridge": "none", "l2_normalize": True}])
 def test_the_codebook_is_the_table_that_is_searched(options):
     tok = tokenizer(**options)
     table = jax.jit(functools.partial(tok.trained_net.apply, method="table"))({"params": tok.trained_params})

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fvq_jax.ops.code_usage import code_histogram, perplexity, usage
+from fvq_jax.ops.code_usage import code_histogram, level_statistics, perplexity, usage
 
 
 def test_histogram_counts_like_bincount():
@@ -87,3 +87,19 @@ def test_an_empty_window_has_no_usage_and_no_perplexity():
     counts = jnp.zeros(8, jnp.int32)
     assert float(usage(counts)) == 0.0
     assert float(perplexity(counts)) == 0.0
+
+
+def test_every_level_has_its_usage_and_the_most_that_its_tokens_can_show():
+    counts = np.array([[2, 0, 0, 0], [3, 3, 3, 3]])
+    assert level_statistics(counts, ()) == {}
+    found = level_statistics(counts, ("scale_1", "scale_2"), "window/")
+    assert found == pytest.approx(
+        {
+            "usage/window/scale_1": 0.25,
+            "usage_most/window/scale_1": 0.5,
+            "perplexity/window/scale_1": 1,
+            "usage/window/scale_2": 1,
+            "usage_most/window/scale_2": 1,
+            "perplexity/window/scale_2": 4,
+        }
+    )

@@ -3,8 +3,10 @@ import html
 import os
 import re
 
+import numpy as np
 import pytest
 
+from fvq_jax.ops.code_usage import level_statistics
 from fvq_jax.report import figures
 from fvq_jax.report.published import RESULTS
 from fvq_jax.report.tokenizer import page, write_report
@@ -143,3 +145,24 @@ def test_names_that_are_no_text_stand_escaped(report, tmp_path):
     found = dataclasses.replace(found, examples=dataclasses.replace(found.examples, spread=[named]))
     path = write_report(tmp_path, dataclasses.replace(report, found=found))
     assert r"<span>caf\udce9.png</span>" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_levels_are_shown_apart_if_there_are_several(report):
+    assert "At most, with so many tokens" not in page(report)
+    counts = report.found.sums.code_counts
+    sums = dataclasses.replace(
+        report.found.sums, code_counts=np.concatenate([counts, np.eye(1, counts.size, dtype=int)])
+    )
+    names = ("level_1", "level_2")
+    text = page(
+        dataclasses.replace(
+            report,
+            tokenizer=dataclasses.replace(report.tokenizer, levels=names),
+            metrics={**report.metrics, **level_statistics(sums.code_counts, names)},
+            found=dataclasses.replace(report.found, sums=sums),
+        )
+    )
+    assert "At most, with so many tokens" in text
+    most = f"{1 / counts.size:.1%}"
+    assert f"<td>level 2</td><td>1</td><td>{most}</td><td>{most}</td><td>1</td>" in text

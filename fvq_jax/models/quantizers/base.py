@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -96,6 +97,22 @@ class Quantizer(nn.Module):
         if len(shape) != 2 or 0 in shape:
             raise ValueError("codes must be [b, h, w]")
         return shape[0], shape[1]
+
+    @property
+    def level_names(self) -> tuple[str, ...]:
+        """What the levels or scales are called, which are also counted apart, such as "level_1"; () if there is one."""
+        return ()
+
+    def level_of(self, h: int, w: int) -> Int[np.ndarray, "..."]:
+        """The number of the level or scale that every code of an image belongs to, of the shape `code_shape(h, w)`."""
+        return np.zeros(self.code_shape(h, w), int)
+
+    def compared(self, latent: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
+        """Latents in the form in which they are compared with the vectors, for instance scaled to unit length.
+
+        The quantization error is the distance between this and the vectors.
+        """
+        return latent
 
     def check(self, axis: int = 1) -> None:
         """Raises ValueError, saying what would work, unless the settings fit each other and mesh.codebook = `axis`."""

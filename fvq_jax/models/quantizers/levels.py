@@ -20,13 +20,15 @@ class LevelQuantizer(TableQuantizer):
     """Sums of codes of a table that all levels share, with the straight-through estimator on the whole sum.
 
     Both losses, `codebook` and `commitment`, are means over the sums of the first 1, 2, ... levels. So a code is pulled
-    by its own level and by all later ones. A variant defines `levels`, `choose`, `sums` and `by_level`.
+    by its own level and by all later ones.
+
+    A variant defines `level_names`, `level_of`, `choose`, `sums` and `by_level`.
     """
 
     @property
     def levels(self) -> int:
         """How many vectors are added up."""
-        raise NotImplementedError
+        return len(self.level_names)
 
     def choose(self, latent: Float[Array, "b h w d"], table: Float[Array, "k d"]) -> Int[Array, "b ..."]:
         """The codes of all levels, level by level."""

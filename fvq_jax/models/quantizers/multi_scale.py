@@ -44,9 +44,13 @@ class MultiScaleQuantizer(LevelQuantizer):
         self.phi = [Conv(self.code_dim) for _ in range(self.phi_count)]
 
     @property
-    def levels(self) -> int:
-        """The number of scales."""
-        return len(self.scales)
+    def level_names(self) -> tuple[str, ...]:
+        """scale_1, scale_2 and so on, after the sides of the scales."""
+        return tuple(f"scale_{size}" for size in self.scales)
+
+    def level_of(self, h: int, w: int) -> Int[np.ndarray, "codes"]:
+        """The number of the scale of every code."""
+        return np.repeat(np.arange(self.levels), np.square(self.scales))
 
     @property
     def description(self) -> str:

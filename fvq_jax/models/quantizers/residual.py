@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fvq_jax.models.quantizers.levels import LevelQuantizer
@@ -19,9 +20,13 @@ class ResidualQuantizer(LevelQuantizer):
     depth: int = setting(4, "Number of levels, that is, of codes for every latent.", above=0, stays=True)
 
     @property
-    def levels(self) -> int:
-        """The depth."""
-        return self.depth
+    def level_names(self) -> tuple[str, ...]:
+        """level_1, level_2, ..."""
+        return tuple(f"level_{number + 1}" for number in range(self.depth))
+
+    def level_of(self, h: int, w: int) -> Int[np.ndarray, "h w depth"]:
+        """The last axis counts the levels."""
+        return np.broadcast_to(np.arange(self.depth), (h, w, self.depth))
 
     @property
     def description(self) -> str:

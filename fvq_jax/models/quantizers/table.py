@@ -26,7 +26,7 @@ from fvq_jax.runtime.mesh import Rules
 class TableQuantizer(Quantizer):
     """Nearest-neighbour search in bridge(codebook), whose rows may be divided over a mesh.
 
-    A variant with levels or scales overrides `searches`, `code_shape`, `counts` and `decode`.
+    A variant with several codes for a latent overrides `code_shape`, `counts` and `decode`; see `levels`.
     """
 
     codebook_size: int = setting(16384, "Number of codes k.", above=0, stays=True)
@@ -95,11 +95,6 @@ class TableQuantizer(Quantizer):
         """The weights of both terms."""
         return {"codebook": self.codebook_weight, "commitment": self.commitment_weight}
 
-    @property
-    def searches(self) -> float:
-        """How often the table is searched for every latent."""
-        return 1.0
-
     def code_shape(self, h: int, w: int) -> tuple[int, ...]:
         """One code per latent."""
         return h, w
@@ -151,7 +146,7 @@ class TableQuantizer(Quantizer):
 
     def uncounted_flops(self, tokens: int, platform: str) -> tuple[float, int]:
         """The flops of the search that XLA does not count, and their passes."""
-        search = 2.0 * tokens * self.searches * self.codebook_size * self.code_dim
+        search = 2.0 * tokens * self.codebook_size * self.code_dim
         passes = 1 if platform == "cpu" else PASSES[self.search_precision]
         if runs_kernel(self.search_implementation, platform):
             return search, passes

@@ -42,9 +42,9 @@ class VectorQuantizer(TableQuantizer):
     ) -> Quantized:
         """Quantizes, with the loss terms. The codebook is bridged once; nothing is random, and there is no state."""
         table = self.table()
-        codes = self._search(latent, table)
+        z = self.compared(latent)
+        codes = self.nearest(z, table)
         chosen = self.rows(table, codes)
-        z = l2_normalize(latent) if self.l2_normalize else latent
         losses = {"codebook": codebook_loss(z, chosen), "commitment": commitment_loss(z, chosen)}
         if self.entropy_weight > 0:
             tokens = z.reshape(-1, self.code_dim)
@@ -53,7 +53,7 @@ class VectorQuantizer(TableQuantizer):
 
     def encode(self, latent: Float[Array, "b h w d"]) -> Int[Array, "b h w"]:
         """The index of the nearest bridged code for every latent."""
-        return self._search(latent, self.table())
+        return self.nearest(self.compared(latent), self.table())
 
     def decode(self, codes: Int[Array, "b h w"], upto: int | None = None) -> Float[Array, "b h w d"]:
         """The bridged codes at these indices. ValueError for an `upto`: there are no levels."""
@@ -74,6 +74,6 @@ class VectorQuantizer(TableQuantizer):
         """The same without bridge and entropy term: its parameter `codebook` is the `table` of this one."""
         return self.clone(bridge="none", entropy_weight=0.0)
 
-    def _search(self, latent: Any, table: Any) -> Any:
-        # The table is normalised already.
-        return self.nearest(l2_normalize(latent) if self.l2_normalize else latent, table)
+    def compared(self, latent: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
+        """The latents, of unit length if `l2_normalize`."""
+        return l2_normalize(latent) if self.l2_normalize else latent

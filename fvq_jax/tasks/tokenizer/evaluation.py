@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from fvq_jax.data.record import Source
 from fvq_jax.evals.networks import Networks, load_networks
 from fvq_jax.evals.projection import principal_plane
-from fvq_jax.evals.reconstruction import Found, collect, not_computed, summarise
+from fvq_jax.evals.reconstruction import Found, Reconstructed, collect, not_computed, summarise
 from fvq_jax.evals.reference import Moments
 from fvq_jax.models.tokenizer import TokenizerNet, fold
 from fvq_jax.ops.pixels import to_float
@@ -61,17 +61,19 @@ class Evaluator:
         """
         config, folded = self._config, self._folded(variables)
 
-        def reconstruct(crops: np.ndarray, _: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        def reconstruct(crops: np.ndarray, _: np.ndarray) -> Reconstructed:
             images = global_batch({"image": crops}, self._mesh)["image"]
-            images, codes = self._reconstruct(folded, images)
-            return local_rows(images), local_rows(codes)
+            return Reconstructed(*map(local_rows, self._reconstruct(folded, images)))
 
+        size, quantizer = config.data.image_size, self._net.quantizer
+        grid = (size // self._net.downsampling,) * 2
         found = collect(
             reconstruct,
             self._source,
             self._networks,
-            codebook_size=self._net.quantizer.size,
-            size=config.data.image_size,
+            codebook_size=quantizer.size,
+            level_of=quantizer.level_of(*grid),
+            size=size,
             batch_size=config.eval.batch_size,
             images=config.eval.images,
             num_workers=config.data.num_workers,
@@ -82,7 +84,7 @@ class Evaluator:
         )
         if found.sums.real is not None and found.sums.images >= 2:
             self._reference = found.sums.real.moments()
-        metrics = summarise(found.sums, self._net.downsampling, self._reference)
+        metrics = summarise(found.sums, size**2, self._reference, quantizer.level_names)
         return metrics, not_computed(self._networks, found.sums), found
 
     def plane(self, variables: dict[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
@@ -98,10 +100,10 @@ class Evaluator:
 
     def reconstruct(
         self, folded: dict[str, Any], images: UInt8[Array, "b H W 3"]
-    ) -> tuple[Float[Array, "b H W 3"], Int[Array, "b ..."]]:
-        """Reconstructions, in [-1, 1], and codes, with the variables that `folded` returned. A pure function."""
+    ) -> tuple[Float[Array, "b H W 3"], Int[Array, "b ..."], Float[Array, "b"], Float[Array, "b"]]:
+        """What `Reconstructed` holds, with the variables that `folded` returned. A pure function."""
         output: Any = self._plain_net.apply(folded, to_float(images))
-        return jnp.clip(output.reconstruction, -1, 1), output.quantized.codes
+        return jnp.clip(output.reconstruction, -1, 1), output.quantized.codes, output.error, output.power
 
     @functools.cached_property
     def _plain_net(self) -> TokenizerNet:
@@ -115,7 +117,7 @@ class Evaluator:
     @functools.cached_property
     def _reconstruct(self):
         rows = NamedSharding(self._mesh, BATCH)
-        return jax.jit(self.reconstruct, out_shardings=(rows, rows))
+        return jax.jit(self.reconstruct, out_shardings=(rows,) * 4)
 
     @functools.cached_property
     def _plane(self):

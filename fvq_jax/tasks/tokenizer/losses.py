@@ -16,6 +16,7 @@ from fvq_jax.models.layers import Conv
 from fvq_jax.models.tokenizer import TokenizerNet
 from fvq_jax.ops.adversarial import discriminator_loss, generator_loss
 
+TINY = 1e-30  # latents that are all 0 have no relative error
 MAX_ADAPTIVE_WEIGHT = 1e4
 DECODER = ("post_quant_conv", "decoder")  # the parts of the tokenizer that `decoder_only` trains
 Images = Float[Array, "b H W 3"]
@@ -106,6 +107,8 @@ class Losses:
                 terms["adversarial_weight"] = weight
             total += jnp.where(active, weight, 0) * term
         terms["loss/total"] = total
+        error, power = jnp.mean(output.error), jnp.mean(output.power)
+        terms |= {"quantization/error": error, "quantization/relative_error": error / jnp.maximum(power, TINY)}
         return total, (output.reconstruction, terms, quantized.codes, changed, critic_variables)
 
     def image(self, reconstruction: Images, images: Images, frozen: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -26,7 +26,7 @@ from fvq_jax.models.discriminators.stylegan import StyleGANDiscriminator
 from fvq_jax.models.frozen.lpips import lpips_shapes
 from fvq_jax.models.quantizers import make_quantizer
 from fvq_jax.models.tokenizer import TokenizerNet
-from fvq_jax.ops.code_usage import perplexity, usage
+from fvq_jax.ops.code_usage import level_statistics, perplexity, usage
 from fvq_jax.ops.pixels import to_float
 from fvq_jax.report.pictures import reconstruction_grid
 from fvq_jax.report.tokenizer import Report, Trained, write_report
@@ -248,13 +248,14 @@ class TokenizerTask(Task):
     # --- figures ------------------------------------------------------------------------------------------------
 
     def window_scalars(self, counts: dict[str, np.ndarray]) -> dict[str, float]:
-        """Usage and perplexity of the codes in the window, and how many tokens it held."""
+        """Usage and perplexity of the codes in the window, and how many tokens it held; and those of every level."""
         codes = counts["codes"].sum(axis=0)
-        return {
+        union = {
             "usage/window": float(usage(codes)),
             "perplexity/window": float(perplexity(codes)),
             "tokens/window": int(codes.sum()),
         }
+        return union | level_statistics(counts["codes"], self.net.quantizer.level_names, "window/")
 
     def progress(self, scalars: Mapping[str, float]) -> dict[str, str]:
         """The total loss, and the usage of the codes in the window."""
@@ -311,7 +312,13 @@ class TokenizerTask(Task):
             found, self.source("eval"), data=data_name(config), protocol="direct", size=config.data.image_size
         )
         report = Report(
-            tokenizer=Trained(quantizer.size, quantizer.latent_dim, self.net.downsampling, quantizer.description),
+            tokenizer=Trained(
+                quantizer.size,
+                quantizer.latent_dim,
+                self.net.downsampling,
+                quantizer.description,
+                quantizer.level_names,
+            ),
             facts={"workdir": str(workdir), "step": int(state.step), **facts},
             metrics=metrics,
             not_computed=missing,

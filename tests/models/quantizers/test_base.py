@@ -59,7 +59,7 @@ def step_on(data, codebook, **changes):
 def after_three_steps(data, codebook):
     """The step, and the states after 0 to 3 steps, on the host."""
     step = step_on(data, codebook)
-    state = create_state(step.init, 0, step.mesh, step.task.rules)
+    state = create_state(step.init, 0, step.abstract())
     run, states = step.jitted(state), [jax.device_get(state)]
     for i in range(3):
         state, _ = run(state, global_batch({"image": random_images(16, 12, i)}, step.mesh), {})
@@ -213,9 +213,12 @@ def test_the_base_asks_for_every_part_of_the_contract():
         "scope",
         "rules",
         "uncounted_flops",
-        "folded_params",
+        "compared",
         "grid",
+        "level_of",
+        "level_names",
         "only_grid",
+        "folded_params",
     }  # these have a default
     for name in {name for name in vars(Quantizer) if not name.startswith("_")} - given:
         assert getattr(VectorQuantizer, name) is not getattr(Quantizer, name), name

@@ -151,6 +151,10 @@ def test_every_level_is_counted_alone(name):
     parts = np.moveaxis(codes, -1, 0) if name == "residual" else np.split(codes, [1, 5], axis=1)
     counts = make(name).counts(output.codes)
     np.testing.assert_array_equal(counts, [np.bincount(part.ravel(), minlength=K) for part in parts])
+    assert len(make(name).level_names) == LEVELS
+    level_of = make(name).level_of(*results(name)[0].vectors.shape[1:3])
+    for level, own in enumerate(parts):
+        np.testing.assert_array_equal(np.sort(codes[:, level_of == level], axis=None), np.sort(own, axis=None))
     assert len({tuple(row) for row in np.asarray(counts)}) == LEVELS
 
 

@@ -331,10 +331,12 @@ def evaluation():
 def test_evaluation_sees_the_same_codes_as_training():
     task, state, folded, reconstruct = evaluation()
     images = random_images(8, SIZE)
-    reconstruction, codes = reconstruct(folded, images)
+    reconstruction, codes, error, power = reconstruct(folded, images)
     output = jax.jit(task.net.apply)({"params": state.networks["tokenizer"].params}, as_float(images))
     np.testing.assert_array_equal(codes, output.quantized.codes)
     np.testing.assert_allclose(reconstruction, np.clip(output.reconstruction, -1, 1), atol=1e-5)
+    np.testing.assert_allclose(error, output.error, rtol=1e-4)
+    np.testing.assert_allclose(power, output.power, rtol=1e-4)
 
 
 def test_evaluation_computes_in_float32():
