@@ -18,6 +18,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -33,3 +34,9 @@ for name, value in (
 
 # A shell's background jobs ignore Ctrl-C, and so would every program that a test starts and then interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def no_drawing(monkeypatch):
+    """For pages of which only the words matter: plots are drawn in tests of their own."""
+    monkeypatch.setattr("fvq_jax.report.figures.to_svg", lambda figure, name: "<svg></svg>")

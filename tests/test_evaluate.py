@@ -31,6 +31,8 @@ from tests.helpers.random_tokenizer import random_tokenizer
 from tests.helpers.trained_workdir import trained_workdir
 from tests.helpers.two_hosts import ROOT, free_port, on_two_hosts, start_host
 
+pytestmark = pytest.mark.usefixtures("no_drawing")
+
 TOKENIZERS = functools.cache(Tokenizer.from_pretrained)
 SIZE = 16
 PICTURES = 11

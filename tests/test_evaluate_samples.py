@@ -23,6 +23,8 @@ from fvq_jax.models.gpt import GPT
 from tests.helpers.random_tokenizer import random_tokenizer
 from tests.helpers.two_hosts import on_two_hosts
 
+pytestmark = pytest.mark.usefixtures("no_drawing")
+
 POOLED, SPATIAL, BLOCK, SIZE = 20, 12, 16, 8
 
 

@@ -5,7 +5,6 @@ import re
 import numpy as np
 import pytest
 
-from fvq_jax.report import figures
 from fvq_jax.report.generator import SampleSet, best_of, first_of_classes, page, write_generator_report
 from fvq_jax.report.generator_figures import bits_figure, guidance_figure
 from fvq_jax.report.published import FVQ, GENERATOR_SOURCES, GENERATORS
@@ -21,11 +20,6 @@ def report():
 @pytest.fixture(scope="module")
 def text(report):
     return page(report)
-
-
-@pytest.fixture
-def no_drawing(monkeypatch):
-    monkeypatch.setattr(figures, "to_svg", lambda figure, name: "<svg></svg>")
 
 
 def rows_of(text, kind):

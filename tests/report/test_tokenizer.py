@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from fvq_jax.ops.code_usage import level_statistics
-from fvq_jax.report import figures
 from fvq_jax.report.published import RESULTS
 from fvq_jax.report.tokenizer import page, write_report
 from fvq_jax.runtime.errors import InputError
@@ -22,12 +21,6 @@ def report():
 @pytest.fixture(scope="module")
 def text(report):
     return page(report)
-
-
-@pytest.fixture
-def no_drawing(monkeypatch):
-    """For pages of which only the words matter."""
-    monkeypatch.setattr(figures, "to_svg", lambda figure, name: "<svg></svg>")
 
 
 def test_it_asks_for_nothing_from_elsewhere(text):

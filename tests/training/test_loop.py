@@ -27,6 +27,8 @@ from fvq_jax.training.step_timer import StepTimer
 from tests.helpers.same_bits import assert_same_bits
 from tests.helpers.tiny import make_step, random_images, tiny_config
 
+pytestmark = pytest.mark.usefixtures("no_drawing")
+
 # Everything that has a state: discriminator, moving average, micro-batches, a rate of its own for the codebook.
 WHOLE = {
     "adversarial.weight": 0.5,
