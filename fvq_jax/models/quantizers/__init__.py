@@ -4,10 +4,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from fvq_jax.models.quantizers.base import Quantizer
+from fvq_jax.models.quantizers.bsq import BSQuantizer
+from fvq_jax.models.quantizers.fsq import FSQuantizer
+from fvq_jax.models.quantizers.lfq import LFQuantizer
 from fvq_jax.models.quantizers.vector import VectorQuantizer
 from fvq_jax.runtime.fields import Field, settings_of
 
-QUANTIZERS: dict[str, type[Quantizer]] = {"vector": VectorQuantizer}
+QUANTIZERS: dict[str, type[Quantizer]] = {
+    "vector": VectorQuantizer,
+    "fsq": FSQuantizer,
+    "lfq": LFQuantizer,
+    "bsq": BSQuantizer,
+}
 
 
 def quantizer_fields(name: str) -> dict[str, Field]:
@@ -25,9 +33,13 @@ def make_quantizer(settings: Mapping[str, Any], **runtime: Any) -> Quantizer:
     """
     given = dict(settings)
     kind = _kind(given.pop("name"))
-    # An int is fine where a float is expected.
-    floats = {name for name, field in settings_of(kind).items() if isinstance(field.default, float)}
-    values: dict[str, Any] = {name: float(value) if name in floats else value for name, value in given.items()}
+    # An int is fine where a float is expected, and a list where a tuple is.
+    types = {
+        name: type(field.default)
+        for name, field in settings_of(kind).items()
+        if isinstance(field.default, float | tuple)
+    }
+    values: dict[str, Any] = {name: types[name](value) if name in types else value for name, value in given.items()}
     return kind(**values, **runtime)
 
 

@@ -198,7 +198,8 @@ def test_what_does_not_fit_a_quantizer_is_refused_with_the_section():
     assert "tokenizer.quantizer.decay" in refusal(config)
     config = ema_config()
     config.tokenizer.quantizer.name = "fancy"
-    assert "tokenizer.quantizer.name: unknown quantizer 'fancy': use one of vector, ema" in refusal(config)
+    known = ", ".join(QUANTIZERS)
+    assert f"tokenizer.quantizer.name: unknown quantizer 'fancy': use one of {known}" in refusal(config)
     config = ema_config(**{"mesh.codebook": 8, "tokenizer.quantizer.codebook_size": 60})
     assert "tokenizer.quantizer: mesh.codebook 8 does not divide 60 codes" in refusal(config)
 
