@@ -6,6 +6,7 @@ from typing import Any
 from fvq_jax.models.quantizers.base import Quantizer
 from fvq_jax.models.quantizers.bsq import BSQuantizer
 from fvq_jax.models.quantizers.fsq import FSQuantizer
+from fvq_jax.models.quantizers.ibq import IBQuantizer
 from fvq_jax.models.quantizers.lfq import LFQuantizer
 from fvq_jax.models.quantizers.vector import VectorQuantizer
 from fvq_jax.runtime.fields import Field, settings_of
@@ -15,6 +16,7 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "fsq": FSQuantizer,
     "lfq": LFQuantizer,
     "bsq": BSQuantizer,
+    "ibq": IBQuantizer,
 }
 
 
