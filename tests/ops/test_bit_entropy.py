@@ -119,6 +119,14 @@ def test_no_array_has_all_tokens_and_codes(sizes):
     assert found(joint_entropy_loss) <= max(2**bits, mine * bits + 16 * bits, 16 * 2 ** (bits // 2)) < mine * 2**bits
 
 
+def test_18_bits_of_which_nothing_is_known_are_as_uncertain_as_their_mean():
+    """And of tokens that are sure of one of two codes, only the mean is uncertain, by log 2."""
+    run = jax.jit(joint_entropy_loss)
+    assert abs(run(jnp.zeros((64, 18)))) < 5e-5
+    sure = jnp.stack([jnp.full(18, 200.0), jnp.full(18, -200.0)])
+    np.testing.assert_allclose(run(jnp.tile(sure, (32, 1))), -np.log(2), rtol=1e-6)
+
+
 def test_products_are_asked_for_at_the_highest_precision():
     text = jax.jit(jax.grad(joint_entropy_loss)).lower(jnp.asarray(logits_of())).as_text()
     products = [line for line in text.splitlines() if "dot_general" in line]

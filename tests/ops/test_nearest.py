@@ -228,6 +228,14 @@ def test_finds_the_largest_inner_product(precision):
     assert 0.5 < np.mean(codes == rough) < 1
 
 
+def test_the_largest_product_of_directions_is_that_of_the_nearest_direction():
+    z, codebook = random_problem(100, 60, 8)
+    codebook *= jnp.geomspace(0.5, 2, 60)[:, None]
+    codes = search(z, codebook, inner_product=True, l2_normalize=True)
+    np.testing.assert_array_equal(codes, search(z, codebook, l2_normalize=True))
+    assert np.any(codes != search(z, codebook, inner_product=True))
+
+
 def test_of_equal_products_the_lowest_code_is_found():
     z, distinct = random_problem(30, 4, 8)
     codes = search(z, jnp.tile(distinct, (5, 1)), inner_product=True, block_size=6)

@@ -26,8 +26,8 @@ class BSQuantizer(BinaryQuantizer):
 
     @property
     def description(self) -> str:
-        """The number of bits."""
-        return f"BSQ, {self.bits} bits"
+        """What a code is."""
+        return "BSQ, the signs of unit-length latents"
 
     @property
     def loss_weights(self) -> Mapping[str, float]:

@@ -25,8 +25,8 @@ class LFQuantizer(BinaryQuantizer):
 
     @property
     def description(self) -> str:
-        """The number of bits."""
-        return f"LFQ, {self.bits} bits"
+        """What a code is."""
+        return "LFQ, the signs of latents"
 
     @property
     def loss_weights(self) -> Mapping[str, float]:

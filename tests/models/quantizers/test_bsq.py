@@ -64,7 +64,7 @@ def test_defaults_and_what_it_says_of_itself():
     quantizer = BSQuantizer()
     assert quantizer.loss_weights == {"entropy": 0.1}
     assert (quantizer.size, quantizer.latent_dim, quantizer.temperature) == (2**18, 18, 1.0)
-    assert quantizer.description == "BSQ, 18 bits"
+    assert quantizer.description == "BSQ, the signs of unit-length latents"
 
 
 def test_a_latent_of_zeros_has_code_zero_and_finite_gradients():

@@ -29,10 +29,11 @@ def oracle(z, levels):
     return codes, (numbers - half) / half, slope / half
 
 
-def test_codes_vectors_and_gradient_equal_the_formula():
-    latent = random_latent(4, scale=2)
-    output, (to_latent, _) = run(FSQuantizer(levels=LEVELS), latent)
-    codes, vectors, slope = oracle(latent, LEVELS)
+@pytest.mark.parametrize("levels", [LEVELS, (8,) * 6])
+def test_codes_vectors_and_gradient_equal_the_formula(levels):
+    latent = random_latent(len(levels), scale=2)
+    output, (to_latent, _) = run(FSQuantizer(levels=levels), latent)
+    codes, vectors, slope = oracle(latent, levels)
     np.testing.assert_array_equal(output.codes, codes)
     np.testing.assert_allclose(output.vectors, vectors, rtol=1e-6)
     np.testing.assert_allclose(to_latent, slope * vector_weights(latent), rtol=1e-3, atol=1e-5)

@@ -66,6 +66,14 @@ def test_it_is_made_from_its_settings_and_they_from_it(quantizer):
 
 
 @pytest.mark.parametrize("kind", [LFQuantizer, BSQuantizer])
+def test_codes_of_many_bits_are_exact(kind):
+    quantizer = kind()
+    codes = jnp.asarray(np.random.default_rng(0).integers(0, 2**18, (4, 5, 100)), jnp.int32).at[0, 0, 0].set(2**18 - 1)
+    vectors = quantizer.apply({}, codes, method="decode")
+    np.testing.assert_array_equal(quantizer.apply({}, vectors, method="encode"), codes)
+
+
+@pytest.mark.parametrize("kind", [LFQuantizer, BSQuantizer])
 def test_too_many_bits_are_refused(kind):
     kind(bits=24).check()
     for bits in (0, 25):
