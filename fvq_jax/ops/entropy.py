@@ -24,29 +24,32 @@ def entropy_loss(
     codebook: Float[Array, "k d"],
     *,
     temperature: float,
+    inner_product: bool = False,
     mesh: Mesh | None = None,
     block_size: int | None = None,
 ) -> Float[Array, ""]:
     """Entropy of each token's soft assignment (mean over tokens) minus the entropy of the mean assignment.
 
-    Assignments are softmax(-|z - e|^2 / temperature). A lower loss means that each token is surer while the batch uses
-    more codes. Gradients reach latents and codes, in closed form. float32 at HIGHEST precision. The largest temporary
-    is [n, block_size] (default 512); on a mesh with axes `data` and `codebook` it is [n / data, block_size], and every
-    device visits its own rows of the codebook. Source: arXiv 2310.05737, Eq. 4, with squared distances.
+    Assignments are softmax(-|z - e|^2 / temperature), or softmax(z.e / temperature) if `inner_product`. A lower loss
+    means that each token is surer while the batch uses more codes. Gradients reach latents and codes, in closed form.
+    float32 at HIGHEST precision. The largest temporary is [n, block_size] (default 512); on a mesh with axes `data` and
+    `codebook` it is [n / data, block_size], and every device visits its own rows of the codebook. Source: arXiv
+    2310.05737, Eq. 4, with squared distances; arXiv 2412.02692 with products.
     """
     block_size = BLOCK_SIZE if block_size is None else block_size
-    return _entropy(z.astype(jnp.float32), codebook.astype(jnp.float32), temperature, mesh, block_size)
+    z, codebook = z.astype(jnp.float32), codebook.astype(jnp.float32)
+    return _entropy(z, codebook, inner_product, temperature, mesh, block_size)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _entropy(z, codebook, temperature, mesh, block_size):
-    return _forward(z, codebook, temperature, mesh, block_size)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _entropy(z, codebook, inner_product, temperature, mesh, block_size):
+    return _forward(z, codebook, inner_product, temperature, mesh, block_size)[0]
 
 
-def _forward(z, codebook, temperature, mesh, block_size):
+def _forward(z, codebook, inner_product, temperature, mesh, block_size):
     def forward(z, rows):
         z = _gather(z, mesh)
-        blocks = _Blocks(z, rows, temperature, block_size, mesh)
+        blocks = _Blocks(z, rows, inner_product, temperature, block_size, mesh)
 
         def add(carry, block):
             top, total, weighted = carry  # maximum of the logits so far, sums of exp(logit - top) and of that x logit
@@ -78,10 +81,10 @@ def _forward(z, codebook, temperature, mesh, block_size):
     return loss, (z, codebook, *sums)
 
 
-def _backward(temperature, mesh, block_size, residuals, cotangent):
+def _backward(inner_product, temperature, mesh, block_size, residuals, cotangent):
     def backward(z, rows, log_sum, sure, expected, cotangent):
         z = _gather(z, mesh)
-        blocks = _Blocks(z, rows, temperature, block_size, mesh)
+        blocks = _Blocks(z, rows, inner_product, temperature, block_size, mesh)
         slope = jnp.log(expected + EPSILON) + expected / (expected + EPSILON)
         slope = jnp.pad(slope, (0, blocks.padding)).reshape(-1, blocks.size)
         tokens = len(z) * (1 if mesh is None else mesh.shape["data"])
@@ -96,13 +99,16 @@ def _backward(temperature, mesh, block_size, residuals, cotangent):
         def add_gradient(to_z, block):
             block, slope = block
             p, log_p = blocks.probability(block, log_sum)
-            to_logit = p * (slope[None] - log_p - level[:, None]) * (2 * cotangent / (tokens * temperature))
+            to_product = (
+                p * (slope[None] - log_p - level[:, None]) * (blocks.factor * cotangent / (tokens * temperature))
+            )
             codes = block[0]
-            to_codes = _product(to_logit.T, z_centered) - to_logit.sum(axis=0)[:, None] * codes
-            # A token's gradients with respect to all its logits sum to 0, so -|z|^2 in the logits adds nothing.
-            return to_z + _product(to_logit, codes), to_codes
+            to_codes = _product(to_product.T, blocks.z)
+            if not inner_product:
+                to_codes -= to_product.sum(axis=0)[:, None] * codes
+            # A token's gradients with respect to all its logits sum to 0, so what only depends on z adds nothing.
+            return to_z + _product(to_product, codes), to_codes
 
-        z_centered = blocks.z
         to_z, to_rows = jax.lax.scan(add_gradient, jnp.zeros_like(z), (blocks.all, slope))
         to_rows = _over("data", jax.lax.psum, to_rows.reshape(-1, z.shape[1])[: len(rows)], mesh)
         if mesh is not None:
@@ -117,15 +123,22 @@ _entropy.defvjp(_forward, _backward)
 
 
 class _Blocks:
-    """The local codes in blocks. Codes and tokens are shifted so that the mean code is 0, to lose fewer digits."""
+    """The local codes in blocks.
 
-    def __init__(self, z, rows, temperature, block_size, mesh):
+    Codes are shifted so that their mean is 0, to lose fewer digits. So are the tokens if distances count; the products
+    of a token with all codes change by the same number, which does not matter.
+    """
+
+    def __init__(self, z, rows, inner_product, temperature, block_size, mesh):
         center = _over("codebook", jax.lax.pmean, rows.mean(axis=0), mesh)[None]
-        self.z, rows = z - center, rows - center
+        self.z, rows = z if inner_product else z - center, rows - center
         self.temperature = temperature
+        self.factor = 1 if inner_product else 2
+        self.own, squared_norm = (
+            jnp.zeros(len(x)) if inner_product else jnp.sum(x * x, axis=1) for x in (self.z, rows)
+        )
         self.size = min(block_size, len(rows))
         self.padding = math.ceil(len(rows) / self.size) * self.size - len(rows)
-        squared_norm = jnp.sum(rows * rows, axis=1)
         # Padding codes are very far away, but not infinitely: probability times logit must be 0, not NaN.
         squared_norm = jnp.pad(squared_norm, (0, self.padding), constant_values=1e30 * temperature)
         rows = jnp.pad(rows, ((0, self.padding), (0, 0)))
@@ -133,7 +146,7 @@ class _Blocks:
 
     def logits(self, block):
         codes, squared_norm = block
-        distance = jnp.sum(self.z * self.z, axis=1)[:, None] + squared_norm[None] - 2 * _product(self.z, codes.T)
+        distance = self.own[:, None] + squared_norm[None] - self.factor * _product(self.z, codes.T)
         return -distance / self.temperature
 
     def probability(self, block, log_sum):

@@ -24,6 +24,7 @@ def nearest_code(
     *,
     block_size: int | None = None,
     l2_normalize: bool = False,
+    inner_product: bool = False,
     precision: str = "highest",
     implementation: str = "auto",
 ) -> Int[Array, "n"]:
@@ -39,6 +40,7 @@ def nearest_code(
       block_size: codes per block of the XLA scan (default 512); any positive number, k need not be a multiple of
         it. The kernels have tiles of their own.
       l2_normalize: compare directions: both sides are scaled to unit length first.
+      inner_product: find the code with the largest z.e instead. The scores are -z.(e - m).
       precision: of the products z.e; everything else is float32.
         highest: float32. Picks another code than exact arithmetic only where two distances agree to 7 digits.
         bf16_3x: three bfloat16 products, about 16 bits.
@@ -62,6 +64,7 @@ def nearest_code(
         center,
         block_size=block_size,
         l2_normalize=l2_normalize,
+        inner_product=inner_product,
         precision=precision,
         implementation=implementation,
     )
@@ -88,13 +91,14 @@ def search(
     *,
     block_size: int | None = None,
     l2_normalize: bool = False,
+    inner_product: bool = False,
     precision: str = "highest",
     implementation: str = "auto",
 ) -> tuple[Float[Array, "n"], Int[Array, "n"]]:
     """The smallest score of every latent and the index of its code; scores with the same `center` can be compared.
 
-    A score is the squared distance minus |z - center|^2, which is the same for all codes. For the arguments see
-    `nearest_code`; unlike there, gradients are not stopped.
+    A score is the squared distance minus |z - center|^2, which is the same for all codes; with `inner_product` it is
+    z.center - z.e. For the arguments see `nearest_code`; unlike there, gradients are not stopped.
     """
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size must be at least 1, not {block_size}")
@@ -115,16 +119,19 @@ def search(
 
     scan = best(nearest_xla, classes=classes, block_size=block_size)
     on_tpu, on_gpu = best(nearest_tpu), best(nearest_gpu)
-    query = -2 * (_compared(z, l2_normalize) - center[None])
-    length = _inverse_norm(codebook)[:, None] if l2_normalize else 1.0
-    squared_norm = jnp.sum(jnp.square(codebook.astype(jnp.float32) * length - center[None]), axis=1)
-    arrays = query, codebook, center, squared_norm
+    if inner_product:
+        query, bias = -_compared(z, l2_normalize), jnp.zeros(len(codebook), jnp.float32)
+    else:
+        query = -2 * (_compared(z, l2_normalize) - center[None])
+        length = _inverse_norm(codebook)[:, None] if l2_normalize else 1.0
+        bias = jnp.sum(jnp.square(codebook.astype(jnp.float32) * length - center[None]), axis=1)
+    arrays = query, codebook, center, bias
     if implementation == "xla":
         score, index = scan(*arrays)
     else:
         score, index = jax.lax.platform_dependent(*arrays, tpu=on_tpu, cuda=on_gpu, default=scan)
     if rescored:
-        score, index = _rescore(query, codebook, center, index, l2_normalize)
+        score, index = _rescore(query, codebook, center, index, l2_normalize, inner_product)
     return score[:, 0], index[:, 0]
 
 
@@ -146,12 +153,12 @@ def _lowest(score, index, count):
     return -low, jnp.take_along_axis(index, at, axis=1)
 
 
-def _rescore(query, codebook, center, index, l2_normalize):
+def _rescore(query, codebook, center, index, l2_normalize, inner_product):
     """The best of the candidates [n, c] by their float32 scores, one column of candidates at a time."""
 
     def exact(column):
         codes = _compared(codebook[column], l2_normalize) - center[None]
-        return jnp.sum(codes * (codes + query), axis=1)
+        return jnp.sum(codes * (query if inner_product else codes + query), axis=1)
 
     score = jax.lax.map(exact, index.T).T
     return _lowest(score, index, 1)

@@ -25,6 +25,7 @@ def sharded_nearest_code(
     *,
     block_size: int | None = None,
     l2_normalize: bool = False,
+    inner_product: bool = False,
     precision: str = "highest",
     implementation: str = "auto",
 ) -> Int[Array, "n"]:
@@ -44,6 +45,7 @@ def sharded_nearest_code(
             center,
             block_size=block_size,
             l2_normalize=l2_normalize,
+            inner_product=inner_product,
             precision=precision,
             implementation=implementation,
         )

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from fvq_jax.ops.nearest import PASSES, nearest_code
 from fvq_jax.ops.nearest import search as scores_and_codes
 
-search = jax.jit(nearest_code, static_argnames=("block_size", "l2_normalize", "precision", "implementation"))
+OPTIONS = ("block_size", "l2_normalize", "inner_product", "precision", "implementation")
+search = jax.jit(nearest_code, static_argnames=OPTIONS)
 
 
 def distances(z, codebook):
@@ -213,3 +214,38 @@ def test_the_platform_chooses_the_kernel_unless_told_otherwise(platform, call):
     assert call in lowered("auto", platform)
     assert call not in lowered("xla", platform)
     assert call not in lowered("auto", "cpu")
+
+
+@pytest.mark.parametrize("precision", ["highest", "bf16_3x", "bf16_rescored"])
+def test_finds_the_largest_inner_product(precision):
+    z, codebook = random_problem(200, 700, 16)
+    codebook = 3 + codebook * jnp.geomspace(0.5, 2, 700)[:, None]
+    products = np.asarray(z, np.float64) @ np.asarray(codebook, np.float64).T
+    codes = search(z, codebook, inner_product=True, precision=precision)
+    np.testing.assert_array_equal(codes, products.argmax(axis=1))
+    assert np.mean(codes == search(z, codebook)) < 0.9
+    rough = search(z, codebook, inner_product=True, precision="bf16")
+    assert 0.5 < np.mean(codes == rough) < 1
+
+
+def test_the_largest_product_of_directions_is_that_of_the_nearest_direction():
+    z, codebook = random_problem(100, 60, 8)
+    codebook *= jnp.geomspace(0.5, 2, 60)[:, None]
+    codes = search(z, codebook, inner_product=True, l2_normalize=True)
+    np.testing.assert_array_equal(codes, search(z, codebook, l2_normalize=True))
+    assert np.any(codes != search(z, codebook, inner_product=True))
+
+
+def test_of_equal_products_the_lowest_code_is_found():
+    z, distinct = random_problem(30, 4, 8)
+    codes = search(z, jnp.tile(distinct, (5, 1)), inner_product=True, block_size=6)
+    np.testing.assert_array_equal(codes, np.argmax(z @ distinct.T, axis=1))
+
+
+def test_scores_of_products_are_products():
+    z, codebook = random_problem(20, 12, 8)
+    center = jnp.ones(8)
+    score, index = scores_and_codes(z, codebook, center, inner_product=True)
+    products = np.asarray(z, np.float64) @ np.asarray(codebook - center[None], np.float64).T
+    np.testing.assert_allclose(score, -products.max(axis=1), rtol=1e-5)
+    np.testing.assert_array_equal(index, products.argmax(axis=1))

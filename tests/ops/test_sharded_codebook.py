@@ -49,6 +49,16 @@ def test_codes_equal_those_of_one_device(sizes, normalize):
     assert len(np.unique(codes)) > 16
 
 
+@pytest.mark.parametrize("sizes", MESHES[1:])
+def test_largest_products_equal_those_of_one_device(sizes):
+    z, codebook = random_problem()
+    mesh = mesh_of(*sizes)
+    find = jax.jit(functools.partial(sharded_nearest_code, mesh=mesh, block_size=5, inner_product=True))
+    codes = find(*placed(mesh, z, 3 + codebook))
+    np.testing.assert_array_equal(codes, nearest_code(z, 3 + codebook, inner_product=True))
+    assert len(np.unique(codes)) > 16
+
+
 @pytest.mark.parametrize("precision", ["bf16_3x", "bf16_rescored"])
 def test_scores_of_other_precisions_can_be_compared_between_shards(precision):
     z, codebook = random_problem(k=640)

@@ -4,6 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from fvq_jax.models.quantizers.base import Quantizer
+from fvq_jax.models.quantizers.bsq import BSQuantizer
+from fvq_jax.models.quantizers.fsq import FSQuantizer
+from fvq_jax.models.quantizers.ibq import IBQuantizer
+from fvq_jax.models.quantizers.lfq import LFQuantizer
 from fvq_jax.models.quantizers.multi_scale import MultiScaleQuantizer
 from fvq_jax.models.quantizers.residual import ResidualQuantizer
 from fvq_jax.models.quantizers.vector import VectorQuantizer
@@ -13,6 +17,10 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "vector": VectorQuantizer,
     "residual": ResidualQuantizer,
     "multi_scale": MultiScaleQuantizer,
+    "fsq": FSQuantizer,
+    "lfq": LFQuantizer,
+    "bsq": BSQuantizer,
+    "ibq": IBQuantizer,
 }
 
 

@@ -88,8 +88,8 @@ class MultiScaleQuantizer(LevelQuantizer):
         fitting = [n for n in range(1, len(scales) + 1) if set(phi_of_scales(len(scales), n)) == set(range(n))]
         if self.phi_count not in fitting:
             raise ValueError(
-                f"phi_count {self.phi_count} leaves a convolution that none of the {len(scales)} scales uses; numbers "
-                f"that do not: {', '.join(map(str, fitting))}"
+                f"phi_count {self.phi_count} leaves a convolution that none of the {len(scales)} scales uses; use one "
+                f"of {', '.join(map(str, fitting))}"
             )
 
     def architecture(self) -> dict[str, Any]:

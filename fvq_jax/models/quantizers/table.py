@@ -3,6 +3,7 @@
 The file of a variant says what it searches for, which losses that gives, and how the gradient passes.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -171,15 +172,20 @@ class TableQuantizer(Quantizer):
         """The same without bridge: its parameter `codebook` is the `table` of this one."""
         return self.clone(bridge="none")
 
-    def nearest(self, latent: Float[Array, "*n d"], table: Float[Array, "k d"]) -> Int[Array, "*n"]:
-        """The index of the nearest row of the table for every latent; no gradient."""
+    def nearest(
+        self, latent: Float[Array, "*n d"], table: Float[Array, "k d"], *, inner_product: bool = False
+    ) -> Int[Array, "*n"]:
+        """For every latent, the index of the row that is nearest or has the largest product with it; no gradient."""
         flat = latent.reshape(-1, self.code_dim)
-        precision, implementation = self.search_precision, self.search_implementation
-        if self.mesh is None:
-            codes = nearest_code(flat, table, precision=precision, implementation=implementation)
-        else:
-            tokens = _padded(flat, self.mesh)
-            codes = sharded_nearest_code(tokens, table, self.mesh, precision=precision, implementation=implementation)
+        tokens = flat if self.mesh is None else _padded(flat, self.mesh)
+        search = nearest_code if self.mesh is None else functools.partial(sharded_nearest_code, mesh=self.mesh)
+        codes = search(
+            tokens,
+            table,
+            inner_product=inner_product,
+            precision=self.search_precision,
+            implementation=self.search_implementation,
+        )
         return codes[: len(flat)].reshape(latent.shape[:-1])
 
     def rows(self, table: Float[Array, "k d"], codes: Int[Array, "*n"]) -> Float[Array, "*n d"]:

@@ -1,0 +1,77 @@
+"""IBQ, index backpropagation quantization: every choice of a code trains all codes (arXiv 2412.02692)."""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
+
+from fvq_jax.models.quantizers.base import Quantized
+from fvq_jax.models.quantizers.table import TableQuantizer
+from fvq_jax.ops.entropy import entropy_loss
+from fvq_jax.ops.index_gradient import with_index_gradient
+from fvq_jax.ops.vq_losses import codebook_loss, commitment_loss
+from fvq_jax.runtime.fields import setting, settings_of
+
+
+class IBQuantizer(TableQuantizer):
+    """The code with the largest inner product with the latent; of equal ones the first.
+
+    There is no straight-through estimator. The gradient of a vector reaches the chosen code. It also reaches the latent
+    and all codes, as if softmax(z.e) over all codes e had made the choice. Loss terms:
+
+      index: mean of |vector - z|^2, with that gradient of the vector and with the gradient to z.
+      codebook, commitment: as for the vector quantizer.
+      entropy: of softmax(z.e / entropy_temperature), if its weight is not 0.
+    """
+
+    bridge: str = setting("none", settings_of(TableQuantizer)["bridge"].text, stays=True)
+    init_std: float = setting(1.0, "Standard deviation of a fresh codebook, which is normal then; 0: uniform in +-1/k.")
+    index_weight: float = setting(1.0, "Weight of the index loss, which pulls latents and all codes to each other.")
+    codebook_weight: float = setting(0.25, "Weight of the codebook loss, which pulls codes to latents.")
+    commitment_weight: float = setting(1.0, "Weight of the commitment loss, which pulls latents to their codes.")
+    entropy_weight: float = setting(0.05, "Weight of the entropy loss; 0 leaves it out, at no cost.")
+    entropy_temperature: float = setting(0.01, "Temperature of the soft assignments of the entropy loss.", above=0)
+
+    @property
+    def description(self) -> str:
+        """The bridge."""
+        return f"IBQ, bridge {self.bridge}"
+
+    @property
+    def loss_weights(self) -> Mapping[str, float]:
+        """The weights of the terms that are computed."""
+        weights = {"index": self.index_weight, **super().loss_weights}
+        return weights | ({"entropy": self.entropy_weight} if self.entropy_weight > 0 else {})
+
+    def __call__(
+        self, latent: Float[Array, "b h w d"], *, train: bool = False, key: Shaped[Array, ""] | None = None
+    ) -> Quantized:
+        """Quantizes, with the loss terms. The codebook is bridged once; nothing is random, and there is no state."""
+        table = self.table()
+        codes = self.nearest(latent, table, inner_product=True)
+        chosen, z = self.rows(table, codes).reshape(-1, self.code_dim), latent.reshape(-1, self.code_dim)
+        vectors = with_index_gradient(chosen, z, table, mesh=self.mesh)
+        losses = {
+            "index": jnp.mean(jnp.square(vectors - z)),
+            "codebook": codebook_loss(z, chosen),
+            "commitment": commitment_loss(z, chosen),
+        }
+        if self.entropy_weight > 0:
+            losses["entropy"] = entropy_loss(
+                z, table, temperature=self.entropy_temperature, inner_product=True, mesh=self.mesh
+            )
+        return Quantized(vectors.reshape(latent.shape), codes, losses)
+
+    def encode(self, latent: Float[Array, "b h w d"]) -> Int[Array, "b h w"]:
+        """The index of the bridged code with the largest inner product with every latent."""
+        return self.nearest(latent, self.table(), inner_product=True)
+
+    def decode(self, codes: Int[Array, "b h w"], upto: int | None = None) -> Float[Array, "b h w d"]:
+        """The bridged codes at these indices. ValueError for an `upto`: there are no levels."""
+        if upto is not None:
+            raise ValueError("an IBQ quantizer has a single level: leave upto out")
+        return self.rows(self.table(), codes)
+
+    def folded(self) -> "IBQuantizer":
+        """The same without bridge and entropy term: its parameter `codebook` is the `table` of this one."""
+        return self.clone(bridge="none", entropy_weight=0.0)
