@@ -59,6 +59,11 @@ def check_tokenizer(saved: SavedGenerator, tokenizer: Tokenizer) -> None:
         f"tokenizer and generator do not belong together: {tokenizer} has {size} codes, and the generator {net.vocab}",
     )
     require(
+        not tokenizer.net.quantizer.level_names,
+        f"tokenizer and generator do not belong together: {tokenizer} has levels or scales, and a generator makes "
+        "codes [h, w]",
+    )
+    require(
         known.tokenizer in ("", found),
         f"tokenizer and generator do not belong together: the generator was trained on codes of the tokenizer "
         f"{known.tokenizer}, and this one is {found}",

@@ -9,8 +9,10 @@ import safetensors.numpy
 
 import fvq_jax
 from fvq_jax.inference.generator import Generator
+from fvq_jax.inference.saved import SavedTokenizer
 from fvq_jax.inference.saved_generator import Provenance, load_generator
 from fvq_jax.inference.tokenizer import Tokenizer
+from fvq_jax.models.quantizers.residual import ResidualQuantizer
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.training.checkpoint import Checkpoints
 from fvq_jax.training.state import NetworkState, TrainState
@@ -201,6 +203,14 @@ def test_a_tokenizer_that_does_not_belong_is_refused(provenance, changes, messag
     saved = random_generator(provenance=Provenance(**provenance), **changes)
     with pytest.raises(InputError, match=f"tokenizer and generator do not belong together: .*{message}"):
         Generator(saved, tokenizer())
+
+
+def test_a_tokenizer_with_levels_is_refused():
+    net = random_tokenizer().net
+    quantizer = ResidualQuantizer(codebook_size=64, code_dim=8, bridge="none", depth=2)
+    with_levels = Tokenizer(SavedTokenizer(net.clone(quantizer=quantizer), random_tokenizer().params))
+    with pytest.raises(InputError, match=r"2 levels, .* has levels or scales, and a generator makes codes \[h, w\]"):
+        Generator(random_generator(), with_levels)
 
 
 def test_a_tokenizer_that_belongs_is_taken():

@@ -15,6 +15,11 @@ def source_of(config: ConfigDict, split: Literal["train", "eval"]) -> CodeSource
     source = open_codes(path)
     info, grid = source.info, tuple(model.grid)
     require(
+        len(info.grid) == 2,
+        f"the codes of an image in {path} are {list(info.grid)}, and a generator takes codes [h, w]: use a tokenizer "
+        "whose quantizer has no levels or scales",
+    )
+    require(
         tuple(info.grid) == grid,
         f"the codes in {path} have the grid {tuple(info.grid)}, and generator.grid is {grid}: set "
         f"--config.generator.grid={','.join(map(str, info.grid))}",

@@ -20,9 +20,19 @@ from fvq_jax.training.checkpoint import Checkpoints
 from fvq_jax.training.loop import train
 from fvq_jax.training.metric_files import read_metrics
 from fvq_jax.training.state import NetworkState, TrainState
+from tests.helpers.code_folders import write_codes
 from tests.helpers.same_bits import assert_same_bits
 from tests.helpers.tiny import make_step
-from tests.helpers.tiny_generator import CLASSES, GRID, VOCAB, mesh_of, random_batch, tiny_config, write_splits
+from tests.helpers.tiny_generator import (
+    CLASSES,
+    GRID,
+    VOCAB,
+    chain_codes,
+    mesh_of,
+    random_batch,
+    tiny_config,
+    write_splits,
+)
 
 STEPS = 4
 QUICK = {"xla_backend_optimization_level": 0}  # to compile, and slower to run
@@ -178,6 +188,16 @@ def test_codes_that_do_not_fit_are_refused_before_anything_compiles(folder, tmp_
     config = tiny_config(folder, **changes)
     with pytest.raises(InputError, match=message):
         train(GeneratorTask, config, tmp_path / "run")
+
+
+def test_codes_with_levels_are_refused(tmp_path):
+    codes, labels = chain_codes(8, 0)
+    for split in ("train", "eval"):
+        write_codes(tmp_path / split, codes.reshape(8, 1, -1, 2, 2, 4), labels, vocab=64, classes=4, size=16)
+    with pytest.raises(
+        InputError, match=r"are \[2, 2, 4\], and a generator takes codes \[h, w\]: use a tokenizer whose"
+    ):
+        train(GeneratorTask, tiny_config(tmp_path), tmp_path / "run")
 
 
 def test_splits_of_two_tokenizers_or_conditions_are_refused(folder, tmp_path):
