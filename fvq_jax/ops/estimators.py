@@ -1,7 +1,13 @@
 """Gradient estimators for the quantizer, since its choice of a code has no gradient."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from fvq_jax.ops.vectors import l2_normalize
 
 
 @jax.custom_jvp
@@ -16,3 +22,26 @@ def straight_through(z: Float[Array, "*n d"], z_q: Float[Array, "*n d"]) -> Floa
 @straight_through.defjvp
 def _pass_to_latent(values, tangents):
     return values[1], tangents[0]
+
+
+def rotation(z: Float[Array, "*n d"], z_q: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+    """The value of `z_q`, bit for bit, with the gradient of turning and stretching `z` until it is `z_q`.
+
+    Turned is in the plane of both; other directions stay. The turn itself is taken as constant, and no gradient reaches
+    `z_q`. So a gradient keeps its angle to the vector and is stretched by |z_q| / |z|. Where `z` is 0 there is nothing
+    to turn, and the gradient passes straight through. Opposite vectors are mirrored. Source: arXiv 2410.06424.
+    """
+    start, end = jax.lax.stop_gradient((z, z_q))
+    length = jnp.linalg.norm(start, axis=-1, keepdims=True)
+    stretch = jnp.linalg.norm(end, axis=-1, keepdims=True) / jnp.where(length > 0, length, 1)
+    start, end = l2_normalize(start), l2_normalize(end)
+    between = l2_normalize(start + end)
+
+    def along(direction: Array) -> Array:
+        return jnp.sum(direction * z, axis=-1, keepdims=True)
+
+    turned = stretch * (z - 2 * along(between) * between + 2 * along(start) * end)
+    return straight_through(jnp.where(length > 0, turned, z), z_q)
+
+
+ESTIMATORS: dict[str, Callable[[Any, Any], Any]] = {"straight_through": straight_through, "rotation": rotation}

@@ -12,18 +12,23 @@ from jaxtyping import Array, Float, Int, Shaped
 from fvq_jax.models.quantizers.base import Quantized
 from fvq_jax.models.quantizers.table import TableQuantizer
 from fvq_jax.ops.code_usage import code_histogram
-from fvq_jax.ops.estimators import straight_through
+from fvq_jax.ops.estimators import ESTIMATORS
 from fvq_jax.ops.vq_losses import codebook_loss, commitment_loss
+from fvq_jax.runtime.fields import setting
 
 
 class LevelQuantizer(TableQuantizer):
-    """Sums of codes of a table that all levels share, with the straight-through estimator on the whole sum.
+    """Sums of codes of a table that all levels share; the gradient passes to the latent from the whole sum.
 
     Both losses, `codebook` and `commitment`, are means over the sums of the first 1, 2, ... levels. So a code is pulled
     by its own level and by all later ones.
 
     A variant defines `level_names`, `level_of`, `choose`, `sums` and `by_level`.
     """
+
+    estimator: str = setting(
+        "straight_through", "How the gradient passes from vectors to latents.", choices=tuple(ESTIMATORS)
+    )
 
     @property
     def levels(self) -> int:
@@ -53,7 +58,7 @@ class LevelQuantizer(TableQuantizer):
         sums = self.sums(table, codes, self.levels)
         wanted = jnp.broadcast_to(latent[..., None, :], sums.shape)
         losses = {"codebook": codebook_loss(wanted, sums), "commitment": commitment_loss(wanted, sums)}
-        return Quantized(straight_through(latent, sums[..., -1, :]), codes, losses)
+        return Quantized(ESTIMATORS[self.estimator](latent, sums[..., -1, :]), codes, losses)
 
     def encode(self, latent: Float[Array, "b h w d"]) -> Int[Array, "b ..."]:
         """The codes alone; no gradient."""

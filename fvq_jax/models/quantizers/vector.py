@@ -8,20 +8,23 @@ from jaxtyping import Array, Float, Int, Shaped
 from fvq_jax.models.quantizers.base import Quantized
 from fvq_jax.models.quantizers.table import TableQuantizer
 from fvq_jax.ops.entropy import entropy_loss
-from fvq_jax.ops.estimators import straight_through
+from fvq_jax.ops.estimators import ESTIMATORS
 from fvq_jax.ops.vectors import l2_normalize
 from fvq_jax.ops.vq_losses import codebook_loss, commitment_loss
 from fvq_jax.runtime.fields import setting
 
 
 class VectorQuantizer(TableQuantizer):
-    """Nearest-neighbour quantization against bridge(codebook), with the straight-through estimator.
+    """Nearest-neighbour quantization against bridge(codebook).
 
     The settings' texts say what they mean. Loss terms: `codebook`, `commitment`, and `entropy` if its weight is not 0.
     """
 
     l2_normalize: bool = setting(
         False, "Latents and codes are scaled to unit length before they are compared, and codes stay so.", stays=True
+    )
+    estimator: str = setting(
+        "straight_through", "How the gradient passes from vectors to latents.", choices=tuple(ESTIMATORS)
     )
     entropy_weight: float = setting(0.0, "Weight of the entropy loss; 0 leaves it out, at no cost.")
     entropy_temperature: float = setting(0.01, "Temperature of the soft assignments of the entropy loss.", above=0)
@@ -49,7 +52,7 @@ class VectorQuantizer(TableQuantizer):
         if self.entropy_weight > 0:
             tokens = z.reshape(-1, self.code_dim)
             losses["entropy"] = entropy_loss(tokens, table, temperature=self.entropy_temperature, mesh=self.mesh)
-        return Quantized(straight_through(z, chosen), codes, losses)
+        return Quantized(ESTIMATORS[self.estimator](z, chosen), codes, losses)
 
     def encode(self, latent: Float[Array, "b h w d"]) -> Int[Array, "b h w"]:
         """The index of the nearest bridged code for every latent."""

@@ -10,6 +10,8 @@ import pytest
 
 from fvq_jax.models.quantizers import QUANTIZERS, make_quantizer, quantizer_settings
 from fvq_jax.models.tokenizer import quantization_error
+from fvq_jax.ops.estimators import ESTIMATORS
+from fvq_jax.runtime.fields import settings_of
 
 SIDE = 4
 TINY = {
@@ -106,3 +108,24 @@ def test_its_settings_make_it_again_and_it_is_described(name):
     flops, passes = quantizer.uncounted_flops(128, "cpu")
     assert math.isfinite(flops)
     assert passes >= 1
+
+
+@pytest.mark.parametrize("name", [name for name, kind in QUANTIZERS.items() if "estimator" in settings_of(kind)])
+def test_the_estimator_decides_the_gradient_alone(name):
+    _, variables, latent, output = case(name)
+    found = {}
+    for estimator in ESTIMATORS:
+        other = make_quantizer({"name": name, **TINY[name], "estimator": estimator})
+
+        def loss(latent, other=other):
+            vectors = other.apply(variables, latent).vectors
+            return jnp.sum(vectors * jnp.arange(vectors.size).reshape(vectors.shape)), vectors
+
+        found[estimator], vectors = jax.jit(jax.grad(loss, has_aux=True))(latent)
+        np.testing.assert_allclose(vectors, output.vectors, atol=1e-6)
+        expected = ESTIMATORS[estimator]
+        own = jax.grad(
+            lambda z, passed=expected: jnp.sum(passed(z, output.vectors) * jnp.arange(z.size).reshape(z.shape))
+        )
+        np.testing.assert_allclose(found[estimator], own(latent), rtol=1e-3, atol=1e-2)
+    assert np.abs(found["rotation"] - found["straight_through"]).max() > 1
