@@ -92,10 +92,10 @@ def encode(
     files = FolderSource(source)
     tokenizer = Tokenizer.from_pretrained(tokenizer_path, l2_norm=l2_norm)
     _check_one_class(tokenizer, condition)
-    grid = _grid(size, tokenizer.downsampling)
+    shape = _code_shape(tokenizer, size)
     skipped = 0
     with (
-        CodeWriter(target, tokenizer.trained_net.quantizer.code_shape(grid, grid)) as writer,
+        CodeWriter(target, shape) as writer,
         tqdm(total=len(files), unit=" images", desc="encoding") as bar,
     ):
         for names, crops in _crops(files, size, batch):
@@ -111,7 +111,7 @@ def encode(
             bar.update(len(names))
         if not writer.rows:
             raise InputError(f"none of the {len(files)} files in {source} is a readable picture")
-    each = " x ".join(map(str, tokenizer.trained_net.quantizer.code_shape(grid, grid)))
+    each = " x ".join(map(str, shape))
     return f"{target}: {writer.rows} x {each} codes, {skipped} of {len(files)} files skipped"
 
 
@@ -182,14 +182,15 @@ def _prepare(args: argparse.Namespace) -> tuple[Source, Cropping, Encoder]:
     cropping = Cropping.parse(args.crops, args.scales, args.size, args.seed)
     source = _source(args.data, args.split, args.size)
     tokenizer = Tokenizer.from_pretrained(args.tokenizer, l2_norm=args.l2_norm)
-    grid = _grid(args.size, tokenizer.downsampling)
+    shape = _code_shape(tokenizer, args.size)
     condition = condition_of(tokenizer.classes, args.condition)
 
     def encode(crops: np.ndarray, labels: np.ndarray) -> np.ndarray:
         return tokenizer.encode(crops, labels_for(condition, labels))
 
     quantizer = tokenizer.trained_net.quantizer
-    shape = quantizer.code_shape(grid, grid)
+    if quantizer.level_names and jax.process_index() == 0:
+        sys.stderr.write(f"fvq_jax: codes with levels or scales cannot train the generator: {tokenizer}\n")
     path = os.path.abspath(args.tokenizer)
     return source, cropping, Encoder(encode, tokenizer.fingerprint, path, quantizer.size, shape, condition)
 
@@ -208,11 +209,12 @@ def _source(data: str, split: str | None, size: int) -> Source:
     return make_source(kind, which, image_size=size, train_dir=data, eval_dir=data)
 
 
-def _grid(size: int, factor: int) -> int:
-    """Codes along a side of a crop."""
-    if size < 1 or size % factor:
-        raise InputError(f"--size {size} is not divisible by the down-sampling of {factor}: use a multiple of it")
-    return size // factor
+def _code_shape(tokenizer: Tokenizer, size: int) -> tuple[int, ...]:
+    """The shape of the codes of a crop. InputError, naming the option, for a size that does not fit."""
+    try:
+        return tokenizer.code_shape(size, size)
+    except InputError as error:
+        raise InputError(f"--size {size}: {error}") from None
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

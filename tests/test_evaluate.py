@@ -229,7 +229,7 @@ def test_a_missing_weight_file_is_named_and_the_rest_computed(saved, folder, tmp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--size=15"], "--size 15 is not divisible by the down-sampling of 2"),
+        (["--size=15"], "--size 15: images of 15 x 15 pixels do not fit the down-sampling of 2"),
         (["--size=16", "--batch=0"], "--batch must be at least 1"),
         (["--size=16", "--images=-1"], "--images, --crops and --seed at least 0"),
         (["--size=16", "--inception=PICTURE"], "is damaged or not written by torch.save"),

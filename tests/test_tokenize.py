@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tracemalloc
 
+import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -17,7 +18,11 @@ from fvq_jax.data.codes import open_codes
 from fvq_jax.data.croppings import Cropping
 from fvq_jax.data.decode import open_image
 from fvq_jax.data.transforms import resize_center
+from fvq_jax.inference.saved import SavedTokenizer
 from fvq_jax.inference.tokenizer import Tokenizer
+from fvq_jax.models.quantizers.multi_scale import MultiScaleQuantizer
+from fvq_jax.models.quantizers.residual import ResidualQuantizer
+from fvq_jax.ops.pixels import to_uint8
 from tests.data.test_prepare import run as prepare
 from tests.data.test_tfds import write_data_set
 from tests.helpers.random_tokenizer import random_tokenizer
@@ -92,7 +97,7 @@ def test_names_that_lead_out_of_the_folder_are_refused(name, saved, tmp_path, ca
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--size=15"], "--size 15 is not divisible by the down-sampling of 2"),
+        (["--size=15"], "--size 15: images of 15 x 15 pixels do not fit the down-sampling of 2"),
         (["--size=16", "--batch=0"], "--batch must be at least 1, not 0"),
         (["--size=16", "--l2_norm=true"], "l2_norm=True contradicts"),
     ],
@@ -236,7 +241,7 @@ def test_a_bridge_with_classes_is_given_the_label_or_no_class(folder, tmp_path, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--size=15"], "--size 15 is not divisible by the down-sampling of 2"),
+        (["--size=15"], "--size 15: images of 15 x 15 pixels do not fit the down-sampling of 2"),
         (["--size=0"], "--size 0 cannot be"),
         (["--batch=0"], "--batch and --shard-size must be at least 1"),
         (["--crops=nine"], "--crops=nine cannot be: use center, ten, or random:N"),
@@ -337,3 +342,40 @@ def test_a_condition_without_classes_is_refused(saved, folder, tmp_path, capsys)
     with pytest.raises(SystemExit):
         tokenize.main([*args, "--condition=label"])
     assert "must be a label such as 7, or null, not 'label'" in capsys.readouterr().err
+
+
+def saved_with(quantizer, path):
+    net = random_tokenizer(bridge="none").net.clone(quantizer=quantizer)
+    params = jax.jit(net.init)(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))["params"]
+    Tokenizer(SavedTokenizer(net, jax.device_get(params))).save_pretrained(path)
+    return path
+
+
+PLAIN = {"codebook_size": 64, "code_dim": 8, "bridge": "none", "init_std": 1.0}
+
+
+def test_codes_with_levels_are_written_and_read(folder, tmp_path, capsys):
+    path = saved_with(ResidualQuantizer(**PLAIN, depth=3), tmp_path / "tokenizer")
+    assert tokenize.main(["encode", str(folder), str(tmp_path / "c.npz"), f"--tokenizer={path}", "--size=16"]) == 0
+    with np.load(tmp_path / "c.npz") as file:
+        codes, names = file["codes"], file["names"]
+    assert codes.shape == (len(names), 8, 8, 3)
+    assert f"{len(names)} x 8 x 8 x 3 codes" in capsys.readouterr().out
+    assert tokenize.main(["decode", str(tmp_path / "c.npz"), str(tmp_path / "out"), f"--tokenizer={path}"]) == 0
+    tokenizer = Tokenizer.from_pretrained(path)
+    first = np.asarray(Image.open(tmp_path / "out" / pathlib.PurePath(str(names[0])).with_suffix(".png")))
+    np.testing.assert_array_equal(first, np.asarray(to_uint8(tokenizer.decode(codes[:1])))[0])
+
+
+def test_scales_take_one_size_of_pictures(folder, tmp_path, capsys):
+    path = saved_with(MultiScaleQuantizer(**PLAIN, scales=(1, 2, 4), phi_count=2), tmp_path / "tokenizer")
+    for command in (
+        ["encode", str(folder), str(tmp_path / "c.npz")],
+        ["extract", f"--data={folder}", f"--out={tmp_path}/e"],
+    ):
+        assert tokenize.main([*command, f"--tokenizer={path}", "--size=16"]) == 2
+        err = capsys.readouterr().err
+        assert "--size 16: this tokenizer takes images of 8 x 8 pixels only, not of 16 x 16" in err
+        assert err.count("\n") == 1
+    assert extract(path, folder, tmp_path / "e", "--size=8") == 0
+    assert "codes with levels or scales cannot train the generator" in capsys.readouterr().err

@@ -68,7 +68,7 @@ METRICS: dict[str, Metric] = {
     "dead_codes": Metric("Dead codes", ",", larger_is_better=False),
     "perplexity": Metric("Perplexity", ",.0f", larger_is_better=True),
     "quantization_error": Metric("Quantization error", ".4g", larger_is_better=False),
-    "relative_quantization_error": Metric("Quantization error of |z|^2", ".1%", larger_is_better=False),
+    "relative_quantization_error": Metric("Quantization error, share of |z|^2", ".1%", larger_is_better=False),
     "bits_per_pixel": Metric("Bits per pixel", ".3g"),
     "parameters": Metric("Parameters", ",.0f"),
     "seconds": Metric("Time", ",.0f", "s", larger_is_better=False),

@@ -213,8 +213,10 @@ def _prepare(args: argparse.Namespace) -> _Prepared:
     trained = _config_of_run(path)
     size = args.size or (trained.data.image_size if trained else SIZE)
     tokenizer = Tokenizer.from_pretrained(path, l2_norm=args.l2_norm)
-    if size < 1 or size % tokenizer.downsampling:
-        raise InputError(f"--size {size} is not divisible by the down-sampling of {tokenizer.downsampling}")
+    try:
+        tokenizer.code_shape(size, size)
+    except InputError as error:
+        raise InputError(f"--size {size}: {error}") from None
     condition = condition_of(tokenizer.classes, args.condition)
     images = args.images or (trained.eval.images if trained and args.data is None else 0)
     source, data = _source(args.data, size, images, copy.deepcopy(trained))

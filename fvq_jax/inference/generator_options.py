@@ -61,7 +61,7 @@ def check_tokenizer(saved: SavedGenerator, tokenizer: Tokenizer) -> None:
     require(
         not tokenizer.net.quantizer.level_names,
         f"tokenizer and generator do not belong together: {tokenizer} has levels or scales, and a generator makes "
-        "codes [h, w]",
+        "codes [h, w]: use a tokenizer whose quantizer has none",
     )
     require(
         known.tokenizer in ("", found),

@@ -119,18 +119,37 @@ class Tokenizer:
         """How many classes of pictures have a table of their own; 0 if there is a single table."""
         return self.trained_net.quantizer.classes
 
+    def code_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """The shape of the codes of an image of so many pixels. InputError, which says what would fit, for a size."""
+        factor, only = self.downsampling, self.net.quantizer.only_grid
+        sides = only or tuple(-(-max(side, 1) // factor) for side in (height, width))
+        fitting = " x ".join(str(side * factor) for side in sides)
+        if height % factor or width % factor or height < 1 or width < 1:
+            raise InputError(
+                f"images of {height} x {width} pixels do not fit the down-sampling of {factor}: height and width must "
+                f"be multiples of it, for instance {fitting}"
+            )
+        if only not in (None, (height // factor, width // factor)):
+            raise InputError(f"this tokenizer takes images of {fitting} pixels only, not of {height} x {width}: {self}")
+        return self.net.quantizer.code_shape(height // factor, width // factor)
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """Says which codes come out, in 16 hexadecimal digits: codes of one tokenizer are noise to another.
 
         It is the start of a SHA-256 over the weights of encoder and `quant_conv` (names, shapes, float32 values) and
-        the quantizer's name, number and dimension of codes, and whether they have unit length. The decoder does not
+        the quantizer's name, number and dimension of codes, whether they have unit length, and what else its
+        architecture says but the bridge: its depth, scales or levels. The decoder does not
         count, so that codes stay valid when it is fine-tuned. Neither does the table, since the last bits of a folded
         one depend on the processor: a tokenizer that differs in nothing but its table is not told apart.
         """
         quantizer = self.trained_net.quantizer
         name, unit_length = quantizer_settings(quantizer)["name"], bool(getattr(quantizer, "l2_normalize", False))
-        digest = hashlib.sha256(repr((name, quantizer.size, quantizer.latent_dim, unit_length)).encode())
+        known = (name, quantizer.size, quantizer.latent_dim, unit_length)
+        if name != "vector":  # whose fingerprints are in files since before there were others
+            beside = {"codebook_size", "code_dim", "bridge", "bridge_groups"}
+            known += tuple(sorted((k, v) for k, v in quantizer.architecture().items() if k not in beside))
+        digest = hashlib.sha256(repr(known).encode())
         weights = flatten({part: self.params[part] for part in ("encoder", "quant_conv")})
         for path, value in sorted(weights.items()):
             digest.update(f"{path} {list(value.shape)}".encode())
@@ -213,12 +232,7 @@ class Tokenizer:
         if images.ndim != 4 or images.shape[-1] != 3:
             raise InputError(f"images must be [b, H, W, 3], not {list(images.shape)}")
         height, width = images.shape[1:3]
-        if height % factor or width % factor or not height or not width:
-            fitting = " x ".join(str(-(-max(side, 1) // factor) * factor) for side in (height, width))
-            raise InputError(
-                f"images of {height} x {width} pixels do not fit the down-sampling of {factor}: height and width must "
-                f"be multiples of it, for instance {fitting}"
-            )
+        self.code_shape(height, width)
         if images.dtype != np.uint8:
             if not jnp.issubdtype(images.dtype, jnp.floating):
                 raise InputError(f"images must be uint8, or floating-point in [-1, 1], not {images.dtype}")
@@ -229,12 +243,7 @@ class Tokenizer:
                     f"floating-point images must be in [-1, 1], not from {images.min():g} to {images.max():g} "
                     "(uint8 images are scaled here)"
                 )
-        grid = (height // factor, width // factor)
-        try:
-            self.net.quantizer.code_shape(*grid)
-        except ValueError as error:
-            raise InputError(str(error)) from None
-        return images, grid
+        return images, (height // factor, width // factor)
 
     def _all_latents(self, images: np.ndarray, grid: tuple[int, int]) -> Float[np.ndarray, "b h w d"]:
         nothing = np.zeros((0, *grid, self.net.quantizer.latent_dim), np.float32)

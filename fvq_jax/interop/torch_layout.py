@@ -80,7 +80,7 @@ def check_layout(net: TokenizerNet) -> None:
 
 def _vector_quantizer(net: TokenizerNet) -> VectorQuantizer:
     if not isinstance(net.quantizer, VectorQuantizer):
-        raise InputError("the published layouts hold vector quantizers only")
+        raise InputError("the published layouts hold vector quantizers only: save it without a layout, as a folder")
     return net.quantizer
 
 

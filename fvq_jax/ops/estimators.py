@@ -9,6 +9,8 @@ from jaxtyping import Array, Float
 
 from fvq_jax.ops.vectors import l2_normalize
 
+SHORTEST = 1e-6  # latents below this length have no direction
+
 
 @jax.custom_jvp
 def straight_through(z: Float[Array, "*n d"], z_q: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
@@ -21,19 +23,20 @@ def straight_through(z: Float[Array, "*n d"], z_q: Float[Array, "*n d"]) -> Floa
 
 @straight_through.defjvp
 def _pass_to_latent(values, tangents):
-    return values[1], tangents[0]
+    return values[1], tangents[0].astype(values[1].dtype)
 
 
 def rotation(z: Float[Array, "*n d"], z_q: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
     """The value of `z_q`, bit for bit, with the gradient of turning and stretching `z` until it is `z_q`.
 
-    Turned is in the plane of both; other directions stay. The turn itself is taken as constant, and no gradient reaches
-    `z_q`. So a gradient keeps its angle to the vector and is stretched by |z_q| / |z|. Where `z` is 0 there is nothing
-    to turn, and the gradient passes straight through. Opposite vectors are mirrored. Source: arXiv 2410.06424.
+    The turn happens in the plane of both vectors; directions outside it stay as they are. It is taken as constant, and
+    no gradient reaches `z_q`. So a gradient keeps its angle to the vector and is stretched by |z_q| / |z|: it vanishes
+    with codes that are much shorter than latents, as a fresh codebook's are. A `z` shorter than 1e-6 is not turned, and
+    the gradient passes straight through. Opposite vectors are mirrored. Source: arXiv 2410.06424.
     """
     start, end = jax.lax.stop_gradient((z, z_q))
     length = jnp.linalg.norm(start, axis=-1, keepdims=True)
-    stretch = jnp.linalg.norm(end, axis=-1, keepdims=True) / jnp.where(length > 0, length, 1)
+    stretch = jnp.linalg.norm(end, axis=-1, keepdims=True) / jnp.where(length > SHORTEST, length, 1)
     start, end = l2_normalize(start), l2_normalize(end)
     between = l2_normalize(start + end)
 
@@ -41,7 +44,7 @@ def rotation(z: Float[Array, "*n d"], z_q: Float[Array, "*n d"]) -> Float[Array,
         return jnp.sum(direction * z, axis=-1, keepdims=True)
 
     turned = stretch * (z - 2 * along(between) * between + 2 * along(start) * end)
-    return straight_through(jnp.where(length > 0, turned, z), z_q)
+    return straight_through(jnp.where(length > SHORTEST, turned, z), z_q)
 
 
 ESTIMATORS: dict[str, Callable[[Any, Any], Any]] = {"straight_through": straight_through, "rotation": rotation}

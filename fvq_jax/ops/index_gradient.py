@@ -30,8 +30,8 @@ def with_index_gradient(
     """The chosen codes, unchanged; their gradient also reaches latents and codes by way of the index.
 
     To `chosen` passes the whole gradient g. Of token t it passes to the logit of code j as p_j (g.e_j - g.m), where
-    p = softmax(z.e) over all codes and m is the sum of p_j e_j; from there to z and to every code as a factor of the
-    logit. float32 at HIGHEST precision.
+    p = softmax(z.e) over all codes and m is the sum of p_j e_j; from the logit it passes on to z and to e_j, its two
+    factors. float32 at HIGHEST precision.
 
     Temporaries are [n, block_size] and [n, d]. On a mesh with axes `data` and `codebook` they have n / data rows, and
     every device visits its own codes; n must be a multiple of the number of devices, and k of the size of `codebook`.

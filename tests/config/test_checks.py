@@ -11,7 +11,7 @@ from fvq_jax.config.checks import validate
 from fvq_jax.models.discriminators.patchgan import PatchGAN
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.tasks import default_config, task_of
-from fvq_jax.tasks.tokenizer.fields import downsampling
+from fvq_jax.tasks.tokenizer.fields import downsampling, use_quantizer
 from tests.helpers.tiny import tiny_config
 
 FOLDERS = {"data.train_dir": "train", "data.eval_dir": "eval"}
@@ -330,3 +330,13 @@ def test_a_missing_field_is_named():
 @pytest.mark.parametrize(("levels", "factor"), [((1,), 1), ((1, 1, 2), 4), ((1, 1, 2, 2, 4), 16)])
 def test_downsampling(levels, factor):
     assert downsampling(tiny_config(**{"tokenizer.ch_mult": levels})) == factor
+
+
+def test_a_rate_of_the_quantizer_needs_one_with_parameters():
+    config = tiny_config()
+    use_quantizer(config, "fsq", levels=(4, 4, 4))
+    check(config, 8)
+    config.optim.codebook_learning_rate = 1e-3
+    assert "codebook_learning_rate is the rate of a quantizer's parameters, and FSQ, levels 4 4 4 has none" in refusal(
+        config
+    )

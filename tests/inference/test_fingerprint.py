@@ -9,6 +9,8 @@ import pytest
 
 from fvq_jax.inference.saved import SavedTokenizer
 from fvq_jax.inference.tokenizer import Tokenizer
+from fvq_jax.models.quantizers.multi_scale import MultiScaleQuantizer
+from fvq_jax.models.quantizers.residual import ResidualQuantizer
 from tests.helpers.golden_case import GOLDEN
 from tests.helpers.random_tokenizer import random_tokenizer
 
@@ -60,3 +62,24 @@ def test_it_changes_with_what_decides_the_codes_and_not_with_the_decoder():
     others.append(Tokenizer(random_tokenizer(l2_normalize=True)).fingerprint)
     others.append(Tokenizer(random_tokenizer(codebook_size=32)).fingerprint)
     assert len({own, *others}) == 6
+
+
+def test_it_tells_quantizers_of_one_kind_apart_by_what_decides_their_codes():
+    saved = random_tokenizer()
+
+    def fingerprint(quantizer):
+        return Tokenizer(SavedTokenizer(saved.net.clone(quantizer=quantizer), saved.params)).fingerprint
+
+    plain = {"codebook_size": 64, "code_dim": 8, "bridge": "none"}
+    found = [
+        fingerprint(quantizer)
+        for quantizer in (
+            saved.net.quantizer,
+            ResidualQuantizer(**plain, depth=2),
+            ResidualQuantizer(**plain, depth=3),
+            MultiScaleQuantizer(**plain, scales=(1, 2), phi_count=1),
+            MultiScaleQuantizer(**plain, scales=(1, 3), phi_count=1),
+        )
+    ]
+    assert len(set(found)) == len(found)
+    assert fingerprint(ResidualQuantizer(**plain, depth=2, estimator="rotation")) == found[1]

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
+from fvq_jax.ops.code_usage import code_histogram
 from fvq_jax.runtime.mesh import Rules
 
 
@@ -50,6 +51,9 @@ class Quantizer(nn.Module):
 
     dtype: DTypeLike = jnp.float32
     mesh: Mesh | None = None
+
+    # Whether it has parameters.
+    trained: ClassVar[bool] = True
 
     # (pattern, layout); a pattern is matched against the path of an array after `/quantizer/`. Exactly one must match
     # each parameter and each array of state; it also matches the moments and the moving average of the parameter.
@@ -86,8 +90,8 @@ class Quantizer(nn.Module):
         return None
 
     def code_shape(self, h: int, w: int) -> tuple[int, ...]:
-        """The shape of the codes of one image whose latents are [h, w, d]."""
-        raise NotImplementedError
+        """The shape of the codes of one image whose latents are [h, w, d]. By default there is a code per latent."""
+        return h, w
 
     def grid(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """The inverse of `code_shape`: h and w of an image's latents, from the shape of its codes.
@@ -148,8 +152,8 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def counts(self, codes: Int[Array, "b ..."]) -> Int[Array, "levels k"]:
-        """How often each code was chosen, separately for every level or scale (a plain quantizer has one)."""
-        raise NotImplementedError
+        """How often each code was chosen, separately for every level or scale; by default there is one."""
+        return code_histogram(codes, self.size)[None]
 
     def uncounted_flops(self, tokens: int, platform: str) -> tuple[float, int]:
         """(flops to quantize so many tokens, over all devices, that XLA does not count; passes that each takes).

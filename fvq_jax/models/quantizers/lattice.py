@@ -1,17 +1,16 @@
-"""What quantizers have in common whose vectors form a fixed lattice: nothing is searched, and nothing is trained.
+"""The common part of quantizers whose vectors form a fixed lattice: nothing is searched, and nothing is trained.
 
 A code follows from its latent channel by channel. So there is no table, all devices work on their own latents, and the
 axis `codebook` divides only the batch.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from fvq_jax.models.quantizers.base import Quantizer
-from fvq_jax.ops.code_usage import code_histogram
 from fvq_jax.runtime.fields import setting
 
 MOST_CODES = 2**24  # a histogram of all codes is kept
@@ -25,18 +24,12 @@ def channels(values: Shaped[np.ndarray, "d"]) -> Shaped[np.ndarray, "1 1 1 d"]:
 class LatticeQuantizer(Quantizer):
     """A quantizer without table, parameters and state. The file of a variant says what the lattice is."""
 
-    def code_shape(self, h: int, w: int) -> tuple[int, ...]:
-        """One code per latent."""
-        return h, w
+    trained: ClassVar[bool] = False
 
     def table(self, condition: Int[Array, ""] | int | None = None) -> None:
         """None, since no table is searched."""
         if condition is not None:
             raise ValueError("a quantizer without table has no classes: leave condition out")
-
-    def counts(self, codes: Int[Array, "b ..."]) -> Int[Array, "1 k"]:
-        """How often each code was chosen, as a single level."""
-        return code_histogram(codes, self.size)[None]
 
     @property
     def foldable(self) -> bool:
@@ -59,7 +52,7 @@ class BinaryQuantizer(LatticeQuantizer):
     A variant says by `bit_values` what each bit counts in the code, and by `length` how large its channel becomes.
     """
 
-    bits: int = setting(18, "Bits of a code: so many channels have the latents.", above=0, stays=True)
+    bits: int = setting(18, "Bits of a code; latents have as many channels.", above=0, stays=True)
     entropy_weight: float = setting(
         0.1, "Weight of the entropy loss: sure codes, evenly used; 0 leaves it out, at no cost."
     )

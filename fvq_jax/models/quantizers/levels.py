@@ -27,7 +27,9 @@ class LevelQuantizer(TableQuantizer):
     """
 
     estimator: str = setting(
-        "straight_through", "How the gradient passes from vectors to latents.", choices=tuple(ESTIMATORS)
+        "straight_through",
+        "How the gradient passes from vectors to latents; rotation wants codes about as long as latents, see init_std.",
+        choices=tuple(ESTIMATORS),
     )
 
     @property

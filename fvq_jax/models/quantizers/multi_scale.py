@@ -81,6 +81,8 @@ class MultiScaleQuantizer(LevelQuantizer):
     def check(self, axis: int = 1) -> None:
         """As for every table; scales must grow, and every convolution must have a scale."""
         super().check(axis)
+        if self.classes:
+            raise ValueError(f"the bridge {self.bridge} has a table for each class: scales need a single one")
         scales = self.scales
         whole = bool(scales) and all(type(size) is int and size > 0 for size in scales)
         if not whole or sorted(set(scales)) != list(scales):

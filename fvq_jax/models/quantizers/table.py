@@ -16,7 +16,6 @@ from jaxtyping import Array, Float, Int
 
 from fvq_jax.models.quantizers.base import Quantizer
 from fvq_jax.models.quantizers.bridge import make_bridge, parse_bridge, rows_of_groups
-from fvq_jax.ops.code_usage import code_histogram
 from fvq_jax.ops.nearest import IMPLEMENTATIONS, PASSES, nearest_code, runs_kernel
 from fvq_jax.ops.nearest_xla import BLOCK_SIZE
 from fvq_jax.ops.sharded_codebook import sharded_lookup, sharded_nearest_code
@@ -96,10 +95,6 @@ class TableQuantizer(Quantizer):
         """The weights of both terms."""
         return {"codebook": self.codebook_weight, "commitment": self.commitment_weight}
 
-    def code_shape(self, h: int, w: int) -> tuple[int, ...]:
-        """One code per latent."""
-        return h, w
-
     def check(self, axis: int = 1) -> None:
         """The bridge's groups must fit the codebook, and the axis must divide the rows of groups."""
         spec = parse_bridge(self.bridge)
@@ -130,20 +125,12 @@ class TableQuantizer(Quantizer):
         squares = " or ".join(str((n * patch) ** 2) for n in (side, side + 1) if n)
         return f"use {squares} codes, or any multiple of {patch**2} with bridge_groups=1d"
 
-    def encode(self, latent: Float[Array, "b h w d"]) -> Int[Array, "b ..."]:
-        """The codes alone; no gradient."""
-        return self(latent).codes
-
     def table(self, condition: Int[Array, ""] | int | None = None) -> Float[Array, "k d"]:
         """The bridged codebook, if the bridge has classes that of one."""
         if condition is not None and not self.classes:
             raise ValueError(f"the bridge {self.bridge} has no classes: leave condition out")
         given = () if condition is None else (condition,)
         return self.codebook if self.bridge_net is None else self.bridge_net(self.codebook, *given)
-
-    def counts(self, codes: Int[Array, "b ..."]) -> Int[Array, "1 k"]:
-        """How often each code was chosen, as a single level."""
-        return code_histogram(codes, self.codebook_size)[None]
 
     def uncounted_flops(self, tokens: int, platform: str) -> tuple[float, int]:
         """The flops of the search that XLA does not count, and their passes."""

@@ -24,7 +24,9 @@ class VectorQuantizer(TableQuantizer):
         False, "Latents and codes are scaled to unit length before they are compared, and codes stay so.", stays=True
     )
     estimator: str = setting(
-        "straight_through", "How the gradient passes from vectors to latents.", choices=tuple(ESTIMATORS)
+        "straight_through",
+        "How the gradient passes from vectors to latents; rotation wants codes about as long as latents, see init_std.",
+        choices=tuple(ESTIMATORS),
     )
     entropy_weight: float = setting(0.0, "Weight of the entropy loss; 0 leaves it out, at no cost.")
     entropy_temperature: float = setting(0.01, "Temperature of the soft assignments of the entropy loss.", above=0)

@@ -14,6 +14,7 @@ _HEAD_UNIT = 4  # channels of a head come in pairs, one half of which rotates by
 def check(config: ConfigDict, devices: int) -> None:
     """Raises InputError for what the types and ranges of single fields cannot show."""
     _check_network(config)
+    _check_unroll(config)
     _check_layout(config, devices)
     _check_samples(config)
     for name in ("train_dir", "eval_dir"):
@@ -68,6 +69,13 @@ def _check_network(config: ConfigDict) -> None:
         head % _HEAD_UNIT == 0,
         f"generator.width {width} / generator.heads {heads} = {head} channels of a head, which is not a multiple of "
         f"{_HEAD_UNIT}: set generator.width to {near(width, _HEAD_UNIT * heads)}",
+    )
+
+
+def _check_unroll(config: ConfigDict) -> None:
+    require(
+        not (config.generator.unroll and config.generator.remat),
+        "generator.unroll keeps what generator.remat would save: set only one of them",
     )
 
 

@@ -34,7 +34,7 @@ _FIELDS: dict[str, Field] = {
     ),
     "generator.remat": Field(False, "Recompute layers in the backward pass, to save memory."),
     "generator.unroll": Field(
-        False, "Compile every layer instead of one in a loop: slower to compile, faster on a CPU."
+        False, "Compile every layer, not one in a loop: a faster step on a CPU, slower to compile, more memory."
     ),
     "optim.weight_decay": Field(0.05, "AdamW's decay of matrices; vectors, the weights of norms, do not decay."),
     "data.source": Field("codes", "What to train on: codes that were extracted before.", choices=SOURCES, stays=True),

@@ -45,6 +45,11 @@ def _check_quantizer(config: ConfigDict, devices: int) -> None:
     except ValueError as error:
         raise InputError(f"{QUANTIZER}: {error}") from None
     require(
+        quantizer.trained or config.optim.codebook_learning_rate == 0,
+        f"optim.codebook_learning_rate is the rate of a quantizer's parameters, and {quantizer.description} has none: "
+        "set it to 0",
+    )
+    require(
         not quantizer.classes,
         f"{QUANTIZER}: {quantizer.description} has a table for each of {quantizer.classes} classes, and such a "
         "quantizer can be used but not trained, since every picture of a batch would need a table of its own: "

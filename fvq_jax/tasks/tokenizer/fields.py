@@ -61,7 +61,7 @@ _FIELDS: dict[str, Field] = {
     "adversarial.ndf": Field(64, "Channels of PatchGAN.", above=0, stays=True),
     "adversarial.layers": Field(3, "Convolutions of stride 2 of PatchGAN.", above=0, stays=True),
     "optim.codebook_learning_rate": Field(
-        0.0, "Peak rate of codebook and bridge; 0: they follow learning_rate.", stays=True
+        0.0, "Peak rate of the quantizer's parameters, codebook and bridge; 0: they follow learning_rate.", stays=True
     ),
     "optim.codebook_decay": Field("constant", "How codebook_learning_rate falls after the hold.", choices=DECAYS),
     "optim.train_only": Field(

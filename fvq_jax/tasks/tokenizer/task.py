@@ -24,12 +24,13 @@ from fvq_jax.interop.lpips import load_lpips
 from fvq_jax.models.discriminators.patchgan import PatchGAN
 from fvq_jax.models.discriminators.stylegan import StyleGANDiscriminator
 from fvq_jax.models.frozen.lpips import lpips_shapes
-from fvq_jax.models.quantizers import make_quantizer
+from fvq_jax.models.quantizers import QUANTIZERS, make_quantizer, quantizer_fields
 from fvq_jax.models.tokenizer import TokenizerNet
 from fvq_jax.ops.code_usage import level_statistics, perplexity, usage
 from fvq_jax.ops.pixels import to_float
 from fvq_jax.report.pictures import reconstruction_grid
 from fvq_jax.report.tokenizer import Report, Trained, write_report
+from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.fields import Field
 from fvq_jax.runtime.mesh import Rules, replicated
 from fvq_jax.runtime.names import dotted
@@ -73,7 +74,16 @@ class TokenizerTask(Task):
     def fields(cls, config: ConfigDict | None = None) -> dict[str, Field]:
         """The fields of `tasks/tokenizer/fields.py`, and those of the config's quantizer."""
         section = {} if config is None else config.get("tokenizer", {}).get("quantizer", {})
-        return fields(section.get("name", "vector"))
+        name = section.get("name", "vector")
+        found = fields(name)
+        for other in QUANTIZERS:
+            if other != name and set(section) == set(quantizer_fields(other)) != set(quantizer_fields(name)):
+                raise InputError(
+                    f"tokenizer.quantizer.name is {name}, and the other fields of the section are those of {other}: "
+                    f'choose the quantizer in a config file, by use_quantizer(config, "{name}", ...), see '
+                    "docs/quantizers.md"
+                )
+        return found
 
     @classmethod
     def check(cls, config: ConfigDict, devices: int) -> None:

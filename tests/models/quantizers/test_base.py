@@ -158,7 +158,7 @@ def test_a_run_with_it_resumes_bit_for_bit(tmp_path):
 
 
 def own_fields(kind):
-    return {field for field in inspect.get_annotations(kind) if field not in ("rules", "name", "parent")}
+    return {field for field in inspect.get_annotations(kind) if field not in ("rules", "trained", "name", "parent")}
 
 
 def test_the_settings_of_a_quantizer_are_its_section_and_nothing_else():
@@ -195,7 +195,14 @@ def test_what_does_not_fit_a_quantizer_is_refused_with_the_section():
         use_quantizer(tiny_config(), "ema", bridge="none")
     config = ema_config()
     config.tokenizer.quantizer.name = "vector"
-    assert "tokenizer.quantizer.decay" in refusal(config)
+    assert (
+        'fields of the section are those of ema: choose the quantizer in a config file, by use_quantizer(config, "vec'
+        in (refusal(config))
+    )
+    config.tokenizer.quantizer.name = "ema"
+    with config.unlocked():
+        config.tokenizer.quantizer.decai = 0.5
+    assert "unknown config field tokenizer.quantizer.decai; did you mean tokenizer.quantizer.decay?" in refusal(config)
     config = ema_config()
     config.tokenizer.quantizer.name = "fancy"
     known = ", ".join(QUANTIZERS)
@@ -213,11 +220,14 @@ def test_the_base_asks_for_every_part_of_the_contract():
         "scope",
         "rules",
         "uncounted_flops",
+        "code_shape",
         "compared",
+        "counts",
         "grid",
         "level_of",
         "level_names",
         "only_grid",
+        "trained",
         "folded_params",
     }  # these have a default
     for name in {name for name in vars(Quantizer) if not name.startswith("_")} - given:

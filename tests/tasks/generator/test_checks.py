@@ -38,6 +38,10 @@ def test_the_tiny_config_can_run():
             "generator.width 20 is not divisible by mesh.data=8.* 16 or 24",
         ),
         ({"generator.hidden": 20}, r"feed-forward width \(generator.hidden\) 20 is not divisible by mesh.data=8"),
+        (
+            {"generator.unroll": True, "generator.remat": True},
+            "unroll keeps what generator.remat would save: set only one",
+        ),
         ({"data.train_dir": ""}, "data.train_dir is empty: set --config.data.train_dir=DIR .*tokenize extract"),
         ({"data.eval_dir": ""}, "data.eval_dir is empty"),
         ({"data.source": "folder"}, "data.source must be one of codes"),
