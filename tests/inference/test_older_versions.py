@@ -112,4 +112,6 @@ def test_every_field_of_its_config_has_a_name_today(written):
         *sections, last = name.split(".")
         there = functools.reduce(lambda section, part: section[part], sections, config)[last]
         assert there == (tuple(value) if isinstance(value, list) else value), name
-    assert upgraded(json.loads(config.to_json())) == flat
+    new = {"tokenizer.quantizer.init_std", "tokenizer.quantizer.estimator"}  # fields that were added since
+    now = upgraded(json.loads(config.to_json()))
+    assert {name: value for name, value in now.items() if name not in new} == flat

@@ -65,7 +65,8 @@ def test_the_comparison_is_worth_making():
     first, second = np.sort(np.square(z[:, None] - e[None]).sum(axis=2), axis=1)[:, :2].T
     rounding = 2e-6 * (np.square(z).sum(axis=1) + np.square(e).sum(axis=1).max())
     assert (second - first > rounding).all()
-    assert set(terms) == {f"loss/{name}" for name in ("codebook", "commitment", "entropy", "reconstruction", "total")}
+    losses = {f"loss/{name}" for name in ("codebook", "commitment", "entropy", "reconstruction", "total")}
+    assert set(terms) == losses | {"quantization/error", "quantization/relative_error"}
     assert np.any(gradients["quantizer"]["codebook"], axis=1).all()
 
 
