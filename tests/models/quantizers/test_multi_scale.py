@@ -156,7 +156,7 @@ def test_it_is_described_by_its_sizes_bridge_and_scales():
         ({"scales": (1, 2, 2)}, "scales must be growing positive whole numbers"),
         ({"scales": (2, 1)}, "scales must be growing positive whole numbers"),
         ({"scales": (True, 2)}, "scales must be growing positive whole numbers"),
-        ({"bridge": "dit-XS/2-c4"}, "has a table for each class: scales need a single one"),
+        ({"codebook_size": 64, "bridge": "dit-XS/2-c4"}, "has a table for each class: scales need a single one"),
         ({"phi_count": 5}, "phi_count 5 leaves a convolution that none of the 4 scales uses; use one of 1, 2, 3, 4$"),
         ({"scales": (1, 2, 3, 4, 5, 6, 7), "phi_count": 6}, "use one of 1, 2, 3, 4, 5, 7$"),
     ],
