@@ -47,4 +47,24 @@ def rotation(z: Float[Array, "*n d"], z_q: Float[Array, "*n d"]) -> Float[Array,
     return straight_through(jnp.where(length > SHORTEST, turned, z), z_q)
 
 
+def dynamic(
+    z: Float[Array, "*n d"], z_q: Float[Array, "*n d"], smallest_of_code: Callable[[Any], Any]
+) -> Float[Array, "*n d"]:
+    """The value of `z_q`, bit for bit; the gradient passes to a latent the less, the farther it is from its code.
+
+    It is multiplied by (smallest squared distance of all latents with this code) / (squared distance of this latent),
+    which is 1 for the nearest latent of a code and where both are 0. The factor is constant: no gradient goes through
+    it, and none reaches `z_q`. Source: arXiv 2609.26774, where the minimum is said to be that of the batch; only
+    the minimum per code gives every code a latent of factor 1.
+
+    Args:
+      smallest_of_code: gives for values [*n] the smallest over all tokens that have the same code, as
+        `ops.code_tokens.smallest_of_code` does.
+    """
+    distance = jnp.sum(jnp.square(jax.lax.stop_gradient(z - z_q)), axis=-1)
+    factor = jnp.where(distance > 0, smallest_of_code(distance) / jnp.where(distance > 0, distance, 1), 1)
+    return straight_through(factor[..., None] * z, z_q)
+
+
+# Those that need nothing but latents and vectors.
 ESTIMATORS: dict[str, Callable[[Any, Any], Any]] = {"straight_through": straight_through, "rotation": rotation}

@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from fvq_jax.ops.nearest import mean_code, search
 
@@ -77,3 +77,9 @@ def sharded_lookup(codes: Int[Array, "n"], codebook: Float[Array, "k d"], mesh: 
         return jax.lax.psum_scatter(vectors, "codebook", scatter_dimension=0, tiled=True)
 
     return jax.shard_map(look_up, mesh=mesh, in_specs=(TOKENS, ROWS), out_specs=TOKENS)(codes, codebook)
+
+
+def padded_tokens(tokens: Shaped[Array, "n *d"], mesh: Mesh, value: int = 0) -> Shaped[Array, "m *d"]:
+    """The tokens and, behind them, as many filled with `value` as make their number a multiple of the devices."""
+    widths = ((0, -len(tokens) % mesh.size),) + ((0, 0),) * (tokens.ndim - 1)
+    return jnp.pad(tokens, widths, constant_values=value)

@@ -2,7 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fvq_jax.ops.estimators import rotation, straight_through
+from fvq_jax.ops.code_tokens import smallest_of_code
+from fvq_jax.ops.estimators import dynamic, rotation, straight_through
 
 
 def pair(seed=0):
@@ -51,3 +52,19 @@ def test_rotation_is_finite_where_nothing_can_be_turned():
     assert np.all(np.isfinite(to_z))
     np.testing.assert_array_equal(to_z[jnp.array([0, 4])], np.full((2, 2), 5))  # straight through
     np.testing.assert_allclose(to_z[3], [5, 5], rtol=1e-6)  # no turn
+
+
+def test_dynamic_passes_the_whole_gradient_to_the_nearest_latent_of_a_code_and_less_to_others():
+    table = np.array([[0.0, 0.0], [10.0, 0.0], [20.0, 0.0]], np.float32)
+    codes = np.array([0, 0, 1, 1, 2])
+    z = table[codes] + np.array([[0.0, 1.0], [2.0, 0.0], [0.0, 0.0], [0.0, 3.0], [1.0, 1.0]], np.float32)
+    weights = jnp.arange(1.0, 11.0).reshape(5, 2)
+
+    def passed(z, z_q):
+        return dynamic(z, z_q, lambda values: smallest_of_code(values, jnp.asarray(codes), 3))
+
+    np.testing.assert_array_equal(passed(z, table[codes]), table[codes])
+    to_z, to_code = jax.grad(lambda z, q: jnp.sum(weights * passed(z, q)), argnums=(0, 1))(z, table[codes])
+    assert not np.any(to_code)
+    # Squared distances 1, 4; 0, 9; 2. The one at its code is the nearest of code 1, so that the other gets nothing.
+    np.testing.assert_allclose(to_z, np.array([1, 0.25, 1, 0, 1])[:, None] * weights, rtol=1e-6)

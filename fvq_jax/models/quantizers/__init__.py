@@ -5,11 +5,13 @@ from typing import Any
 
 from fvq_jax.models.quantizers.base import Quantizer
 from fvq_jax.models.quantizers.bsq import BSQuantizer
+from fvq_jax.models.quantizers.ema import EMAQuantizer
 from fvq_jax.models.quantizers.fsq import FSQuantizer
 from fvq_jax.models.quantizers.ibq import IBQuantizer
 from fvq_jax.models.quantizers.lfq import LFQuantizer
 from fvq_jax.models.quantizers.multi_scale import MultiScaleQuantizer
 from fvq_jax.models.quantizers.residual import ResidualQuantizer
+from fvq_jax.models.quantizers.simvq import SimVQuantizer
 from fvq_jax.models.quantizers.vector import VectorQuantizer
 from fvq_jax.runtime.fields import Field, settings_of
 
@@ -17,6 +19,8 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "vector": VectorQuantizer,
     "residual": ResidualQuantizer,
     "multi_scale": MultiScaleQuantizer,
+    "ema": EMAQuantizer,
+    "simvq": SimVQuantizer,
     "fsq": FSQuantizer,
     "lfq": LFQuantizer,
     "bsq": BSQuantizer,

@@ -6,14 +6,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from fvq_jax.models.quantizers.base import Quantized
-from fvq_jax.models.quantizers.table import TableQuantizer
+from fvq_jax.models.quantizers.bridged import BridgedQuantizer
 from fvq_jax.ops.entropy import entropy_loss
 from fvq_jax.ops.index_gradient import with_index_gradient
 from fvq_jax.ops.vq_losses import codebook_loss, commitment_loss
 from fvq_jax.runtime.fields import setting, settings_of
 
 
-class IBQuantizer(TableQuantizer):
+class IBQuantizer(BridgedQuantizer):
     """The code with the largest inner product with the latent; of equal ones the first.
 
     There is no straight-through estimator. The gradient of a vector reaches the chosen code. It also reaches the latent
@@ -24,7 +24,7 @@ class IBQuantizer(TableQuantizer):
       entropy: of softmax(z.e / entropy_temperature), if its weight is not 0.
     """
 
-    bridge: str = setting("none", settings_of(TableQuantizer)["bridge"].text, stays=True)
+    bridge: str = setting("none", settings_of(BridgedQuantizer)["bridge"].text, stays=True)
     init_std: float = setting(1.0, "Standard deviation of a fresh codebook, which is normal then; 0: uniform in +-1/k.")
     index_weight: float = setting(1.0, "Weight of the index loss, which pulls latents and all codes to each other.")
     codebook_weight: float = setting(0.25, "Weight of the codebook loss, which pulls codes to latents.")
@@ -65,12 +65,6 @@ class IBQuantizer(TableQuantizer):
     def encode(self, latent: Float[Array, "b h w d"]) -> Int[Array, "b h w"]:
         """The index of the bridged code with the largest inner product with every latent."""
         return self.nearest(latent, self.table(), inner_product=True)
-
-    def decode(self, codes: Int[Array, "b h w"], upto: int | None = None) -> Float[Array, "b h w d"]:
-        """The bridged codes at these indices. ValueError for an `upto`: there are no levels."""
-        if upto is not None:
-            raise ValueError("an IBQ quantizer has a single level: leave upto out")
-        return self.rows(self.table(), codes)
 
     def folded(self) -> "IBQuantizer":
         """The same without bridge and entropy term: its parameter `codebook` is the `table` of this one."""

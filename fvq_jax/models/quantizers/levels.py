@@ -10,14 +10,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from fvq_jax.models.quantizers.base import Quantized
-from fvq_jax.models.quantizers.table import TableQuantizer
+from fvq_jax.models.quantizers.bridged import BridgedQuantizer
+from fvq_jax.models.quantizers.table import estimator_setting
 from fvq_jax.ops.code_usage import code_histogram
 from fvq_jax.ops.estimators import ESTIMATORS
 from fvq_jax.ops.vq_losses import codebook_loss, commitment_loss
-from fvq_jax.runtime.fields import setting
 
 
-class LevelQuantizer(TableQuantizer):
+class LevelQuantizer(BridgedQuantizer):
     """Sums of codes of a table that all levels share; the gradient passes to the latent from the whole sum.
 
     Both losses, `codebook` and `commitment`, are means over the sums of the first 1, 2, ... levels. So a code is pulled
@@ -26,11 +26,7 @@ class LevelQuantizer(TableQuantizer):
     A variant defines `level_names`, `level_of`, `choose`, `sums` and `by_level`.
     """
 
-    estimator: str = setting(
-        "straight_through",
-        "How the gradient passes from vectors to latents; rotation wants codes about as long as latents, see init_std.",
-        choices=tuple(ESTIMATORS),
-    )
+    estimator: str = estimator_setting()
 
     @property
     def levels(self) -> int:

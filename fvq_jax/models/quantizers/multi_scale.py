@@ -9,8 +9,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from fvq_jax.models.layers import Conv
+from fvq_jax.models.quantizers.bridged import BridgedQuantizer
 from fvq_jax.models.quantizers.levels import LevelQuantizer
-from fvq_jax.models.quantizers.table import TableQuantizer
 from fvq_jax.ops.resize import resize_area, resize_bicubic
 from fvq_jax.runtime.fields import setting
 from fvq_jax.runtime.mesh import Rules
@@ -36,7 +36,7 @@ class MultiScaleQuantizer(LevelQuantizer):
         4, "Number of convolutions that refine enlarged codes; neighbouring scales share one.", above=0, stays=True
     )
 
-    rules: ClassVar[Rules] = (*TableQuantizer.rules, (r"phi_\d+/", P()))
+    rules: ClassVar[Rules] = (*BridgedQuantizer.rules, (r"phi_\d+/", P()))
 
     def setup(self) -> None:
         """Makes codebook, bridge and convolutions."""

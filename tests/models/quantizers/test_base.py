@@ -1,4 +1,4 @@
-"""The contract of quantizers, on one that keeps all of its state in `variables` (tests/helpers/ema_quantizer.py)."""
+"""The contract of quantizers, on `ema`, which keeps all that it has in `variables`."""
 
 import functools
 import inspect
@@ -19,6 +19,7 @@ from fvq_jax.models.quantizers.base import Quantizer
 from fvq_jax.models.quantizers.vector import VectorQuantizer
 from fvq_jax.models.tokenizer import TokenizerNet
 from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.fields import settings_of
 from fvq_jax.runtime.mesh import global_batch
 from fvq_jax.runtime.names import flatten
 from fvq_jax.tasks.tokenizer.fields import use_quantizer
@@ -27,23 +28,15 @@ from fvq_jax.training.checkpoint import Checkpoints
 from fvq_jax.training.loop import train
 from fvq_jax.training.state import create_state
 from fvq_jax.training.step import TrainStep
-from tests.helpers.ema_quantizer import EmaQuantizer
 from tests.helpers.tiny import random_images, tiny_config
 
 MESHES = [(1, 1), (2, 4)]
-STATE = ("quantizer/codebook", "quantizer/hits")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def registered():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(QUANTIZERS, "ema", EmaQuantizer)
-        yield
+STATE = ("quantizer/codebook", "quantizer/hits", "quantizer/sums")
 
 
 def ema_config(**changes):
     config = tiny_config(**{"tokenizer.ch_mult": (1,), "data.image_size": 12, "eval.images": 8, "eval.batch_size": 8})
-    use_quantizer(config, "ema", decay=0.5)
+    use_quantizer(config, "ema", codebook_size=64, code_dim=8, decay=0.5)
     config.update_from_flattened_dict(changes)
     return config
 
@@ -84,16 +77,18 @@ def test_its_state_lies_in_variables_and_is_divided_by_its_own_rules():
 
 def test_every_step_moves_it():
     _, _, states = after_three_steps(1, 1)
-    hits = [kept(state)["quantizer/hits"] for state in states]
-    assert [int(count.sum()) for count in hits] == [0, 1 * 16 * 144, 2 * 16 * 144, 3 * 16 * 144]
+    hits = [float(kept(state)["quantizer/hits"].sum()) for state in states]
+    # The batch has 16 x 144 tokens. Codes that were put elsewhere count as much as the average code.
+    assert hits[0] == 0
+    assert all(before < after < 2 * 16 * 144 for before, after in itertools.pairwise(hits))
     books = [kept(state)["quantizer/codebook"] for state in states]
     assert all(np.abs(after - before).max() > 1e-3 for before, after in itertools.pairwise(books))
 
 
 def test_the_state_is_the_same_on_both_meshes():
     one, eight = (kept(after_three_steps(*sizes)[2][-1]) for sizes in MESHES)
-    np.testing.assert_array_equal(eight["quantizer/hits"], one["quantizer/hits"])
-    np.testing.assert_allclose(eight["quantizer/codebook"], one["quantizer/codebook"], rtol=1e-4, atol=1e-5)
+    for name in STATE:
+        np.testing.assert_allclose(eight[name], one[name], rtol=1e-3, atol=1e-4)
 
 
 def test_a_step_that_is_not_finite_leaves_it_alone():
@@ -145,7 +140,9 @@ def test_a_run_with_it_resumes_bit_for_bit(tmp_path):
     for name, value in kept(states[0]).items():
         np.testing.assert_array_equal(value, kept(states[1])[name])
     saved = json.loads((tmp_path / "whole" / "config.json").read_text())["tokenizer"]["quantizer"]
-    assert saved == {"name": "ema", "codebook_size": 64, "code_dim": 8, "decay": 0.5}
+    assert {name: saved[name] for name in ("name", "codebook_size", "decay")} == {
+        **{"name": "ema", "codebook_size": 64, "decay": 0.5},
+    }
 
     # Used after training, it is a plain quantizer that searches the table it has come to.
     tokenizer = Tokenizer.from_pretrained(tmp_path / "whole")
@@ -168,7 +165,7 @@ def test_the_settings_of_a_quantizer_are_its_section_and_nothing_else():
         assert settings == annotated
         assert not settings & set(inspect.get_annotations(TokenizerNet))
     config = ema_config()
-    assert set(config.tokenizer.quantizer) == {"name", "codebook_size", "code_dim", "decay"}
+    assert set(config.tokenizer.quantizer) == {"name", *settings_of(QUANTIZERS["ema"])}
     fields = all_fields(TokenizerTask, config)
     assert "tokenizer.quantizer.decay" in fields
     assert "tokenizer.quantizer.bridge" not in fields
@@ -208,7 +205,7 @@ def test_what_does_not_fit_a_quantizer_is_refused_with_the_section():
     known = ", ".join(QUANTIZERS)
     assert f"tokenizer.quantizer.name: unknown quantizer 'fancy': use one of {known}" in refusal(config)
     config = ema_config(**{"mesh.codebook": 8, "tokenizer.quantizer.codebook_size": 60})
-    assert "tokenizer.quantizer: mesh.codebook 8 does not divide 60 codes" in refusal(config)
+    assert "tokenizer.quantizer: mesh.codebook 8 does not divide the 60 codes" in refusal(config)
 
 
 def test_the_base_asks_for_every_part_of_the_contract():

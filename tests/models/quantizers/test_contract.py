@@ -25,6 +25,8 @@ TINY = {
         "scales": (1, 2, 4),
         "phi_count": 2,
     },
+    "ema": {"codebook_size": 16, "code_dim": 6},
+    "simvq": {"codebook_size": 16, "code_dim": 6},
     "fsq": {"levels": (5, 4, 3)},
     "lfq": {"bits": 5},
     "bsq": {"bits": 5},

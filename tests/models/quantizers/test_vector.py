@@ -224,5 +224,30 @@ def test_a_condition_needs_a_bridge_with_classes():
     assert (make().classes, make(bridge="none").classes, make(bridge="dit-XS/2-c4").classes) == (0, 0, 4)
     assert make(bridge="dit-XS/2-c4").folded().classes == 0
     _, params = latents_and_params()
-    with pytest.raises(ValueError, match="the bridge XS/2-d1 has no classes: leave condition out"):
+    with pytest.raises(ValueError, match=r"^bridge XS/2-d1 has no classes: leave condition out"):
         make().apply({"params": params}, 1, method="table")
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_the_region_loss_pulls_codes_that_were_not_chosen_for_a_number_of_steps(window):
+    """Code 0 is chosen first, then code 2 only; all other codes were never chosen."""
+    table = np.float32([[0, 0], [1, 0], [5, 0], [6, 0], [7, 0], [50, 0]])
+    quantizer = VectorQuantizer(codebook_size=6, code_dim=2, bridge="none", region_window=window)
+    variables = {"params": {"codebook": jnp.asarray(table)}, "region": {"age": jnp.full(6, window, jnp.int32)}}
+    first, second = (jnp.tile(jnp.array([[at, 1.0]]), (4, 1)).reshape(1, 2, 2, 2) for at in (0.0, 5.0))
+    _, state = quantizer.apply(variables, first, train=True, mutable=["region"])
+    np.testing.assert_array_equal(state["region"]["age"], [0] + [window] * 5)
+
+    def loss(codebook):
+        output, after = quantizer.apply(
+            {"params": {"codebook": codebook}, **state}, second, train=True, mutable=["region"]
+        )
+        assert list(output.losses) == ["commitment", "region"]
+        return output.losses["region"], after
+
+    gradient, after = jax.grad(loss, has_aux=True)(jnp.asarray(table))
+    np.testing.assert_array_equal(after["region"]["age"], [min(1, window), window, 0, window, window, window])
+    pulled = np.array([window == 1, True, True, True, True, True])
+    target = np.float32([5, 1])  # the mean of the latents that chose code 2
+    np.testing.assert_allclose(gradient, 2 * (table - target) * pulled[:, None] / pulled.sum(), rtol=1e-5)
+    assert dict(quantizer.loss_weights) == {"region": 1.0, "commitment": 0.25}
