@@ -1,4 +1,4 @@
-# make quickstart | generate | test | faults | lint | format | clean
+# make quickstart | generate | test | test-all | faults | lint | format | clean
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 comma := ,
@@ -10,7 +10,7 @@ GENERATOR ?= runs/generator
 # libtpu, which compiles for TPUs that are not here, exists for x86-64 Linux only.
 EXTRAS := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),test$(comma)tpu,test)
 
-.PHONY: quickstart generate test faults lint format clean
+.PHONY: quickstart generate test test-all faults lint format clean
 
 quickstart: $(VENV)/runtime
 	$(BIN)/python -m fvq_jax.main --config=configs/quickstart.py --workdir=$(WORKDIR)
@@ -28,8 +28,12 @@ $(WORKDIR)/report/index.html:
 test: $(VENV)/test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+# With the tests that are marked slow.
+test-all: $(VENV)/test
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m ""
+
 faults: $(VENV)/test
-	FAULTS=all $(BIN)/python -m pytest -n 0 tests/faults
+	FAULTS=all $(BIN)/python -m pytest -n 0 -m "" tests/faults
 
 lint: $(VENV)/test
 	$(BIN)/ruff format --check .

@@ -1,5 +1,6 @@
 """Eight simulated CPU devices for every test, and rank promotion treated as the bug it usually is."""
 
+import gc
 import os
 import signal
 import tempfile
@@ -31,6 +32,10 @@ for name, value in (
 ):
     jax.config.update(name, value)
     os.environ[name.upper()] = str(value)
+
+# Tracing makes many objects that live long: by default Python spends a twelfth of the time looking for garbage in them.
+gc.freeze()
+gc.set_threshold(100_000, 20, 100)
 
 # A shell's background jobs ignore Ctrl-C, and so would every program that a test starts and then interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)

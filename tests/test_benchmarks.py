@@ -55,6 +55,7 @@ def test_search_rows_and_table():
     assert table[1].startswith("| codes | dim | method | seconds | ours / this |")
 
 
+@pytest.mark.slow
 def test_both_steps_are_the_same_network():
     pytest.importorskip("torch")
     tiny = {
@@ -93,6 +94,7 @@ def test_the_network_in_pytorch_follows_the_config(bridge, published):
         published_network(config)
 
 
+@pytest.mark.slow
 def test_both_ways_to_load_pictures():
     pytest.importorskip("torch")
     sizes = ["--size=32", "--batch=4", "--pictures=12", "--images=16", "--workers=1", "--rounds=2"]
@@ -163,6 +165,7 @@ def has_peer(row):
     return False
 
 
+@pytest.mark.slow
 def test_sampling_beside_the_peer_and_the_limit():
     rows, table = run("sampling", *TINY, "--batches=3", "--guidance=2", "--markdown")
     assert [(row["method"], row["batch"]) for row in rows] == [("fvq_jax", 3), ("transformers", 3)]
@@ -179,6 +182,7 @@ def test_sampling_beside_the_peer_and_the_limit():
     assert table[1].startswith("| method | batch | images / s | our speed / this | of the limit | bound by |")
 
 
+@pytest.mark.slow
 def test_a_step_of_the_generator_beside_the_peer():
     rows, _ = run("generator_step", *TINY, "--batch=2")
     ours, theirs = rows
@@ -259,6 +263,7 @@ def failing():
     raise ValueError("of the program")
 
 
+@pytest.mark.slow
 def test_a_program_without_memory_is_a_result_and_a_failing_one_is_not(capfd):
     with pytest.raises(DoesNotFitError, match=r"does not fit in \d+\.\d GiB"):
         Worker("none", too_large)

@@ -318,6 +318,7 @@ def test_two_hosts_share_the_pictures_and_find_what_one_finds(saved, with_incept
             np.testing.assert_array_equal(ours.reconstruction, theirs.reconstruction)
 
 
+@pytest.mark.slow
 def test_two_processes_write_once_what_one_writes(saved, folder, tmp_path, capsys):
     """Four pictures at a time in each, so that one process and two run the same programs on the same batches."""
     options, port = [f"--tokenizer={saved}", f"--data={folder}", f"--size={SIZE}", "--save-npz"], free_port()
@@ -341,6 +342,7 @@ def test_two_processes_write_once_what_one_writes(saved, folder, tmp_path, capsy
         np.testing.assert_array_equal(both["arr_0"], one["arr_0"])
 
 
+@pytest.mark.slow
 def test_pictures_that_stop_coming_end_the_program_with_one_line_and_exit_1(folder, tmp_path):
     """Opening one hangs, for longer than the run of this workdir waits."""
     run, pictures = tmp_path / "run", tmp_path / "pictures"

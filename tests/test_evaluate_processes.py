@@ -39,6 +39,7 @@ def evaluate_on_two(*options):
     return [host.returncode for host in hosts], lines, said, time.monotonic() - began
 
 
+@pytest.mark.slow
 def test_pictures_that_stop_coming_in_one_process_end_both(workdir, tmp_path):
     """One of sixteen cannot be opened to its end, as on a mount that no longer answers."""
     (tmp_path / "pictures").mkdir()

@@ -163,6 +163,7 @@ def drawn(monkeypatch):
     return made
 
 
+@pytest.mark.slow
 def test_samples_are_drawn_while_they_are_scored(drawn, files, tmp_path, capsys):
     options = ["--generator=gen", "--tokenizer=tok", f"--reference={files / 'real.npz'}", f"--out={tmp_path / 'x'}"]
     options += ["--count=22", "--guidance=1,3", "--seed=7", "--top_k=9", "--rounding=truncate"]
@@ -180,6 +181,7 @@ def test_samples_are_drawn_while_they_are_scored(drawn, files, tmp_path, capsys)
     assert result["sets"][0]["fid"] != of_three["fid"]
 
 
+@pytest.mark.slow
 def test_two_hosts_find_what_one_finds(files, tmp_path, monkeypatch):
     def arguments(out):
         options = [f"--samples={files / 'a.npz'},{files / 'a'}", f"--reference={files / 'real.npz'}", f"--out={out}"]

@@ -183,6 +183,7 @@ def test_help_shows_the_flags_of_a_run_and_exits_0(run_prepared):
         assert f"  --{flag}:" in out
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_exits_1(run_prepared, tmp_path):
     code, out, err = run_prepared(*SMALLEST, f"--workdir={tmp_path}", "--config.optim.learning_rate=1e38")
     assert code == 1

@@ -128,6 +128,7 @@ def test_a_plan_for_a_tpu_that_is_not_here():
     assert 0 < found["step_seconds"] < 1
 
 
+@pytest.mark.slow
 def test_a_plan_for_the_local_device():
     found = check_command()
     assert found["devices"] == 1

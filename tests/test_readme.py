@@ -3,17 +3,16 @@ import re
 
 import numpy as np
 
-from fvq_jax.tasks import task_of
-from fvq_jax.training.loop import train
-from tests.helpers.tiny import tiny_config
+from fvq_jax.inference.tokenizer import Tokenizer
+from tests.helpers.random_tokenizer import random_tokenizer
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 
 
-def test_the_example_runs_on_a_workdir(tmp_path, monkeypatch):
+def test_the_example_runs_on_a_tokenizer(tmp_path, monkeypatch):
     """Exports to both PyTorch layouts, reads back, and gets the same codes and pictures."""
-    config = tiny_config(steps=2, **{"tokenizer.ch_mult": (1, 1, 1, 1)})
-    train(task_of(config), config, tmp_path / "runs" / "quickstart")
+    tokenizer = Tokenizer(random_tokenizer(ch_mult=(1, 1, 1, 1), bridge="XS/2"))
+    tokenizer.save_pretrained(tmp_path / "runs" / "quickstart")
     monkeypatch.chdir(tmp_path)
     (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     names = {}

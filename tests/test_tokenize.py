@@ -122,6 +122,7 @@ def test_a_folder_without_readable_pictures_leaves_no_file(saved, tmp_path, caps
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_folder(saved, tmp_path, monkeypatch):
     """One picture under many names, so that only what is kept per picture could add up."""
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
@@ -271,6 +272,7 @@ def test_an_interrupted_extraction_says_so(saved, folder, tmp_path, capsys, monk
     assert capsys.readouterr().err == "fvq_jax: interrupted by SIGTERM: start me again\n"
 
 
+@pytest.mark.slow
 def test_two_processes_extract_the_codes_of_one(saved, folder, tmp_path):
     assert extract(saved, folder, tmp_path / "one", "--shard-size=2") == 0
     port, command = free_port(), ["-m", "fvq_jax.tokenize", "extract", f"--tokenizer={saved}", f"--data={folder}"]
@@ -304,6 +306,7 @@ def with_classes(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("condition", ["3", "null"])
 def test_all_pictures_are_given_one_class(condition, with_classes, folder, tmp_path):
     options = [f"--tokenizer={with_classes}", f"--condition={condition}"]
@@ -367,6 +370,7 @@ def test_codes_with_levels_are_written_and_read(folder, tmp_path, capsys):
     np.testing.assert_array_equal(first, np.asarray(to_uint8(tokenizer.decode(codes[:1])))[0])
 
 
+@pytest.mark.slow
 def test_scales_take_one_size_of_pictures(folder, tmp_path, capsys):
     path = saved_with(MultiScaleQuantizer(**PLAIN, scales=(1, 2, 4), phi_count=2), tmp_path / "tokenizer")
     for command in (

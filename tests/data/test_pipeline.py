@@ -95,6 +95,7 @@ def test_one_row_per_host(photos):
     assert_same(join_hosts(parts), take(2, photos, batch_size=3))
 
 
+@pytest.mark.slow
 def test_worker_processes_give_the_batches_of_one_process(photos):
     expected = take(7, photos, batch_size=4, start_step=3)
     assert_same(take(7, photos, batch_size=4, start_step=3, num_workers=2), expected)

@@ -52,6 +52,7 @@ def test_few_samples(n):
     assert frechet_distance(moments(a), moments(a)) == pytest.approx(0, abs=1e-6 * traces)
 
 
+@pytest.mark.slow
 def test_as_many_dimensions_as_inception_has():
     """Two dense covariances of 2,048 dimensions, which one rotation splits into blocks whose roots take little time."""
     d, block, rng = 2048, 128, np.random.default_rng(0)

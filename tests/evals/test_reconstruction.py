@@ -119,6 +119,7 @@ def test_a_picture_without_a_number_does_not_score_as_black():
     assert found.examples.best[0].scores["psnr"] == pytest.approx(120)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_pictures():
     peaks = []
     for count in (32, 128, 640):  # in small batches: how many are read ahead is a matter of time

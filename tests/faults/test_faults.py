@@ -1,6 +1,6 @@
 """Ends runs in all the ways in which they can end, and looks at what is left.
 
-`make test` runs a short form; FAULTS=all, which `make faults` sets, the whole, and writes the table of
+`make test-all` runs a short form; FAULTS=all, which `make faults` sets, the whole, and writes the table of
 docs/reliability.md.
 """
 
@@ -123,6 +123,7 @@ def kill_while_saving(program, workdir, wait):
     return False
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_a_run_goes_on_from_a_complete_checkpoint(prepared, uninterrupted, tmp_path, table):
     kill_and_go_on(prepared, uninterrupted, tmp_path, table, "`kill -9` at a random moment", 20 if ALL else 3)
 
@@ -222,6 +223,7 @@ def small_disk(tmp_path):
         subprocess.run(["umount", str(path)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_leaves_the_checkpoint_before(prepared, uninterrupted, small_disk, table):
     whole, _ = uninterrupted
     used = sum(path.stat().st_size for path in (whole / "checkpoints" / f"step_{STEPS}").rglob("*"))
@@ -276,6 +278,7 @@ def test_a_second_process_in_the_same_workdir_is_refused(prepared, tmp_path, tab
     table.append(("second process in the same workdir", 1, 0, f"ended with 2: `{shown}`"))
 
 
+@pytest.mark.slow
 def test_a_picture_that_cannot_be_read_to_its_end_ends_the_run(prepared, tmp_path, table):
     """As on a network mount that no longer answers: opening the file hangs."""
     for workers in (0, 1) if ALL else (1,):
@@ -330,6 +333,7 @@ def is_worker(pid):
     return b"spawn_main" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1] if ALL else [1])
 def test_a_killed_process_ends_the_others(prepared, tmp_path, table, victim):
     options = ["--distributed", "--distributed_timeout=60", "--config.steps=100000", f"--workdir={tmp_path}"]

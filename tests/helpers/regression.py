@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from fvq_jax.runtime.fields import Field
 from fvq_jax.runtime.mesh import global_batch
+from fvq_jax.tasks import default_config
 from fvq_jax.training.task import Evaluation, Gradients, Task
 
 INPUTS = 8
@@ -183,3 +184,27 @@ class RegressionTask(Task):
 
     def report(self, state, evaluation, workdir, rows):
         (workdir / "report.json").write_text(json.dumps({"error": evaluation.metrics["error"], "rows": len(rows)}))
+
+
+SMALL = {
+    "steps": 6,
+    "epochs": 0.0,
+    "batch_size": 16,
+    "optim.learning_rate": 1e-2,
+    "optim.warmup_steps": 1,
+    "optim.warmup_epochs": 0.0,
+    "optim.accumulate": 2,
+    "optim.ema_decay": 0.5,
+    "eval.batch_size": 16,
+    "eval.every_steps": 3,
+    "checkpoint.every_steps": 2,
+    "checkpoint.keep_last": 3,
+    "log.every_steps": 1,
+}
+
+
+def regression_config(**changes):
+    """A run of six steps, with everything that has a state; the task must be registered."""
+    config = default_config("regression")
+    config.update_from_flattened_dict(SMALL | changes)
+    return config

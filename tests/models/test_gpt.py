@@ -295,6 +295,7 @@ def test_dropping_paths_replaces_the_dropout_inside_layers(monkeypatch):
         assert set(seen[1:]) == {inside}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["remat", "unroll"])
 def test_recomputing_and_unrolling_layers_gives_the_same_loss_and_gradient(option):
     net = NET.clone(dropout=0.1, class_dropout=0.1, path_dropout=0.3)

@@ -201,6 +201,7 @@ def test_bfloat16_features_and_float32_pixels():
     assert {leaf.dtype for leaf in (params | more).values()} == {jnp.dtype(jnp.float32)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("module", "blocks"), [(Encoder(32, (1,), 1, 8), 5), (Decoder(32, (1,), 1), 7)])
 def test_remat_recomputes_blocks_and_changes_no_number(module, blocks):
     x = images(1, 4, 3 if isinstance(module, Encoder) else 8)

@@ -54,6 +54,7 @@ def test_the_gradient_of_every_parameter_equals_the_published_one(name):
         assert relative_error(grads[key], expected[f"grad/{key}"]) < 1e-3, key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GOLDEN_CASES)
 def test_an_independent_module_computes_the_same_in_float64(name):
     """And its float32 is as far from that as is written down, by which ours is judged."""
@@ -71,6 +72,7 @@ def test_an_independent_module_computes_the_same_in_float64(name):
         assert 0.25 < error / PYTORCH_ROUNDING[name][part] < 4, part
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GOLDEN_CASES)
 def test_float32_rounds_no_more_than_pytorch_does(name):
     actual, expected = in_float32(name), in_float64(name)
@@ -196,6 +198,7 @@ def test_groups_of_the_bridge_are_as_asked():
     assert np.abs(tables[0] - tables[1]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_remat_recomputes_and_changes_no_number():
     def total(params, remat):
         output = tiny_net(remat=remat).apply({"params": params}, tiny_images())

@@ -56,6 +56,7 @@ def points():
     return make_points(tiny_config(), [{"seed": seed} for seed in range(7)], pathlib.Path("sweep"))
 
 
+@pytest.mark.slow
 def test_real_points_are_run_and_those_that_cannot_are_named(tmp_path, config):
     workdir = tmp_path / "sweep"
     result = run(config, f"--workdir={workdir}", "--parallel=2", "--config.eval.images=16")

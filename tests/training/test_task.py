@@ -23,32 +23,16 @@ from fvq_jax.training.metric_files import read_metrics
 from fvq_jax.training.step import TrainStep
 from fvq_jax.training.step_plan import make_plan, plan_config
 from tests.helpers.import_graph import ROOT
-from tests.helpers.regression import RegressionTask
+from tests.helpers.regression import RegressionTask, regression_config
 from tests.helpers.same_bits import assert_same_bits
 
-SMALL = {
-    "steps": 6,
-    "epochs": 0.0,
-    "batch_size": 16,
-    "optim.learning_rate": 1e-2,
-    "optim.warmup_steps": 1,
-    "optim.warmup_epochs": 0.0,
-    "optim.accumulate": 2,
-    "optim.ema_decay": 0.5,
-    "eval.batch_size": 16,
-    "eval.every_steps": 3,
-    "checkpoint.every_steps": 2,
-    "checkpoint.keep_last": 3,
-    "log.every_steps": 1,
-}
 # Runs the program with the second task registered; kills itself where it is told to.
 PROGRAM = """
 import os, signal, sys
 from absl import app
 from fvq_jax.tasks import TASKS, default_config
 from fvq_jax.training.loop import train
-from tests.helpers.regression import RegressionTask, VectorBatches
-from tests.training.test_task import small_config
+from tests.helpers.regression import RegressionTask, VectorBatches, regression_config
 
 TASKS["regression"] = RegressionTask
 kill_at, workdir = int(sys.argv[1]), sys.argv[2]
@@ -62,25 +46,12 @@ def counted(self):
     return batch
 
 VectorBatches.__next__ = counted
-train(RegressionTask, small_config(), workdir)
+train(RegressionTask, regression_config(), workdir)
 """
 
 
-@pytest.fixture(autouse=True, scope="module")
-def registered():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(TASKS, "regression", RegressionTask)
-        yield
-
-
-def small_config(**changes):
-    config = default_config("regression")
-    config.update_from_flattened_dict(SMALL | changes)
-    return config
-
-
 def restored(workdir, config=None):
-    config = config or small_config()
+    config = config or regression_config()
     mesh = make_mesh(config.mesh.data, config.mesh.codebook)
     step = TrainStep.of(RegressionTask(config, mesh), config, mesh, config.steps, 1)
     with Checkpoints(workdir, read_only=True) as checkpoints:
@@ -90,7 +61,7 @@ def restored(workdir, config=None):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("finished")
-    return workdir, train(task_of(small_config()), small_config(), workdir)
+    return workdir, train(task_of(regression_config()), regression_config(), workdir)
 
 
 def test_it_trains_evaluates_logs_and_reports(finished):
@@ -112,7 +83,7 @@ def test_it_trains_evaluates_logs_and_reports(finished):
 def test_its_state_changes_in_training_and_not_in_an_evaluation(finished, tmp_path):
     mean = restored(finished[0]).networks["regressor"].variables["running"]["mean"]
     assert np.abs(np.asarray(mean)).min() > 0.1
-    config = small_config(**{"eval.every_steps": 1})
+    config = regression_config(**{"eval.every_steps": 1})
     train(RegressionTask, config, tmp_path)
     assert_same_bits(restored(tmp_path), restored(finished[0]))
 
@@ -125,13 +96,13 @@ def test_killed_and_started_again_it_gives_the_same_bits(finished, tmp_path):
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     steps = [row["step"] for row in read_metrics(tmp_path) if "loss/total" in row]
     assert 0 < len(steps) < 6
-    train(RegressionTask, small_config(), tmp_path)
+    train(RegressionTask, regression_config(), tmp_path)
     assert_same_bits(restored(tmp_path), restored(finished[0]))
 
 
 def test_every_step_and_micro_batch_drops_other_units():
     """With the same batch and parameters: what differs between two losses is the dropout key."""
-    config = small_config(**{"optim.accumulate": 1})
+    config = regression_config(**{"optim.accumulate": 1})
     mesh = make_mesh(-1, 1)
     step = TrainStep.of(RegressionTask(config, mesh), config, mesh, 6, 1)
     state = jax.jit(step.init)(jax.random.key(0))
@@ -151,7 +122,7 @@ def test_every_step_and_micro_batch_drops_other_units():
 
 
 def test_weight_decay_moves_matrices_only():
-    config = small_config(**{"optim.weight_decay": 0.5, "optim.warmup_steps": 0})
+    config = regression_config(**{"optim.weight_decay": 0.5, "optim.warmup_steps": 0})
     task = RegressionTask(config, make_mesh(-1, 1))
     step = TrainStep.of(task, config, make_mesh(-1, 1), 6, 1)
     params = jax.tree.map(lambda leaf: leaf + 1, step.init(jax.random.key(0)).networks["regressor"].params)
@@ -163,7 +134,7 @@ def test_weight_decay_moves_matrices_only():
 
 
 def test_its_step_is_planned():
-    config = plan_config(RegressionTask, small_config(), 8)
+    config = plan_config(RegressionTask, regression_config(), 8)
     plan = make_plan(RegressionTask, config, jax.devices())
     assert plan.fits
     assert plan.bytes["batch"] == 16 // 8 * (8 + 1) * 4
@@ -175,8 +146,8 @@ def test_its_step_is_planned():
 def test_another_model_does_not_continue(finished, tmp_path):
     workdir = shutil.copytree(finished[0], tmp_path / "copy")
     with pytest.raises(InputError, match=r"regressor\.width: 16 -> 32"):
-        train(RegressionTask, small_config(**{"regressor.width": 32}), workdir)
-    train(RegressionTask, small_config(**{"regressor.dropout": 0.1, "steps": 7}), workdir)
+        train(RegressionTask, regression_config(**{"regressor.width": 32}), workdir)
+    train(RegressionTask, regression_config(**{"regressor.dropout": 0.1, "steps": 7}), workdir)
     with pytest.raises(InputError, match="task: 'regression' -> 'tokenizer'"):
         train(TASKS["tokenizer"], default_config(), workdir)
 
@@ -186,7 +157,7 @@ def test_it_starts_from_what_it_loads(tmp_path):
     shapes = {"hidden/kernel": (8, 16), "hidden/bias": (16,), "out/kernel": (16, 1), "out/bias": (1,)}
     weights = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     np.savez(tmp_path / "weights.npz", **weights)
-    config = small_config(
+    config = regression_config(
         **{
             "init_from": str(tmp_path / "weights.npz"),
             "steps": 2,
@@ -200,7 +171,7 @@ def test_it_starts_from_what_it_loads(tmp_path):
 
 
 def test_its_fields_are_checked_and_explained():
-    config = small_config()
+    config = regression_config()
     validate(config, task_of(config), 8)
     config.regressor.dropout = 1.5
     with pytest.raises(InputError, match=r"regressor\.dropout must be below 1"):

@@ -233,6 +233,7 @@ def summed_over_devices(program, *dims):
     return " ".join(results).count(f"f32[{','.join(map(str, dims))}]")
 
 
+@pytest.mark.slow
 @variants
 def test_gradients_of_all_levels_reach_the_rows_in_one_sum_over_devices(name):
     assert summed_over_devices(compiled(name), BIG // 4, D) == 1

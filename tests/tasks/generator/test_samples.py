@@ -61,6 +61,7 @@ def finished(folder):
     return folder / "run", run(folder, "run")
 
 
+@pytest.mark.slow
 def test_the_result_line_has_the_scores_of_the_best_guidance(finished):
     _, result = finished
     assert result["samples"] == 2 * COUNT
@@ -100,6 +101,7 @@ def test_samples_are_those_that_the_saved_generator_draws_with_these_options(fin
             assert not np.array_equal(images, drawn(guidance, **others))
 
 
+@pytest.mark.slow
 def test_samples_are_compared_with_a_reference(folder, monkeypatch):
     widths = {"2048": 2048, "spatial": 2023, "logits_unbiased": 1008}
     mixing = {name: np.random.default_rng(1).normal(size=(3, width)) for name, width in widths.items()}

@@ -29,6 +29,7 @@ def folder(tmp_path_factory):
     return write_splits(tmp_path_factory.mktemp("codes"))
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(folder, monkeypatch):
     """Two devices each; the one process has eight."""
     config = llamagen.get_config(ARG)

@@ -65,6 +65,7 @@ def run(train_only):
     return two_steps(**{"optim.train_only": train_only, "adversarial.weight": 0.5, "optim.ema_decay": 0.9})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train_only", ["tokenizer", "decoder"])
 def test_only_what_is_asked_for_changes(train_only):
     before, after, scalars = run(train_only)
@@ -229,6 +230,7 @@ def test_what_cannot_be_started_from_is_refused_before_the_workdir_is_claimed(ch
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_given_parameters_keep_the_layout():
     config = config_of(**{"mesh.data": 2, "mesh.codebook": 4, "optim.ema_decay": 0.9})
     mesh = make_mesh(2, 4)

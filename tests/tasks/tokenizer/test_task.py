@@ -104,6 +104,7 @@ def test_the_training_run_equals_the_published_one_until_that_rounds_across_a_ki
     assert errors[KINK_STEP - 1].max() < 1e-3
 
 
+@pytest.mark.slow
 def test_all_of_the_training_run_equals_an_independent_one():
     """Twelve steps, and what the final and the averaged weights reconstruct."""
     torch = pytest.importorskip("torch")
@@ -115,6 +116,7 @@ def test_all_of_the_training_run_equals_an_independent_one():
         assert relative_error(actual[name], expected[name]) < 1e-10, name
 
 
+@pytest.mark.slow
 def test_the_independent_training_run_equals_the_published_one_once_it_rounds_one_unit_alike():
     """Told of the unit at the kink and of nothing else, exact arithmetic meets every published row.
 
@@ -133,6 +135,7 @@ def test_the_independent_training_run_equals_the_published_one_once_it_rounds_on
         assert relative_error(actual[name], expected[name]) < 1e-2, name
 
 
+@pytest.mark.slow
 def test_float32_trains_as_float64_does_until_the_first_kink():
     expected, actual = in_float64("training_run")["rows"], in_float32("training_run")["rows"]
     assert actual.dtype == np.float32
@@ -148,6 +151,7 @@ CRITIC = {"adversarial.weight": 0.5, "adversarial.start": 3, "optim.ema_decay": 
 ACTIVE = 2
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_loss_curve_of_one():
     """From codes that differ and are used, over 5 steps, with the discriminator and its global BatchNorm."""
     curves = []
