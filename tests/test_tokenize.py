@@ -180,6 +180,7 @@ def test_a_folder_becomes_codes_of_ten_crops_to_train_on(saved, folder, tmp_path
     assert "0 shards written now" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_codes_of_prepared_pictures_photographs_and_data_sets(saved, folder, tmp_path):
     assert prepare(folder, tmp_path / "prepared") == 0
     assert extract(saved, tmp_path / "prepared", tmp_path / "a") == 0

@@ -176,6 +176,7 @@ def kill_and_go_on(prepared, uninterrupted, folder, table, fault, kills):
     table.append((fault, kills, f"{np.mean(lost):.1f}, at most {max(lost)}", what))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [FLIPPED, TRUNCATED] if ALL else [FLIPPED])
 def test_a_damaged_last_checkpoint_is_named_and_the_one_before_is_used(prepared, uninterrupted, tmp_path, table, fault):
     whole, _ = uninterrupted
@@ -308,6 +309,7 @@ def test_a_picture_that_cannot_be_read_to_its_end_ends_the_run(prepared, tmp_pat
     table.append(("pictures that hang when opened", 2 if ALL else 1, "since the last checkpoint", what))
 
 
+@pytest.mark.slow
 def test_a_killed_data_worker_ends_the_run(prepared, tmp_path, table):
     options = ["--config.data.num_workers=1", "--config.steps=100000", f"--workdir={tmp_path}"]
     program = prepared.start(*options)

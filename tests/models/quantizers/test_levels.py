@@ -16,6 +16,7 @@ from fvq_jax.runtime.mesh import shardings
 from fvq_jax.runtime.names import flatten
 from tests.helpers.compiled_program import COLLECTIVE, arrays, collectives, size
 from tests.helpers.golden_case import relative_error
+from tests.helpers.quantizer_case import MESHES
 
 K, D, SIDE = 64, 8, 3
 KINDS = {"residual": {"depth": 3}, "multi_scale": {"scales": (1, 2, SIDE), "phi_count": 2}}
@@ -78,7 +79,7 @@ def sums_of(name):
     return run(latent, params)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1), (2, 4), (8, 1), (1, 8)])
+@pytest.mark.parametrize("sizes", MESHES)
 @variants
 def test_on_a_mesh_codes_losses_and_gradients_are_those_of_one_device(name, sizes):
     expected, expected_gradients = results(name)

@@ -13,6 +13,7 @@ from fvq_jax.ops.nearest import nearest_code
 from fvq_jax.ops.vectors import l2_normalize
 from fvq_jax.runtime.mesh import shardings
 from tests.helpers.golden_case import relative_error
+from tests.helpers.quantizer_case import MESHES
 from tests.helpers.tiny import spread_codes
 
 K, D = 64, 8
@@ -64,7 +65,7 @@ def mesh_of(data, codebook):
     return jax.make_mesh((data, codebook), ("data", "codebook"), axis_types=(AxisType.Auto,) * 2)
 
 
-@pytest.mark.parametrize("sizes", [(2, 4), (8, 1), (1, 8)])
+@pytest.mark.parametrize("sizes", MESHES)
 def test_on_a_mesh_codes_losses_and_gradients_are_those_of_one_device(sizes):
     expected, expected_gradients = results()
     assert len(np.unique(expected.codes)) > K / 4

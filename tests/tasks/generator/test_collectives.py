@@ -150,6 +150,7 @@ def test_logits_of_all_tokens_are_found():
     assert logits_of(program.compile().as_text(), LARGE[0], 1, 8 * 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("remat", "unroll", "micro", "keep"),
     [

@@ -170,6 +170,7 @@ def saved(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_starts_where_a_saved_tokenizer_ended_and_goes_on_without_it(saved, tmp_path):
     """A decoder-only run leaves the codes as they were; the average starts at the tokenizer too."""
     source = tmp_path / "x.safetensors"
