@@ -12,6 +12,7 @@ failed. docs/sweeps.md says more.
 
 import json
 import re
+import runpy
 import shlex
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from fvq_jax.runtime import exits
 from fvq_jax.runtime.arguments import Parser
@@ -27,7 +28,7 @@ from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.exits import BAD_INPUT, FAILED, INTERRUPTED
 from fvq_jax.runtime.flags import CONFIG, ONE_RUN, WORKDIR, parse_flags
 from fvq_jax.sweep.page import write_report
-from fvq_jax.sweep.points import Point, command, make_points, read_sweep
+from fvq_jax.sweep.points import Point, command, joined_argument, make_points, read_sweep
 from fvq_jax.sweep.runner import Outcome, run_points
 
 INDEX = flags.DEFINE_integer("index", None, "Run this point alone, counted from 0", lower_bound=0)
@@ -54,7 +55,13 @@ def main(argv: list[str]) -> int:
     def command_of(point: Point) -> list[str]:
         return command(point, config_file, given)
 
-    points = make_points(CONFIG.value, read_sweep(config_file), Path(WORKDIR.value), given)
+    def with_argument(argument: str) -> ConfigDict:
+        path, _, whole = joined_argument(config_file, argument).partition(":")
+        config = runpy.run_path(path)["get_config"](whole)
+        config.update_from_flattened_dict(given)
+        return config
+
+    points = make_points(CONFIG.value, read_sweep(config_file), Path(WORKDIR.value), given, with_argument)
     chosen = choose(points, INDEX.value, SHARD.value)
     if DRY_RUN.value:
         sys.stdout.write("".join(f"{_described(point)}\n  {shlex.join(command_of(point))}\n" for point in chosen))

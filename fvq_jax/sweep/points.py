@@ -1,7 +1,7 @@
 """The points of a sweep: names, configs and commands, and the record that each has in its workdir.
 
-A point is a config with a few fields replaced. `runner` decides which points are run, and how; `table` and `page` make
-a report of the records.
+A point is a config with a few fields replaced, or made with a further argument. `runner` decides which points are run,
+and how; `table` and `page` make a report of the records.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import os
 import re
 import runpy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from fvq_jax.runtime.files import replace_whole
 from fvq_jax.runtime.names import dotted
 from fvq_jax.tasks import task_of
 
+ARGUMENT = "argument"  # in a point, not a field: what the config is made with beside the argument of the sweep
 RECORD, LOG, OUTPUT, LOCK = "point.json", "log.txt", "output.txt", ".lock"  # in the workdir of a point
 PROGRAM = (sys.executable, "-m", "fvq_jax.main")
 LONGEST_NAME = 100  # characters; file systems take 255 bytes
@@ -38,7 +39,7 @@ class Point:
 
     Attributes:
       index: its place in the sweep, from 0.
-      overrides: the replaced fields, by full name.
+      overrides: the replaced fields, by full name; and the further `argument`, if there is one.
       config: all fields, by full name, as JSON keeps them.
       workdir: the workdir of its run; the last part is the point's name.
       devices: how many its mesh needs at least; exactly that many if neither axis is -1.
@@ -89,13 +90,20 @@ def read_sweep(config_file: str) -> list[dict[str, Any]]:
 
 
 def make_points(
-    config: ConfigDict, sweep: Sequence[Mapping[str, Any]], workdir: Path, given: Mapping[str, Any] | None = None
+    config: ConfigDict,
+    sweep: Sequence[Mapping[str, Any]],
+    workdir: Path,
+    given: Mapping[str, Any] | None = None,
+    with_argument: Callable[[str], ConfigDict] | None = None,
 ) -> list[Point]:
     """The points of a sweep over `config`, each validated for the devices that its mesh needs.
 
-    `given` holds the fields that were overridden on the command line. InputError if one of them is swept too, for a
-    field that no config has or a value of another type, and for two points of one name. A point that cannot run for
-    another reason is kept, with the reason in `refused`.
+    InputError for a field that is swept and given too, for a field that no config has or a value of another type, and
+    for two points of one name. A point that cannot run for another reason is kept, with the reason in `refused`.
+
+    Args:
+      given: the fields that were overridden on the command line.
+      with_argument: makes the config of a point that has a further argument.
     """
     points: dict[str, Point] = {}
     for index, overrides in enumerate(sweep):
@@ -105,9 +113,10 @@ def make_points(
         name = point_name(overrides)
         if name in points:
             raise InputError(f"points {points[name].index} and {index} of the sweep are both called {name}")
-        changed = config.copy_and_resolve_references()
+        made = with_argument(overrides[ARGUMENT]) if with_argument and ARGUMENT in overrides else config
+        changed = made.copy_and_resolve_references()
         try:
-            changed.update_from_flattened_dict(overrides)
+            changed.update_from_flattened_dict(_fields(overrides))
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise InputError(f"point {index} of the sweep, {name}: {error}") from None
         devices, refused = devices_needed(changed), ""
@@ -118,6 +127,15 @@ def make_points(
         kept = json.loads(json.dumps({"overrides": dict(overrides), "config": dotted(changed)}))
         points[name] = Point(index, kept["overrides"], kept["config"], workdir / name, devices, refused)
     return list(points.values())
+
+
+def joined_argument(config_file: str, argument: str) -> str:
+    """FILE or FILE:ARG with a further argument."""
+    return config_file + ("," if ":" in config_file else ":") + argument if argument else config_file
+
+
+def _fields(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in overrides.items() if name != ARGUMENT}
 
 
 def point_name(overrides: Mapping[str, Any]) -> str:
@@ -146,7 +164,9 @@ def devices_needed(config: ConfigDict) -> int:
 
 def command(point: Point, config_file: str, given: Mapping[str, Any]) -> list[str]:
     """What runs the point: fvq_jax.main with the sweep's own overrides, then the point's."""
-    overrides = [f"--config.{field}={value_text(value)}" for field, value in {**given, **point.overrides}.items()]
+    fields = {**given, **_fields(point.overrides)}
+    overrides = [f"--config.{field}={value_text(value)}" for field, value in fields.items()]
+    config_file = joined_argument(config_file, point.overrides.get(ARGUMENT, ""))
     return [*PROGRAM, f"--config={config_file}", f"--workdir={point.workdir}", *overrides]
 
 

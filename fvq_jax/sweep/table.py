@@ -24,6 +24,7 @@ COLUMNS = (
     "step",
     "usage",
     "perplexity",
+    "quantization_error",
     "psnr",
     "ssim",
     "lpips_vgg",
@@ -101,7 +102,7 @@ def swept_fields(rows: Sequence[Row]) -> list[str]:
 
 def swept_values(row: Row, fields: Sequence[str]) -> list[Any]:
     """What the fields are in this point; for one that it does not replace, what its config says."""
-    return [row.record.config.get(field) for field in fields]
+    return [row.record.overrides.get(field, row.record.config.get(field)) for field in fields]
 
 
 def short_names(fields: Sequence[str]) -> dict[str, str]:

@@ -52,6 +52,25 @@ def test_long_names_are_cut_and_stay_apart():
     assert names[0].startswith("data.train_dir=xxx")
 
 
+def test_a_point_may_be_another_config_of_the_file():
+    """Not a field, so that it reaches the program as the argument of its config."""
+    made = []
+
+    def with_argument(argument):
+        made.append(argument)
+        return tiny_config(**{"tokenizer.quantizer.codebook_size": 16})
+
+    sweep = [{"seed": 1}, {"argument": "small=16", "seed": 1}]
+    first, second = make_points(tiny_config(), sweep, pathlib.Path("sweep"), None, with_argument)
+    assert made == ["small=16"]
+    assert [point.config["tokenizer.quantizer.codebook_size"] for point in (first, second)] == [64, 16]
+    assert second.name == "argument=small-16,seed=1"
+    assert second.overrides == {"argument": "small=16", "seed": 1}
+    for file, shown in (("c.py", "c.py:small=16"), ("c.py:smoke", "c.py:smoke,small=16")):
+        arguments = command(second, file, {})[3:]
+        assert arguments == [f"--config={shown}", f"--workdir={second.workdir}", "--config.seed=1"]
+
+
 def test_a_sweep_gets_the_argument_of_its_config(tmp_path):
     path = config_file(tmp_path, "def sweep(arg=''):\n    yield {'seed': len(arg)}\n")
     assert read_sweep(path) == [{"seed": 0}]

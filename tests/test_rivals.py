@@ -1,0 +1,47 @@
+"""configs/rivals.py: every quantizer once, and nothing else differs."""
+
+import pathlib
+
+import pytest
+
+from configs import rivals
+from fvq_jax.models.quantizers import QUANTIZERS, make_quantizer
+from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.names import dotted
+from fvq_jax.sweep.points import make_points, read_sweep
+
+FILE = str(pathlib.Path(rivals.__file__))
+
+
+def test_every_quantizer_takes_part_with_as_many_codes():
+    assert {name for name, _ in rivals.RIVALS.values()} == set(QUANTIZERS)
+    for name, settings in rivals.RIVALS.values():
+        assert make_quantizer({"name": name, **settings}).size == rivals.CODES
+
+
+@pytest.mark.parametrize("size", ["", "smoke,"])
+def test_the_sweep_takes_every_rival_with_every_seed_and_all_can_run(size, tmp_path):
+    def with_argument(argument):
+        config = rivals.get_config(size + argument)
+        if config.data.source == "folder":
+            config.data.train_dir = config.data.eval_dir = str(tmp_path)
+        return config
+
+    sweep = read_sweep(f"{FILE}:seeds=2")
+    points = make_points(rivals.get_config(), sweep, pathlib.Path("sweep"), None, with_argument)
+    assert [point.refused for point in points] == [""] * 2 * len(rivals.RIVALS)
+    assert len({point.name for point in points}) == len(points)
+
+
+def test_only_the_quantizer_differs_and_for_stablevq_the_rate_of_its_codebook():
+    base = dotted(rivals.get_config("rival=none"))
+    for rival in rivals.RIVALS:
+        changed = dotted(rivals.get_config(f"rival={rival}"))
+        names = {name for name in base.keys() & changed.keys() if base[name] != changed[name]}
+        others = {name for name in names if not name.startswith("tokenizer.quantizer.")}
+        assert others == ({"optim.codebook_learning_rate"} if rival == "stablevq" else set())
+
+
+def test_an_unknown_rival_is_refused_with_those_that_there_are():
+    with pytest.raises(InputError, match="unknown rival 'vqgan': use one of none, ema"):
+        rivals.get_config("rival=vqgan")
