@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from fvq_jax.ops.sharded_codebook import TOKENS
 
 BLOCK_SIZE = 4096  # tokens per block: 8 MiB of probabilities for half of 18 bits
+PRODUCTS = 4  # of the halves' probabilities, one for the value and three for the gradient
 AXES = ("data", "codebook")
 
 

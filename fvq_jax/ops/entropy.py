@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from fvq_jax.ops.sharded_codebook import ROWS, TOKENS
 
 BLOCK_SIZE = 512  # codes per block
+PRODUCTS = 6  # of all latents with all codes: two for the value, two of them anew and two others for the gradient
 GROUPS = PartitionSpec("data")  # of values per token, after the tokens were gathered along `codebook`
 EPSILON = 1e-5  # inside the logarithm of the mean, as in the published code
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from fvq_jax.ops.sharded_codebook import ROWS, TOKENS
 
 BLOCK_SIZE = 512  # codes per block
+PRODUCTS = 6  # of all latents with all codes: two for the sums, four for the gradient
 GROUPS = PartitionSpec("data")  # of values per token, after the tokens were gathered along `codebook`
 
 

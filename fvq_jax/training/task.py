@@ -173,7 +173,7 @@ class Task(abc.ABC):
         """Scalars of one step that follow from the counts of its whole batch; part of the compiled step."""
 
     @abc.abstractmethod
-    def uncounted_flops(self, platform: str) -> tuple[float, int]:
+    def uncounted_flops(self, platform: str) -> tuple[float, float]:
         """(flops of a step, over all devices, that XLA does not count; matrix-unit passes that each of them takes)."""
 
     # --- data ---------------------------------------------------------------------------------------------------

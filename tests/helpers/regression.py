@@ -152,7 +152,7 @@ class RegressionTask(Task):
         return {"positive/batch": jnp.mean(counts["positive"].astype(jnp.float32))}
 
     def uncounted_flops(self, platform):
-        return 0.0, 1
+        return 0.0, 1.0
 
     def source(self, split):
         return self._sources[split]

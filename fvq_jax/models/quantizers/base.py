@@ -155,13 +155,13 @@ class Quantizer(nn.Module):
         """How often each code was chosen, separately for every level or scale; by default there is one."""
         return code_histogram(codes, self.size)[None]
 
-    def uncounted_flops(self, tokens: int, platform: str) -> tuple[float, int]:
+    def uncounted_flops(self, tokens: int, platform: str) -> tuple[float, float]:
         """(flops to quantize so many tokens, over all devices, that XLA does not count; passes that each takes).
 
         XLA does not see into a kernel, and counts the body of a loop once. `platform` is cpu, gpu or tpu; the passes
-        are those of a bfloat16 matrix unit.
+        are those of a bfloat16 matrix unit, on average.
         """
-        return 0.0, 1
+        return 0.0, 1.0
 
     def architecture(self) -> dict[str, Any]:
         """The settings that decide the names, shapes and meaning of its parameters and state, by name."""

@@ -7,8 +7,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from fvq_jax.models.quantizers.base import Quantized
 from fvq_jax.models.quantizers.bridged import BridgedQuantizer
-from fvq_jax.ops.entropy import entropy_loss
-from fvq_jax.ops.index_gradient import with_index_gradient
+from fvq_jax.ops import entropy, index_gradient
 from fvq_jax.ops.vq_losses import codebook_loss, commitment_loss
 from fvq_jax.runtime.fields import setting, settings_of
 
@@ -43,6 +42,11 @@ class IBQuantizer(BridgedQuantizer):
         weights = {"index": self.index_weight, **super().loss_weights}
         return weights | ({"entropy": self.entropy_weight} if self.entropy_weight > 0 else {})
 
+    @property
+    def streamed_products(self) -> int:
+        """Those of the gradient by way of the index and of the entropy term."""
+        return index_gradient.PRODUCTS + (entropy.PRODUCTS if self.entropy_weight > 0 else 0)
+
     def __call__(
         self, latent: Float[Array, "b h w d"], *, train: bool = False, key: Shaped[Array, ""] | None = None
     ) -> Quantized:
@@ -50,14 +54,14 @@ class IBQuantizer(BridgedQuantizer):
         table = self.table()
         codes = self.nearest(latent, table, inner_product=True)
         chosen, z = self.rows(table, codes).reshape(-1, self.code_dim), latent.reshape(-1, self.code_dim)
-        vectors = with_index_gradient(chosen, z, table, mesh=self.mesh)
+        vectors = index_gradient.with_index_gradient(chosen, z, table, mesh=self.mesh)
         losses = {
             "index": jnp.mean(jnp.square(vectors - z)),
             "codebook": codebook_loss(z, chosen),
             "commitment": commitment_loss(z, chosen),
         }
         if self.entropy_weight > 0:
-            losses["entropy"] = entropy_loss(
+            losses["entropy"] = entropy.entropy_loss(
                 z, table, temperature=self.entropy_temperature, inner_product=True, mesh=self.mesh
             )
         return Quantized(vectors.reshape(latent.shape), codes, losses)

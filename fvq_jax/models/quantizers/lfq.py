@@ -7,8 +7,9 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from fvq_jax.models.quantizers.base import Quantized
 from fvq_jax.models.quantizers.lattice import BinaryQuantizer
-from fvq_jax.ops.bit_entropy import joint_entropy_loss
+from fvq_jax.ops import bit_entropy
 from fvq_jax.ops.estimators import straight_through
+from fvq_jax.ops.nearest import PASSES
 from fvq_jax.ops.vq_losses import commitment_loss
 from fvq_jax.runtime.fields import setting
 
@@ -54,5 +55,13 @@ class LFQuantizer(BinaryQuantizer):
         if self.entropy_weight > 0:
             # Channels are independent: of 1 against -1, the logits differ by 4 z / temperature.
             logits = 4 / self.temperature * latent.reshape(-1, self.bits)
-            losses["entropy"] = joint_entropy_loss(logits, mesh=self.mesh)
+            losses["entropy"] = bit_entropy.joint_entropy_loss(logits, mesh=self.mesh)
         return Quantized(straight_through(latent, chosen), codes, losses)
+
+    def uncounted_flops(self, tokens: int, platform: str) -> tuple[float, float]:
+        """Of the products of the entropy term, a block of tokens after another, all but the first block."""
+        if self.entropy_weight == 0:
+            return 0.0, 1.0
+        blocks = max(tokens / (1 if self.mesh is None else self.mesh.size) / bit_entropy.BLOCK_SIZE, 1)
+        flops = bit_entropy.PRODUCTS * 2.0 * tokens * self.size * (1 - 1 / blocks)
+        return flops, 1.0 if platform == "cpu" else float(PASSES["highest"])

@@ -91,16 +91,23 @@ class TableQuantizer(Quantizer):
         """The sizes."""
         return {"codebook_size": self.codebook_size, "code_dim": self.code_dim}
 
-    def uncounted_flops(self, tokens: int, platform: str) -> tuple[float, int]:
-        """The flops of the search that XLA does not count, and their passes."""
-        search = 2.0 * tokens * self.codebook_size * self.code_dim
-        passes = 1 if platform == "cpu" else PASSES[self.search_precision]
-        if runs_kernel(self.search_implementation, platform):
-            return search, passes
-        shards = 1 if self.mesh is None else self.mesh.shape["codebook"]
-        blocks = max(self.codebook_size / shards / BLOCK_SIZE, 1)
-        counted = min(2, blocks)  # the first block, outside the loop, and the loop's body once
-        return search * (1 - counted / blocks), passes
+    @property
+    def streamed_products(self) -> int:
+        """How often losses and their gradients multiply all latents with all codes, beside the search, in blocks."""
+        return 0
+
+    def uncounted_flops(self, tokens: int, platform: str) -> tuple[float, float]:
+        """Of the search, and of the streamed products, what XLA does not count; and the mean of their passes."""
+        product = 2.0 * tokens * self.codebook_size * self.code_dim
+        blocks = max(self.codebook_size / (1 if self.mesh is None else self.mesh.shape["codebook"]) / BLOCK_SIZE, 1)
+        kernel = runs_kernel(self.search_implementation, platform)
+        # Of a scan, the search's first block, which is outside the loop, and the body of every loop once are counted.
+        search = product if kernel else product * (1 - min(2, blocks) / blocks)
+        losses = self.streamed_products * product * (1 - 1 / blocks)
+        if platform == "cpu" or search + losses == 0:
+            return search + losses, 1.0
+        passes = search * PASSES[self.search_precision] + losses * PASSES["highest"]
+        return search + losses, passes / (search + losses)
 
     def nearest(
         self, latent: Float[Array, "*n d"], table: Float[Array, "k d"], *, inner_product: bool = False

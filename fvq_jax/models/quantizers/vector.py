@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Int, Shaped
 from fvq_jax.models.quantizers.base import Quantized
 from fvq_jax.models.quantizers.bridged import BridgedQuantizer
 from fvq_jax.models.quantizers.table import TableQuantizer, estimator_setting
+from fvq_jax.ops import entropy
 from fvq_jax.ops.code_tokens import code_sums
-from fvq_jax.ops.entropy import entropy_loss
 from fvq_jax.ops.region import region_loss, region_targets
 from fvq_jax.ops.vectors import l2_normalize
 from fvq_jax.ops.vq_losses import codebook_loss, commitment_loss
@@ -60,6 +60,11 @@ class VectorQuantizer(BridgedQuantizer):
         weights = {pull: self.codebook_weight, "commitment": self.commitment_weight}
         return weights | ({"entropy": self.entropy_weight} if self.entropy_weight > 0 else {})
 
+    @property
+    def streamed_products(self) -> int:
+        """Those of the entropy term."""
+        return entropy.PRODUCTS if self.entropy_weight > 0 else 0
+
     def __call__(
         self, latent: Float[Array, "b h w d"], *, train: bool = False, key: Shaped[Array, ""] | None = None
     ) -> Quantized:
@@ -74,8 +79,8 @@ class VectorQuantizer(BridgedQuantizer):
         else:
             losses["codebook"] = codebook_loss(z, chosen)
         if self.entropy_weight > 0:
-            tokens = z.reshape(-1, self.code_dim)
-            losses["entropy"] = entropy_loss(tokens, table, temperature=self.entropy_temperature, mesh=self.mesh)
+            tokens, temperature = z.reshape(-1, self.code_dim), self.entropy_temperature
+            losses["entropy"] = entropy.entropy_loss(tokens, table, temperature=temperature, mesh=self.mesh)
         return Quantized(self.estimated(self.estimator, z, chosen, codes), codes, losses)
 
     def _region_loss(self, table: Any, z: Any, codes: Any, train: bool) -> Any:

@@ -150,10 +150,10 @@ class GeneratorTask(Task):
         """None."""
         return {}
 
-    def uncounted_flops(self, platform: str) -> tuple[float, int]:
+    def uncounted_flops(self, platform: str) -> tuple[float, float]:
         """All layers but one, and all blocks of the loss but one; XLA shows the passes of their products itself."""
         images, micro = self._config.batch_size, self._config.optim.accumulate
-        return flops.uncounted_flops(self.net, images, self._mesh.size, self._mesh.shape["codebook"], micro), 1
+        return flops.uncounted_flops(self.net, images, self._mesh.size, self._mesh.shape["codebook"], micro), 1.0
 
     # --- data ---------------------------------------------------------------------------------------------------
 

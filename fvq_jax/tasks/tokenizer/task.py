@@ -226,7 +226,7 @@ class TokenizerTask(Task):
         side = self._config.data.image_size // self.net.downsampling
         return images * math.prod(self.net.quantizer.code_shape(side, side))
 
-    def uncounted_flops(self, platform: str) -> tuple[float, int]:
+    def uncounted_flops(self, platform: str) -> tuple[float, float]:
         """The uncounted flops of the quantizer, see `Quantizer.uncounted_flops`."""
         return self.net.quantizer.uncounted_flops(self.tokens(self._config.batch_size), platform)
 

@@ -85,3 +85,11 @@ def test_equals_vector_quantize_pytorch():
     entropy = losses.per_sample_entropy.item() - losses.batch_entropy.item()
     np.testing.assert_allclose(output.losses["entropy"], entropy, rtol=1e-4)
     np.testing.assert_allclose(output.losses["commitment"], losses.commitment.item(), rtol=1e-5)
+
+
+def test_flops_of_the_entropy_term_are_not_counted():
+    """One block of tokens of four is counted, of each of four products."""
+    quantizer = LFQuantizer(bits=10)
+    assert quantizer.uncounted_flops(4 * 4096, "tpu") == (4 * 2 * 4 * 4096 * 1024 * 3 / 4, 6)
+    assert quantizer.uncounted_flops(4 * 4096, "cpu")[1] == 1
+    assert LFQuantizer(bits=10, entropy_weight=0.0).uncounted_flops(4 * 4096, "tpu") == (0, 1)
