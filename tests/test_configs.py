@@ -61,7 +61,8 @@ def test_all_configs_are_here():
 def test_every_config_is_valid(name):
     config = get_config(name)
     assert config.is_locked
-    assert config.data.source == {"quickstart": "photos", "photographs": "folder"}.get(name, "tfds")
+    sources = {"quickstart": "photos", "photographs": "folder", "full_codebook": "folder"}
+    assert config.data.source == sources.get(name, "tfds")
     if config.data.source == "folder":
         config.data.train_dir, config.data.eval_dir = "train", "eval"
     for devices in (1, 2, 8):
@@ -203,6 +204,21 @@ def test_photographs_sweeps_over_the_bridge_alone():
     ]
     assert {run.config["steps"] for run in runs} == {1000}
     assert get_config("photographs", "bridge=none").tokenizer.quantizer.bridge == "none"
+
+
+@pytest.mark.parametrize(
+    ("codes", "bridge"), [(4096, "S/2"), (16384, "S/4"), (65536, "S/8"), (262144, "S/8"), (1048576, "S/16")]
+)
+def test_the_groups_of_a_full_codebook_grow_with_it(codes, bridge):
+    config = get_config("full_codebook", f"codes={codes}")
+    quantizer = config.tokenizer.quantizer
+    assert (quantizer.codebook_size, quantizer.bridge) == (codes, bridge)
+    config.data.train_dir, config.data.eval_dir = "train", "eval"
+    check(config, 8)
+    other = get_config("full_codebook", f"codes={codes},bridge=linear")
+    assert differences(config, other) == {
+        **{"tokenizer.quantizer.bridge": "linear", "data.train_dir": "", "data.eval_dir": ""},
+    }
 
 
 @pytest.mark.parametrize("bridge", ["none", "linear", "XL/8-d4", "dit-B/8"])

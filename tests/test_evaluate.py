@@ -127,6 +127,7 @@ def test_pixel_metrics_and_code_statistics(protocol, saved, folder, tmp_path, ca
     assert f"evaluating ({protocol}): 100%" in err
     assert err.index("fvq_jax: not computed: rfid: ") < err.index("evaluating")
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == report
+    assert report["usage_by_position"] == [pytest.approx(report["usage"])]
     page = (tmp_path / "out" / "report" / "index.html").read_text()
     assert f"protocol <b>{protocol}</b>" in page
     assert f"{report['psnr']:.2f}" in page

@@ -28,7 +28,7 @@ from fvq_jax.evals.pixel_metrics import SSIM_WINDOW, l1, mse, psnr, ssim
 from fvq_jax.evals.protocol import CROPS, PROTOCOLS, as_scored
 from fvq_jax.evals.reference import Moments
 from fvq_jax.models.frozen.inception import CLASSES, FEATURES
-from fvq_jax.ops.code_usage import code_statistics, level_statistics, perplexity, usage
+from fvq_jax.ops.code_usage import code_statistics, level_statistics, perplexity, position_statistics, usage
 from fvq_jax.ops.pixels import to_uint8, to_unit
 from fvq_jax.runtime.agreement import everywhere
 from fvq_jax.runtime.errors import InputError
@@ -229,19 +229,25 @@ def conditions(found: Found, source: Source, *, data: str, protocol: str, size: 
 
 
 def summarise(
-    sums: Sums, pixels: int, reference: Moments | None = None, levels: Sequence[str] = ()
+    sums: Sums,
+    pixels: int,
+    reference: Moments | None = None,
+    levels: Sequence[str] = (),
+    positions: Int[np.ndarray, "k"] | None = None,
 ) -> dict[str, float | int]:
     """Every metric by name.
 
     `psnr`, `ssim`, `l1`, `mse` (data range 1) and `lpips_*` are means over pictures, `quantization_error` and the
     relative one over latents; `usage`, `perplexity` and those of `code_statistics` count the tokens of the whole set
-    and of all levels together, those of `level_statistics` of one level.
+    and of all levels together, those of `level_statistics` of one level and
+    those of `position_statistics` of one position.
 
     Args:
       sums: of the pass.
       pixels: of a picture.
       reference: mean and covariance of the crops' features, if rFID can be computed.
       levels: their names, if the quantizer has several.
+      positions: of every code in its group, see `Quantizer.positions`; None if that is not of interest.
     """
     metrics = {name: float(value / sums.images) for name, value in sums.scalars.items()}
     if reference is not None and sums.decoded is not None:
@@ -255,6 +261,8 @@ def summarise(
     counts = sums.code_counts.sum(axis=0)
     metrics |= {"usage": float(usage(counts)), "perplexity": float(perplexity(counts))}
     metrics |= code_statistics(counts, float(pixels * sums.images / counts.sum()))
+    if positions is not None:
+        metrics |= position_statistics(counts, positions)
     return metrics | level_statistics(sums.code_counts, levels)
 
 

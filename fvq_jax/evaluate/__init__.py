@@ -47,6 +47,7 @@ from fvq_jax.evals.reference import Reference
 from fvq_jax.evaluate.samples import OF_DRAWING, OF_SAMPLES, add_arguments, evaluate_samples
 from fvq_jax.inference.class_tables import condition_of, labels_for
 from fvq_jax.inference.tokenizer import Tokenizer
+from fvq_jax.ops.code_usage import usage_by_position
 from fvq_jax.report.tokenizer import Report, Trained, write_report
 from fvq_jax.runtime import exits
 from fvq_jax.runtime.agreement import check_same, everywhere
@@ -150,10 +151,15 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     table = tokenizer.table("null" if tokenizer.classes else None)
     report = Report(
         tokenizer=Trained(
-            quantizer.size, quantizer.latent_dim, tokenizer.downsampling, quantizer.description, quantizer.level_names
+            quantizer.size,
+            quantizer.latent_dim,
+            tokenizer.downsampling,
+            quantizer.description,
+            quantizer.level_names,
+            quantizer.positions(),
         ),
         facts=facts,
-        metrics=summarise(sums, size**2, moments, quantizer.level_names),
+        metrics=summarise(sums, size**2, moments, quantizer.level_names, positions=quantizer.positions()),
         not_computed=not_computed(networks, sums),
         found=found,
         plane=None if table is None else jax.device_get(jax.jit(principal_plane)(table)),
@@ -165,6 +171,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         **facts,
         **report.metrics,
         "reference": {"path": str(reference.path), "cached": known is not None} if reference and moments else None,
+        "usage_by_position": usage_by_position(sums.code_counts.sum(axis=0), quantizer.positions()).tolist(),
         "not_computed": report.not_computed,
     }
     write_whole(args.out / METRICS, json.dumps(metrics, indent=2) + "\n")  # first: the page only shows it

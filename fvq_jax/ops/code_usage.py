@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float32, Int, Int32
+from jaxtyping import Bool, Float, Float32, Int, Int32
 
 Codes = Int[jax.Array | np.ndarray, "..."]
 Mask = Bool[jax.Array | np.ndarray, "..."]
@@ -82,6 +82,32 @@ def level_statistics(counts: Int[np.ndarray, "l k"], levels: Sequence[str], wind
         found[f"usage_most/{window}{name}"] = min(1.0, int(own.sum()) / len(own))
         found[f"perplexity/{window}{name}"] = float(perplexity(own))
     return found
+
+
+def usage_by_position(counts: Int[np.ndarray, "k"], positions: Int[np.ndarray, "k"]) -> Float[np.ndarray, "p"]:
+    """The share (0..1) of the codes of each position that were chosen; see `Quantizer.positions`."""
+    return np.bincount(positions, weights=counts > 0) / np.bincount(positions)
+
+
+def position_statistics(
+    counts: Int[np.ndarray, "k"], positions: Int[np.ndarray, "k"], window: str = ""
+) -> dict[str, float | int]:
+    """Of the usages by position the smallest, `positions/usage_min`, and how many are 0, `positions/dead`.
+
+    If there is a single position, nothing is returned.
+
+    Args:
+      counts: how often each code was chosen.
+      positions: of every code in its group.
+      window: a further part of the names, such as "window/".
+    """
+    of_position = usage_by_position(counts, positions)
+    if len(of_position) == 1:
+        return {}
+    return {
+        f"positions/{window}usage_min": float(of_position.min()),
+        f"positions/{window}dead": int(np.sum(of_position == 0)),
+    }
 
 
 def code_statistics(counts: Int[np.ndarray, "k"], pixels_per_code: float | int) -> dict[str, float | int]:

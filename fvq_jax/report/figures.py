@@ -238,6 +238,20 @@ def usage_figure(
 
 
 @styled
+def position_figure(usages: Float[np.ndarray, "p"]) -> Figure:
+    """A bar for the usage of each position in a group; the dashed line is the mean, which is the usage of all codes."""
+    figure, axes = new_axes()
+    axes.bar(np.arange(len(usages)), usages, color=FIRST, width=0.8)
+    axes.axhline(usages.mean(), color=SECOND, linestyle="--", linewidth=1.3)
+    axes.set_ylim(0, 1.04)
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    axes.set_ylabel("codes chosen at least once")
+    axes.set_xlabel("position in the group")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+@styled
 def loss_figure(rows: Rows) -> Figure | None:
     """One panel per loss term (`loss/...`) over steps, logarithmic where its values allow; None without a value."""
     names = dict.fromkeys(name for row in rows for name in row if name.startswith("loss/"))

@@ -15,7 +15,7 @@ import numpy as np
 from fvq_jax.evals.examples import Example
 from fvq_jax.evals.metric_table import METRICS
 from fvq_jax.evals.reconstruction import Found
-from fvq_jax.ops.code_usage import usage_if_uniform
+from fvq_jax.ops.code_usage import usage_by_position, usage_if_uniform
 from fvq_jax.report import figures
 from fvq_jax.report.blocks import details, plots, tile
 from fvq_jax.report.page import NONE, PLUS_MINUS, TIMES, shell, write_page
@@ -37,6 +37,7 @@ class Trained:
       downsampling: pixels per latent along a side.
       description: in words.
       levels: names of the levels or scales, if there are several.
+      positions: the position of every code in its group [k], if codes are grouped.
     """
 
     codes: int
@@ -44,6 +45,7 @@ class Trained:
     downsampling: int
     description: str
     levels: tuple[str, ...] = ()
+    positions: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,6 +257,17 @@ def _codes(report: Report) -> str:
             "and still rises at the end means that the set is too small to tell.",
         ),
     ]
+    positions = report.tokenizer.positions
+    if positions is not None and positions.any():
+        shown.append(
+            (
+                "Codes used by position in the group",
+                figures.position_figure(usage_by_position(counts, positions)),
+                "The bridge takes codes in groups, and its last layer has weights of its own for every position in a "
+                "group. A bar at 0 is a position that training has never reached: none of its codes is chosen. Dashed: "
+                f"all codes, {report.metrics['usage']:.1%}.",
+            )
+        )
     if report.plane is not None:
         points, share = report.plane
         caption = (

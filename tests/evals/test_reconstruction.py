@@ -106,6 +106,16 @@ def test_levels_are_counted_apart_and_the_quantization_error_is_a_mean_over_pict
     assert metrics["bits_per_pixel"] == pytest.approx(5 * np.log2(SHADES + 4) / SIZE**2)
 
 
+def test_usage_is_also_counted_by_position():
+    sums = collect(Greys()).sums
+    assert "positions/dead" not in reconstruction.summarise(sums, 1)
+    assert "positions/dead" not in reconstruction.summarise(sums, 1, positions=np.zeros(SHADES + 4, int))
+    metrics = reconstruction.summarise(sums, 1, positions=np.arange(SHADES + 4) // 3)
+    assert (metrics["positions/usage_min"], metrics["positions/dead"]) == (0, 1)
+    metrics = reconstruction.summarise(sums, 1, positions=np.arange(SHADES + 4) // 8)
+    assert (metrics["positions/usage_min"], metrics["positions/dead"]) == (0.5, 0)
+
+
 def test_a_picture_without_a_number_does_not_score_as_black():
     def reconstruct(crops, labels):
         found = as_they_are(crops, labels)

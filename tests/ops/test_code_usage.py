@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fvq_jax.ops.code_usage import code_histogram, level_statistics, perplexity, usage
+from fvq_jax.ops.code_usage import (
+    code_histogram,
+    level_statistics,
+    perplexity,
+    position_statistics,
+    usage,
+    usage_by_position,
+)
 
 
 def test_histogram_counts_like_bincount():
@@ -87,6 +94,14 @@ def test_an_empty_window_has_no_usage_and_no_perplexity():
     counts = jnp.zeros(8, jnp.int32)
     assert float(usage(counts)) == 0.0
     assert float(perplexity(counts)) == 0.0
+
+
+def test_codes_are_counted_by_position():
+    counts, positions = np.array([2, 0, 5, 0, 1, 0]), np.array([0, 1, 2, 0, 1, 2])
+    np.testing.assert_array_equal(usage_by_position(counts, positions), [0.5, 0.5, 0.5])
+    found = position_statistics(np.array([2, 0, 5, 7, 0, 0]), positions, "window/")
+    assert found == {"positions/window/usage_min": 0, "positions/window/dead": 1}
+    assert position_statistics(counts, np.zeros(6, int)) == {}
 
 
 def test_every_level_has_its_usage_and_the_most_that_its_tokens_can_show():

@@ -118,6 +118,12 @@ def test_the_legend_of_the_map_shows_what_is_drawn():
         assert [text.get_text() for text in legend.get_texts()] == ["never chosen, 2 codes"]
 
 
+def test_a_bar_for_every_position():
+    (axes,) = figures.position_figure(np.array([0.5, 0.0, 1.0])).axes
+    assert [bar.get_height() for bar in axes.patches] == [0.5, 0, 1]
+    assert list(axes.lines[0].get_ydata()) == [0.5, 0.5]
+
+
 def test_loss_panels():
     figure = figures.loss_figure([*rows(), {"step": 60, "loss/total": None, "loss/adversarial": 0.3}])
     titles = [axes.get_title(loc="left") for axes in figure.axes]

@@ -140,6 +140,14 @@ def test_names_that_are_no_text_stand_escaped(report, tmp_path):
     assert r"<span>caf\udce9.png</span>" in path.read_text(encoding="utf-8")
 
 
+def test_usage_by_position_is_drawn_if_codes_are_grouped(report):
+    title = "<h3>Codes used by position in the group</h3>"
+    assert title not in page(report)
+    for positions, shown in ((np.zeros(1024, int), False), (np.arange(1024) % 16, True)):
+        tokenizer = dataclasses.replace(report.tokenizer, positions=positions)
+        assert (title in page(dataclasses.replace(report, tokenizer=tokenizer))) == shown
+
+
 @pytest.mark.usefixtures("no_drawing")
 def test_levels_are_shown_apart_if_there_are_several(report):
     assert "At most, with so many tokens" not in page(report)

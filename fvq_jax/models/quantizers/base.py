@@ -155,6 +155,13 @@ class Quantizer(nn.Module):
         """How often each code was chosen, separately for every level or scale; by default there is one."""
         return code_histogram(codes, self.size)[None]
 
+    def positions(self) -> Int[np.ndarray, "k"]:
+        """The position of every code in its group, counted from 0, if a network takes codes in groups; else all 0.
+
+        Codes of a position share weights, so they may all die together: their usage is also counted by position.
+        """
+        return np.zeros(self.size, int)
+
     def uncounted_flops(self, tokens: int, platform: str) -> tuple[float, float]:
         """(flops to quantize so many tokens, over all devices, that XLA does not count; passes that each takes).
 

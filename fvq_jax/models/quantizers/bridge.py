@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from fvq_jax.models.layers import matmul_precision
 
@@ -111,7 +111,7 @@ def group_codes(codebook: Float[Array, "k d"], group_size: int, groups: str) -> 
     return raster.transpose(0, 2, 1, 3, 4).reshape(k // group_size, group_size * d)
 
 
-def ungroup_codes(grouped: Float[Array, "g p"], group_size: int, groups: str) -> Float[Array, "k d"]:
+def ungroup_codes(grouped: Shaped[Array, "g p"], group_size: int, groups: str) -> Shaped[Array, "k d"]:
     """The inverse of `group_codes`."""
     k, d = grouped.shape[0] * group_size, grouped.shape[1] // group_size
     if groups == "1d":
@@ -119,6 +119,12 @@ def ungroup_codes(grouped: Float[Array, "g p"], group_size: int, groups: str) ->
     side, patch = math.isqrt(k), math.isqrt(group_size)
     raster = grouped.reshape(side // patch, side // patch, patch, patch, d)
     return raster.transpose(0, 2, 1, 3, 4).reshape(k, d)
+
+
+def group_positions(codebook_size: int, group_size: int, groups: str) -> Int[np.ndarray, "k"]:
+    """The position of every code in its group, in [0, group_size): in which order `group_codes` flattens them."""
+    positions = jnp.tile(jnp.arange(group_size), (codebook_size // group_size, 1))
+    return np.asarray(ungroup_codes(positions, group_size, groups))[:, 0]
 
 
 def position_embedding(groups: int, width: int, kind: str) -> Float[np.ndarray, "g c"]:

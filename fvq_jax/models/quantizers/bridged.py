@@ -6,11 +6,12 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from fvq_jax.models.quantizers.base import Quantizer
-from fvq_jax.models.quantizers.bridge import make_bridge, parse_bridge, rows_of_groups
+from fvq_jax.models.quantizers.bridge import group_positions, make_bridge, parse_bridge, rows_of_groups
 from fvq_jax.models.quantizers.table import TableQuantizer
 from fvq_jax.runtime.fields import setting
 from fvq_jax.runtime.mesh import Rules
@@ -93,6 +94,10 @@ class BridgedQuantizer(TableQuantizer):
         self.refuse(condition)
         given = () if condition is None else (condition,)
         return self.codebook if self.bridge_net is None else self.bridge_net(self.codebook, *given)
+
+    def positions(self) -> Int[np.ndarray, "k"]:
+        """The position of every code in the bridge's groups; all 0 if the bridge has none."""
+        return group_positions(self.codebook_size, parse_bridge(self.bridge).group_size, self.bridge_groups)
 
     def architecture(self) -> dict[str, Any]:
         """Sizes and bridge; and the kind of groups, if the bridge has groups."""

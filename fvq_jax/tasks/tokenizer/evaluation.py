@@ -84,7 +84,9 @@ class Evaluator:
         )
         if found.sums.real is not None and found.sums.images >= 2:
             self._reference = found.sums.real.moments()
-        metrics = summarise(found.sums, size**2, self._reference, quantizer.level_names)
+        metrics = summarise(
+            found.sums, size**2, self._reference, quantizer.level_names, positions=quantizer.positions()
+        )
         return metrics, not_computed(self._networks, found.sums), found
 
     def plane(self, variables: dict[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:

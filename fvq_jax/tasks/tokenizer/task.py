@@ -26,7 +26,7 @@ from fvq_jax.models.discriminators.stylegan import StyleGANDiscriminator
 from fvq_jax.models.frozen.lpips import lpips_shapes
 from fvq_jax.models.quantizers import QUANTIZERS, make_quantizer, quantizer_fields
 from fvq_jax.models.tokenizer import TokenizerNet
-from fvq_jax.ops.code_usage import level_statistics, perplexity, usage
+from fvq_jax.ops.code_usage import level_statistics, perplexity, position_statistics, usage
 from fvq_jax.ops.pixels import to_float
 from fvq_jax.report.pictures import reconstruction_grid
 from fvq_jax.report.tokenizer import Report, Trained, write_report
@@ -258,14 +258,16 @@ class TokenizerTask(Task):
     # --- figures ------------------------------------------------------------------------------------------------
 
     def window_scalars(self, counts: dict[str, np.ndarray]) -> dict[str, float]:
-        """Usage and perplexity of the codes in the window, and how many tokens it held; and those of every level."""
+        """Usage and perplexity of the codes in the window, also by position and level; and how many tokens it held."""
         codes = counts["codes"].sum(axis=0)
         union = {
             "usage/window": float(usage(codes)),
             "perplexity/window": float(perplexity(codes)),
             "tokens/window": int(codes.sum()),
         }
-        return union | level_statistics(counts["codes"], self.net.quantizer.level_names, "window/")
+        quantizer = self.net.quantizer
+        union |= position_statistics(codes, quantizer.positions(), "window/")
+        return union | level_statistics(counts["codes"], quantizer.level_names, "window/")
 
     def progress(self, scalars: Mapping[str, float]) -> dict[str, str]:
         """The total loss, and the usage of the codes in the window."""
@@ -328,6 +330,7 @@ class TokenizerTask(Task):
                 self.net.downsampling,
                 quantizer.description,
                 quantizer.level_names,
+                quantizer.positions(),
             ),
             facts={"workdir": str(workdir), "step": int(state.step), **facts},
             metrics=metrics,

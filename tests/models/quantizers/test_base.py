@@ -224,6 +224,7 @@ def test_the_base_asks_for_every_part_of_the_contract():
         "level_of",
         "level_names",
         "only_grid",
+        "positions",
         "trained",
         "folded_params",
     }  # these have a default

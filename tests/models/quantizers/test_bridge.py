@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fvq_jax.models.quantizers import make_quantizer
 from fvq_jax.models.quantizers.bridge import (
     BridgeSpec,
     CodewiseBridge,
     VQBridge,
     group_codes,
+    group_positions,
     make_bridge,
     parse_bridge,
     rows_of_groups,
@@ -54,6 +56,17 @@ def test_ungrouping_reverses_grouping(patch, side, d, groups):
     grouped = group_codes(codebook, patch**2, groups)
     assert grouped.shape == (side**2, patch**2 * d)
     np.testing.assert_array_equal(ungroup_codes(grouped, patch**2, groups), codebook)
+
+
+@pytest.mark.parametrize("groups", ["1d", "2d"])
+def test_positions_are_those_in_which_groups_are_flattened(groups):
+    positions = group_positions(144, 9, groups)
+    grouped = group_codes(jnp.asarray(positions[:, None], jnp.float32), 9, groups)
+    np.testing.assert_array_equal(grouped, np.tile(np.arange(9), (16, 1)))
+    quantizer = make_quantizer({"name": "vector", "codebook_size": 144, "bridge": "S/3", "bridge_groups": groups})
+    np.testing.assert_array_equal(quantizer.positions(), positions)
+    assert len(set(positions[:3])) == 3
+    assert positions[3] == (0 if groups == "2d" else 3)
 
 
 def test_2d_groups_are_patches_of_the_raster():

@@ -77,6 +77,12 @@ def test_every_code_belongs_to_a_level_and_is_counted_there(name):
 
 
 @every
+def test_every_code_has_a_position(name):
+    quantizer = case(name)[0]
+    np.testing.assert_array_equal(quantizer.positions(), np.zeros(quantizer.size))
+
+
+@every
 def test_encoding_and_decoding_are_the_two_halves_of_a_call(name):
     quantizer, variables, latent, output = case(name)
     np.testing.assert_array_equal(quantizer.apply(variables, latent, method="encode"), output.codes)

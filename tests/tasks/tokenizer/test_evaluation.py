@@ -8,6 +8,7 @@ from fvq_jax.evals import reconstruction
 from fvq_jax.evals.frechet import frechet_distance
 from fvq_jax.evals.networks import Networks
 from fvq_jax.models.frozen.inception import CLASSES
+from fvq_jax.ops.code_usage import usage_by_position
 from fvq_jax.ops.pixels import to_uint8
 from fvq_jax.runtime.errors import DataError, InputError
 from fvq_jax.runtime.mesh import make_mesh
@@ -73,6 +74,9 @@ def test_a_state_is_scored_on_its_mesh_with_rfid_if_asked_for(seen, tmp_path):
     np.testing.assert_array_equal(found.sums.code_counts, [np.bincount(np.ravel(codes), minlength=64)])
     assert metrics["quantization_error"] == pytest.approx(float(np.mean(error)), rel=1e-4)
     assert metrics["relative_quantization_error"] == pytest.approx(float(np.sum(error) / np.sum(power)), rel=1e-4)
+    of_position = usage_by_position(found.sums.code_counts[0], evaluator._net.quantizer.positions())
+    assert len(of_position) == 4
+    assert metrics["positions/usage_min"] == of_position.min()
     expected = frechet_distance(*(projected(images) for images in (crops, decoded)))
     assert metrics["rfid"] == pytest.approx(expected, rel=1e-3)
     assert metrics["l1"] == pytest.approx(np.mean(np.abs(decoded / 255 - crops / 255)), abs=1e-4)

@@ -348,3 +348,11 @@ def test_evaluation_computes_in_float32():
     images, evaluator = jax.ShapeDtypeStruct((8, SIZE, SIZE, 3), np.uint8), step.task.evaluator
     folded = jax.eval_shape(evaluator.folded, step.task.scored_variables(step.abstract()))
     assert "bf16" not in str(jax.make_jaxpr(evaluator.reconstruct)(folded, images))
+
+
+def test_a_window_counts_the_codes_by_position_too():
+    task = step_of().task
+    positions = task.net.quantizer.positions()
+    scalars = task.window_scalars({"codes": (positions != 2)[None].astype(np.int64)})
+    assert (scalars["positions/window/usage_min"], scalars["positions/window/dead"]) == (0, 1)
+    assert scalars["usage/window"] == 0.75

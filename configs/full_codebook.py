@@ -1,0 +1,41 @@
+"""Is every code of a large codebook used? A shallow tokenizer that sees many tokens per second on two CPU cores.
+
+  python -m fvq_jax.main --config=configs/full_codebook.py:codes=16384 --workdir=DIR \
+      --config.data.train_dir=PHOTOS/train --config.data.eval_dir=PHOTOS/val
+  python -m fvq_jax.evaluate --workdir=DIR --data=PHOTOS/val --crops=4096 --out=DIR/val
+
+64 x 64 crops of pictures whose shorter side was resized to 96..192 pixels, 4x down-sampling, 256 tokens a crop, 8
+dimensions, no LPIPS and no discriminator. The bridge's groups grow with the codebook, as in the paper: S/4 for 16,384
+codes, S/8 up to 262,144, S/16 above. Usage means little below some ten tokens for every code:
+the second command counts 1,048,576, and its page says how much of the codebook even use would show.
+Arguments: `codes=N`, `bridge=NAME` (`bridge=none` and `bridge=linear` to compare with), `smoke` (seconds),
+`batch=N` (rate 1e-3 x N / 16). Another seed: `--config.seed=N`.
+"""
+
+from configs import common, quickstart
+
+# (most codes, side of the bridge's groups, training steps)
+SIZES = ((4096, 2, 2000), (16384, 4, 3000), (65536, 8, 5000), (262144, 8, 4000), (1048576, 16, 1200))
+
+
+def get_config(arg=""):
+    """The quickstart with less network and more codes."""
+    args = common.parse_arg(arg, codes=16384, bridge="", smoke=False, batch=0)
+    _, patch, steps = next((size for size in SIZES if args["codes"] <= size[0]), SIZES[-1])
+    config = quickstart.get_config(f"bridge={args['bridge'] or f'S/{patch}'}")
+    config.steps, config.optim.warmup_steps = steps, steps // 10
+    config.batch_size = config.eval.batch_size = 16
+    config.tokenizer.ch_mult = (1, 1, 1)
+    config.tokenizer.z_channels = 32
+    config.tokenizer.quantizer.codebook_size = args["codes"]
+    config.tokenizer.quantizer.code_dim = 8
+    config.data.source = "folder"
+    config.data.image_size = 64
+    config.data.resize_min, config.data.resize_max = 96, 192
+    config.data.flip = True
+    config.eval.images = 0
+    if args["smoke"]:
+        common.shrink_to_smoke(config)
+    if args["batch"]:
+        common.scale_to_batch(config, args["batch"], rate=1e-3, per=16)
+    return config
