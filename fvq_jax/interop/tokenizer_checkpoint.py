@@ -15,12 +15,12 @@ from absl import logging
 
 from fvq_jax.interop.layouts import LAYOUTS, recognise
 from fvq_jax.interop.layouts.layout import Layout
+from fvq_jax.interop.lightning import averaged
 from fvq_jax.interop.named_tensors import check_ending, read_checkpoint_file, write_checkpoint_file
 from fvq_jax.models.tokenizer import TokenizerNet
 from fvq_jax.runtime.errors import InputError
 
 L2_NORM = ("codebook_l2_norm", "l2_norm")  # what the published training programs call it in their arguments
-AVERAGE = "model_ema."  # in front of Lightning's moving averages, whose names have lost their dots
 _PARTS = r"(encoder|decoder|quantizer?|quant_conv|post_quant_conv)\."
 
 
@@ -53,7 +53,7 @@ def read_checkpoint(
     tensors = unwrap(tensors)
     said_layout = facts.get("layout") if facts.get("layout") in LAYOUTS else None
     chosen = _layout(layout or said_layout, tensors, str(path))
-    tensors = _averaged(tensors, str(path))
+    tensors = averaged(tensors, _PARTS, str(path))
     said = {"l2_norm": _said_l2_norm(facts) if l2_norm is None else l2_norm, "depth": facts.get("depth")}
     said["scales"] = facts.get("scales") if scales is None else scales
     net = chosen.network(tensors, said, str(path))
@@ -106,19 +106,6 @@ def _layout(name: str | None, tensors: Mapping[str, np.ndarray], source: str) ->
     if name not in LAYOUTS:
         raise InputError(f"there is no layout {name!r}: use one of {', '.join(LAYOUTS)}")
     return LAYOUTS[name]
-
-
-def _averaged(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, np.ndarray]:
-    """The weights, replaced by Lightning's moving averages of them if there are any, which are then left out."""
-    averages = {name.removeprefix(AVERAGE): value for name, value in tensors.items() if name.startswith(AVERAGE)}
-    weights = {name: value for name, value in tensors.items() if not name.startswith(AVERAGE)}
-    if not averages:
-        return weights
-    shadows = {name: name.replace(".", "") for name in weights if re.match(_PARTS, name)}
-    missing = [f"{AVERAGE}{shadow}" for shadow in shadows.values() if shadow not in averages]
-    if missing:
-        raise InputError(f"{source} has a moving average of some weights only: it lacks {', '.join(missing[:3])}")
-    return weights | {name: averages[shadow] for name, shadow in shadows.items()}
 
 
 def _said_l2_norm(facts: Mapping[str, Any]) -> bool | None:

@@ -4,11 +4,18 @@ import re
 from collections.abc import Collection
 
 from fvq_jax.interop.layouts.fvq import FVQ, FVQ_RQ
+from fvq_jax.interop.layouts.ibq import IBQ
 from fvq_jax.interop.layouts.layout import Layout
 from fvq_jax.interop.layouts.llamagen import LLAMAGEN
+from fvq_jax.interop.layouts.refused import REFUSED
+from fvq_jax.interop.layouts.rq_vae import RQ_VAE
+from fvq_jax.interop.layouts.taming import TAMING
+from fvq_jax.interop.layouts.var import FVQ_VAR, VAR
 from fvq_jax.runtime.errors import InputError
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (LLAMAGEN, FVQ, FVQ_RQ)}
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout for layout in (LLAMAGEN, FVQ, FVQ_RQ, FVQ_VAR, TAMING, VAR, IBQ, RQ_VAE)
+}
 SHOWN = 3  # names in the message about a file that is not recognised
 
 
@@ -21,6 +28,9 @@ def recognise(names: Collection[str], source: str) -> Layout:
     def found(pattern: str) -> bool:
         return any(re.match(pattern, name) for name in names)
 
+    for reason, patterns in REFUSED.items():
+        if all(map(found, patterns)):
+            raise InputError(f"{source} is {reason}")
     for layout in LAYOUTS.values():
         if all(map(found, layout.marks)) and not any(map(found, layout.absent)):
             return layout

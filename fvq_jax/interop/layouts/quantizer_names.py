@@ -4,6 +4,7 @@ A book is `embedding.weight`, a bridge lies in `qbridge`, the convolutions of a 
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from fvq_jax.interop.evidence import Evidence
@@ -71,7 +72,7 @@ def infer_book(evidence: Evidence, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def infer_scales(evidence: Evidence, given: tuple[int, ...] | None, prefix: str = "") -> dict[str, Any]:
+def infer_scales(evidence: Evidence, given: Sequence[int] | None, prefix: str = "") -> dict[str, Any]:
     """The settings `phi_count` and `scales`.
 
     Files do not hold scales, but mostly how many there are. Those that are `given` are taken, otherwise the published
