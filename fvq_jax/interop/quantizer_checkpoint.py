@@ -1,6 +1,7 @@
 """A quantizer alone, from a file with the tensors that published programs keep of it."""
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from fvq_jax.interop.layouts.quantizer_names import (
     infer_scales,
     quantizer_name,
 )
+from fvq_jax.interop.layouts.rq_vae import STATISTICS, shared_book
 from fvq_jax.interop.named_tensors import check_tensors, read_checkpoint_file
 from fvq_jax.interop.tokenizer_checkpoint import unwrap
 from fvq_jax.interop.torch_arrays import from_torch, torch_shape
@@ -25,8 +27,8 @@ from fvq_jax.models.quantizers.lattice import LatticeQuantizer
 from fvq_jax.runtime.errors import InputError, require
 from fvq_jax.runtime.names import flatten, nest
 
-_UNREAD = (USAGE_BUFFER, HITS_BUFFER)
-_PARTS = r"(embedding|qbridge|quant_resi|embedding_proj)\."
+_UNREAD = rf"{USAGE_BUFFER}|{HITS_BUFFER}|{STATISTICS}"
+_PARTS = r"(embedding|qbridge|quant_resi|embedding_proj|codebooks)\."
 
 
 def read_quantizer(
@@ -55,7 +57,10 @@ def read_quantizer(
     for unknown in settings.keys() - known.keys():
         raise InputError(f"the quantizer {name} has no setting {unknown}: it takes {', '.join(known)}")
     tensors = unwrap(read_checkpoint_file(path)[0], _PARTS)
-    weights = {key: value for key, value in tensors.items() if key not in _UNREAD}
+    if name == "residual" and any(key.startswith("codebooks.") for key in tensors):
+        tensors, depth = _with_shared_book(tensors, str(path))
+        settings = {"depth": depth, **settings}
+    weights = {key: value for key, value in tensors.items() if not re.fullmatch(_UNREAD, key)}
     quantizer = _infer(name, settings, Evidence(tensors, str(path), f"file of a {name} quantizer"))
     latents = jax.ShapeDtypeStruct((1, *(quantizer.only_grid or (1, 1)), quantizer.latent_dim), jnp.float32)
     made = flatten(dict(jax.eval_shape(quantizer.init, jax.random.key(0), latents)))
@@ -63,6 +68,13 @@ def read_quantizer(
     wanted = {names[v]: torch_shape(v, leaf.shape, quantizer.latent_dim) for v, leaf in made.items()}
     check_tensors(weights, wanted, str(path), f"{name} quantizer")
     return quantizer, nest({v: from_torch(v, np.asarray(weights[names[v]]), leaf.shape) for v, leaf in made.items()})
+
+
+def _with_shared_book(tensors: Mapping[str, np.ndarray], source: str) -> tuple[dict[str, np.ndarray], int]:
+    """The tensors of RQ-VAE's quantizer with a single book, and the number of its levels."""
+    weights = {key: value for key, value in tensors.items() if not re.fullmatch(_UNREAD, key)}
+    others = {key: value for key, value in weights.items() if not key.startswith("codebooks.")}
+    return others | {"embedding.weight": shared_book(weights, "", source)}, len(weights) - len(others)
 
 
 def _infer(name: str, settings: Mapping[str, Any], evidence: Evidence) -> Quantizer:

@@ -74,6 +74,19 @@ def test_settings_that_tensors_do_not_tell_are_heeded(tmp_path):
     np.testing.assert_allclose(upto.decode(codes, 1), book[np.asarray(codes)[..., 0]])
 
 
+def test_the_books_of_rq_vae_say_how_many_levels_there_are(tmp_path):
+    book, latents = small()
+    padded = np.concatenate([book, np.zeros((1, 4), np.float32)])
+    tensors = {f"quantizer.codebooks.{level}.weight": padded for level in range(3)}
+    tensors |= {f"quantizer.codebooks.{level}.embed_ema": book + 1 for level in range(3)}
+    found = fvq_jax.load_quantizer(write(tmp_path / "x.safetensors", tensors), "residual")
+    plain = fvq_jax.load_quantizer(write(tmp_path / "y.safetensors", {"embedding.weight": book}), "residual", depth=3)
+    np.testing.assert_array_equal(found(latents).codes, plain(latents).codes)
+    tensors["quantizer.codebooks.2.weight"] = padded + 1
+    with pytest.raises(InputError, match=r"a codebook of its own in every level.*codebooks\.0.*codebooks\.2"):
+        fvq_jax.load_quantizer(write(tmp_path / "z.safetensors", tensors), "residual")
+
+
 def test_quantizers_that_keep_state_are_read(tmp_path):
     book, latents = small()
     layer = np.random.default_rng(2).normal(size=(4, 4)).astype(np.float32)

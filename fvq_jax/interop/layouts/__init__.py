@@ -34,7 +34,12 @@ def recognise(names: Collection[str], source: str) -> Layout:
     for layout in LAYOUTS.values():
         if all(map(found, layout.marks)) and not any(map(found, layout.absent)):
             return layout
-    closest = max(LAYOUTS.values(), key=lambda layout: sum(bool(re.fullmatch(layout.pattern, n)) for n in names))
+
+    def likeness(layout: Layout) -> tuple[int, int]:
+        lacking = sum(not found(mark) for mark in layout.marks)
+        return sum(bool(re.fullmatch(layout.pattern, name)) for name in names), -lacking
+
+    closest = max(LAYOUTS.values(), key=likeness)
     known = [name for name in names if re.fullmatch(closest.pattern, name)]
     read = f"{source} is in none of the layouts that are read ({', '.join(LAYOUTS)})"
     if not known:
@@ -44,7 +49,7 @@ def recognise(names: Collection[str], source: str) -> Layout:
     differences = [f"lacks {_first([mark.replace(chr(92), '') for mark in lacking])}"] if lacking else []
     differences += [f"has {_first(foreign)} besides"] if foreign else []
     raise InputError(
-        f"{read}; closest is {closest.name} ({closest.title}; {len(known)} of {len(names)} tensors): "
+        f"{read}; closest is {closest.name} ({closest.title}; {len(known)} of {len(known) + len(foreign)} tensors): "
         f"it {' and '.join(differences)}"
     )
 

@@ -7,7 +7,12 @@ import pytest
 import safetensors.numpy
 
 from fvq_jax.inference.tokenizer import Tokenizer
+from fvq_jax.interop.layouts import LAYOUTS
+from fvq_jax.interop.layouts.var import VAR as VAR_LAYOUT
+from fvq_jax.interop.tokenizer_checkpoint import read_checkpoint, write_checkpoint
 from fvq_jax.runtime.errors import InputError
+from tests.helpers.golden_case import load_case
+from tests.helpers.random_tokenizer import random_tokenizer
 
 torch = pytest.importorskip("torch")
 
@@ -132,6 +137,92 @@ def test_the_published_program_can_load_what_is_written(name, folder, tmp_path):
     weights = content if name == "var" else content["model" if name == "fvq_var" else "state_dict"]
     weights = {key: value for key, value in weights.items() if not key.startswith("model_ema.")}
     torch_vqgan.Tokenizer(COMMON | CONFIGS[name]).load_state_dict(weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (
+            "ibq",
+            {"model_ema.quant_convbias": None},
+            r"of some weights only: it lacks model_ema\.quant_convbias$",
+        ),
+        (
+            "rq_vae",
+            {"quantizer.codebooks.1.weight": torch.ones(65, 8)},
+            r"a codebook of its own in every level.*codebooks\.0\.weight and quantizer\.codebooks\.1\.weight differ",
+        ),
+        ("fvq_var", {"decoder.mid.attn_1.qkv.bias": None}, r"1 tensor missing: decoder\.mid\.attn_1\.qkv\.bias$"),
+        ("var", {}, r"has 4 scales, and 1 2 3 4 5 6 8 10 13 16 are 10: give scales=\(\.\.\.\)"),
+        ("taming", {"quantize.used": torch.ones(3)}, r"does not hold this tokenizer: 1 tensor extra: quantize\.used$"),
+        (
+            "taming",
+            {"quantize.embedding.weight": None, "quantize.pos.weight": torch.ones(3)},
+            r"in none of the layouts.*; closest is taming \(VQGAN of taming-transformers; (\d+) of \d+ tensors\): "
+            r"it lacks quantize\.embedding\.weight and has quantize\.pos\.weight besides$",
+        ),
+        (
+            "taming",
+            {"quantize.embed.weight": torch.ones(3), "quantize.proj.bias": torch.ones(3)},
+            "is a VQGAN with a Gumbel quantizer, which does not exist here",
+        ),
+        (
+            "taming",
+            {"encoder.mid_block.0.conv1.weight": torch.ones(3), "decoder.adaptive.0.gamma.bias": torch.ones(3)},
+            'is an Open-MAGVIT2 tokenizer, whose networks do not exist here: .* as "lfq"$',
+        ),
+    ],
+)
+def test_what_is_not_exactly_such_a_file_is_refused_in_one_line(name, changes, message, tmp_path):
+    weights = dict(module(name).state_dict())
+    weights = averaged(weights) if name == "ibq" else weights
+    weights = {key: value for key, value in (weights | changes).items() if value is not None}
+    torch.save({"state_dict": weights}, tmp_path / "x.ckpt")
+    with pytest.raises(InputError, match=message) as error:
+        read_checkpoint(tmp_path / "x.ckpt", scales=VAR["scales"] if name == "fvq_var" else None)
+    assert "\n" not in str(error.value)
+
+
+def test_what_tensors_do_not_tell_is_said_by_the_name_of_the_layout(folder, tmp_path):
+    """IBQ without moving average has the tensors of a VQGAN, FVQ's residual tokenizer those of FVQ."""
+    torch.save(lightning(module("ibq").state_dict()), tmp_path / "x.ckpt")
+    images, _, codes = expected("ibq")
+    assert read_checkpoint(tmp_path / "x.ckpt")[0].name == "taming"
+    tok = Tokenizer.from_pretrained(tmp_path / "x.ckpt", layout="ibq")
+    np.testing.assert_array_equal(tok.encode(images), codes)
+    weights = load_case("fvq_dit").weights
+    safetensors.numpy.save_file(weights, tmp_path / "y.safetensors")
+    layout, net, params = read_checkpoint(tmp_path / "y.safetensors", layout="fvq_rq")
+    assert net.quantizer.description == "bridge dit-S/4, 4 levels"
+    write_checkpoint(tmp_path / "z.safetensors", layout.name, net, params)
+    assert read_checkpoint(tmp_path / "z.safetensors")[:2] == (layout, net)
+    written = safetensors.numpy.load_file(tmp_path / "z.safetensors")
+    assert written.keys() == weights.keys()
+    for key, value in weights.items():
+        np.testing.assert_array_equal(written[key], value, err_msg=key)
+    with pytest.raises(InputError, match="there is no layout 'vqgan': use one of llamagen, fvq, fvq_rq"):
+        read_checkpoint(tmp_path / "z.safetensors", layout="vqgan")
+
+
+def test_a_layout_holds_only_what_its_program_has(folder, tmp_path):
+    for name, layout, message in (
+        (
+            "taming",
+            "ibq",
+            'the layout "ibq" holds ibq quantizers only, and this one is vector: choose another',
+        ),
+        ("var", "rq_vae", 'the layout "rq_vae" holds residual quantizers only, and this one is multi_scale'),
+    ):
+        with pytest.raises(InputError, match=message):
+            loaded(name, folder).save_pretrained(tmp_path / "x.safetensors", layout=layout)
+    unit = Tokenizer(random_tokenizer(l2_normalize=True))
+    with pytest.raises(InputError, match='the layout "taming" has no codes of unit length'):
+        unit.save_pretrained(tmp_path / "x.safetensors", layout="taming")
+    with pytest.raises(InputError, match="as many channels in front of the quantizer's convolution as behind it"):
+        VAR_LAYOUT.check(random_tokenizer().net)
+    with pytest.raises(InputError, match=r'the layout "taming" has convolutions of side 1 .* tokenizer of 3'):
+        LAYOUTS["taming"].check_holds(random_tokenizer().net.clone(quant_kernel=3))
+    assert not list(tmp_path.iterdir())
 
 
 def test_attention_may_be_in_any_levels(folder, tmp_path):
