@@ -95,7 +95,7 @@ def load_jax(config: ConfigDict, folder: str) -> Any:
         params = state.networks["tokenizer"].params
         params["quantizer"] = _spread(params["quantizer"])
         if folder:
-            write_checkpoint(f"{folder}/tokenizer.safetensors", task.net, params)
+            write_checkpoint(f"{folder}/tokenizer.safetensors", "fvq", task.net, params)
 
         def run_step():
             nonlocal state

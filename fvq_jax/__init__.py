@@ -5,11 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fvq_jax.inference.generator import Generator
+    from fvq_jax.inference.quantizer import load_quantizer
     from fvq_jax.inference.tokenizer import Tokenizer
 
-__all__ = ["Generator", "Tokenizer"]
+__all__ = ["Generator", "Tokenizer", "load_quantizer"]
 
-_WHERE = {"Generator": "fvq_jax.inference.generator", "Tokenizer": "fvq_jax.inference.tokenizer"}
+_WHERE = {
+    "Generator": "fvq_jax.inference.generator",
+    "Tokenizer": "fvq_jax.inference.tokenizer",
+    "load_quantizer": "fvq_jax.inference.quantizer",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,8 @@
-"""Command line: `python -m fvq_jax.convert SRC DST --layout=jax|llamagen|fvq`.
+"""Command line: `python -m fvq_jax.convert SRC DST --layout=jax|llamagen|fvq|...`.
 
-SRC is a published checkpoint (.pt, .pth, .safetensors) of a tokenizer or of LlamaGen's class-conditional generator, or
-a folder that holds one: saved by this package, or a training workdir. DST is a file, or for the layout jax a folder.
+SRC is a published checkpoint (.pt, .pth, .ckpt, .safetensors) of a tokenizer in one of the layouts that docs/parity.md
+lists or of LlamaGen's class-conditional generator, or a folder that holds one: saved by this package, or a training
+workdir. DST is a file, or for the layout jax a folder.
 Prints what SRC was recognised as. Reading a large file shows its progress. Writing cannot:
 it is one call of safetensors or PyTorch (seconds per GB). Exit codes: 0, and 2 for input that cannot be converted.
 """
@@ -21,17 +22,18 @@ from tqdm import tqdm
 from fvq_jax.inference.generator import Generator
 from fvq_jax.inference.saved import SavedTokenizer, load
 from fvq_jax.inference.saved_generator import SavedGenerator, is_generator, load_generator
-from fvq_jax.inference.tokenizer import LAYOUTS, Tokenizer
+from fvq_jax.inference.tokenizer import Tokenizer
+from fvq_jax.interop.layouts import LAYOUTS
 from fvq_jax.models.gpt import SIZES
 from fvq_jax.models.quantizers import Quantizer, VectorQuantizer, quantizer_settings
 from fvq_jax.models.quantizers.bridge import parse_bridge
 from fvq_jax.runtime import exits
-from fvq_jax.runtime.arguments import Parser, class_or_null, grid_sides, true_or_false
+from fvq_jax.runtime.arguments import Parser, class_or_null, grid_sides, true_or_false, whole_numbers
 from fvq_jax.runtime.errors import require
 
 LARGE = 100e6  # bytes; reading a file of this size or more shows a progress bar
 VARIANTS = {  # by the kind of bridge
-    "none": "plain VQ tokenizer (LlamaGen)",
+    "none": "plain VQ tokenizer",
     "linear": "FVQ tokenizer with a linear bridge",
     "mlp5": "FVQ tokenizer with an MLP bridge",
     "vit": "FVQ tokenizer with a ViT bridge",
@@ -45,11 +47,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("source", metavar="SRC", type=Path, help="checkpoint file, saved folder or training workdir")
     parser.add_argument("target", metavar="DST", type=Path, help="file to write, or folder for --layout=jax")
     parser.add_argument("--layout", choices=("jax", *LAYOUTS), default="jax", help="what to write (default: jax)")
+    parser.add_argument("--source_layout", choices=tuple(LAYOUTS), help="the layout of SRC, if its tensors do not tell")
+    parser.add_argument(
+        "--scales", type=whole_numbers, help="sides of the grids of codes, such as 1,2,4, if SRC has several scales"
+    )
     parser.add_argument("--l2_norm", type=true_or_false, help="whether codes have unit length, if SRC does not say")
     parser.add_argument(
         "--condition",
         type=class_or_null,
-        help="label or null: whose table --layout=llamagen holds, if classes have their own",
+        help="label or null: whose table a layout without bridge holds, if classes have their own",
     )
     parser.add_argument("--heads", type=int, help="attention heads of a generator, if SRC does not say")
     parser.add_argument(
@@ -64,7 +70,9 @@ def _convert(args: argparse.Namespace) -> int:
     layout = None if args.layout == "jax" else args.layout
     generator = is_generator(args.source)
     kind, foreign = (
-        ("generator", ("l2_norm", "condition")) if generator else ("tokenizer", ("heads", "grid", "classes"))
+        ("generator", ("l2_norm", "condition", "source_layout", "scales"))
+        if generator
+        else ("tokenizer", ("heads", "grid", "classes"))
     )
     for name in foreign:
         require(getattr(args, name) is None, f"{args.source} is a {kind}, which --{name} is not for: leave it out")
@@ -74,7 +82,13 @@ def _convert(args: argparse.Namespace) -> int:
         made = load_generator(args.source, **keywords, track=_progress(args.source))
         text, save = describe_generator(made), Generator(made).save_pretrained
     else:
-        saved = load(args.source, l2_norm=args.l2_norm, track=_progress(args.source))
+        saved = load(
+            args.source,
+            layout=args.source_layout,
+            l2_norm=args.l2_norm,
+            scales=args.scales,
+            track=_progress(args.source),
+        )
         text = describe(saved)
         save = functools.partial(Tokenizer(saved).save_pretrained, condition=args.condition)
     sys.stdout.write(f"{args.source}: {text}\n")
@@ -87,11 +101,12 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def describe(saved: SavedTokenizer) -> str:
-    """Variant, parameters, codes, bridge and shape of a tokenizer, in one line."""
+    """Variant, parameters, codes, bridge and shape of a tokenizer, and the layout it was in, in one line."""
     net, quantizer = saved.net, saved.net.quantizer
+    layout = f", read as {saved.layout}, {LAYOUTS[saved.layout].title}" if saved.layout else ""
     return (
         f"{_variant(quantizer)}, {_size(saved.params):,} parameters, {quantizer.size} x {quantizer.latent_dim} codes, "
-        f"{quantizer.description}, down-sampling {net.downsampling}"
+        f"{quantizer.description}, down-sampling {net.downsampling}{layout}"
     )
 
 

@@ -17,7 +17,8 @@ def check_continues(saved: Mapping[str, Any], config: ConfigDict, fields: Mappin
       saved: the content of `config.json`.
       config: the config given now, already validated.
       fields: the fields of `config`, by full name. Those with `stays` must be equal in both configs. A field that only
-        the saved config has is refused like a changed one, since it belonged to another model.
+        the saved config has is refused like a changed one, since it belonged to another model. One that only `config`
+        has came later, and had its default before.
 
     Returns:
       The differences that are allowed, as text for the log.
@@ -32,6 +33,7 @@ def check_continues(saved: Mapping[str, Any], config: ConfigDict, fields: Mappin
             "this workdir was begun by an older version of fvq_jax, whose runs this one reads but does not continue: "
             "finish it with that version, or start another workdir with --config.init_from=THIS_WORKDIR"
         )
+    before = dotted({name: field.default for name, field in fields.items()}) | before
     changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     text = {name: f"{name}: {before.get(name)!r} -> {now.get(name)!r}" for name in changed}
     refused = [text[name] for name in changed if name not in fields or fields[name].stays]

@@ -29,6 +29,7 @@ from fvq_jax.runtime.storage import CHECKPOINTS, CONFIG
 FORMAT, VERSION = "fvq_jax tokenizer", 2
 WEIGHTS, BRIDGE = "weights.safetensors", "bridge.safetensors"
 FIELDS = ("ch", "ch_mult", "num_res_blocks", "z_channels")  # settings of the network, except those of its quantizer
+LATER_FIELDS = ("attention_levels", "quant_kernel")  # the same, which configs of earlier versions do not have
 # Settings of the quantizer before version 2, when they stood among those of the network.
 _OLD_QUANTIZER = (
     "codebook_size",
@@ -46,33 +47,42 @@ class SavedTokenizer:
     """A network, its parameters (float32, on the host) with the bridge if that is known, and the folded codebook.
 
     `folded` is the codebook [k, d] that replaces codebook and bridge; None if it has not been computed, or if the
-    bridge has classes.
+    bridge has classes. `layout` is the name of the layout of the published file that it was read from; "" if it comes
+    from elsewhere.
     """
 
     net: TokenizerNet
     params: dict[str, Any]
     folded: np.ndarray | None = None
+    layout: str = ""
 
 
 def load(
     path: str | os.PathLike[str],
     *,
+    layout: str | None = None,
     l2_norm: bool | None = None,
+    scales: tuple[int, ...] | None = None,
     track: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> SavedTokenizer:
     """Loads the tokenizer in a published checkpoint, a native folder, or a training workdir (its newest checkpoint).
 
-    From a workdir, the moving average of the parameters is taken if there is one. `l2_norm` and `track` are for
-    published checkpoints; `track` wraps the names of their tensors while they are read, for instance in a progress bar.
+    From a workdir, the moving average of the parameters is taken if there is one. The keywords are for published
+    checkpoints, see `read_checkpoint`; `track` wraps the names of their tensors while they are read, for instance in a
+    progress bar.
 
     Raises:
-      InputError: there is no tokenizer at `path`, it is damaged or incomplete, or `l2_norm` contradicts it.
+      InputError: there is no tokenizer at `path`, it is damaged or incomplete, or a keyword contradicts it.
     """
     path = Path(path)
     if not path.exists():
         raise InputError(f"there is no tokenizer at {path}: the path does not exist")
     if not path.is_dir():
-        return SavedTokenizer(*read_checkpoint(path, l2_norm=l2_norm, track=track))
+        found, net, params = read_checkpoint(path, layout=layout, l2_norm=l2_norm, scales=scales, track=track)
+        return SavedTokenizer(net, params, layout=found.name)
+    require(
+        layout is None and scales is None, f"layout and scales are for files, and {path} is a folder: leave them out"
+    )
     if (path / WEIGHTS).exists():
         saved = _read_folder(path)
     elif (path / CHECKPOINTS).is_dir() and (path / CONFIG).exists():
@@ -146,14 +156,15 @@ def upgrade_network(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _settings(net: TokenizerNet) -> dict[str, Any]:
     """The settings from which `_network` makes this network again."""
-    return {**{name: getattr(net, name) for name in FIELDS}, "quantizer": quantizer_settings(net.quantizer)}
+    network = {name: getattr(net, name) for name in (*FIELDS, *LATER_FIELDS)}
+    return {**network, "quantizer": quantizer_settings(net.quantizer)}
 
 
 def _architecture(net: TokenizerNet) -> dict[str, Any]:
     """What decides the names and shapes of the parameters and what they mean, by the names of a config."""
     kind = {"name": quantizer_settings(net.quantizer)["name"]}
     return {
-        **{name: getattr(net, name) for name in FIELDS},
+        **{name: getattr(net, name) for name in (*FIELDS, *LATER_FIELDS)},
         **{f"quantizer.{name}": value for name, value in {**kind, **net.quantizer.architecture()}.items()},
     }
 
@@ -213,8 +224,12 @@ def _network(fields: Any, source: Path) -> TokenizerNet:
     try:
         fields = upgrade_network(fields)
         values = {name: fields[name] for name in FIELDS}
+        values |= {name: fields[name] for name in LATER_FIELDS if name in fields}
         quantizer = make_quantizer(fields["quantizer"])
         quantizer.check()
-        return TokenizerNet(quantizer, **values | {"ch_mult": tuple(values["ch_mult"])})
+        network: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        return TokenizerNet(quantizer, **network)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{source} does not describe a tokenizer: {error}") from error

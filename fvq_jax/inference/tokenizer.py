@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike
 
 from fvq_jax.inference.class_tables import NULL, ClassTables
 from fvq_jax.inference.saved import SavedTokenizer, load, save_folder
+from fvq_jax.interop.layouts import LAYOUTS
 from fvq_jax.interop.named_tensors import ENDINGS
 from fvq_jax.interop.tokenizer_checkpoint import write_checkpoint
 from fvq_jax.models.quantizers import quantizer_settings
@@ -29,7 +30,6 @@ from fvq_jax.ops.pixels import to_float
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.names import flatten
 
-LAYOUTS = ("llamagen", "fvq")
 MAX_PER_DEVICE = 16  # images at once: larger batches go through in parts
 
 
@@ -65,7 +65,7 @@ class Tokenizer:
         self.params = saved.params
         if saved.net.quantizer.foldable and not self.classes:
             folded = _folded_codebook(saved.net, saved.params) if saved.folded is None else saved.folded
-            self._saved = SavedTokenizer(saved.net, saved.params, folded)
+            self._saved = SavedTokenizer(saved.net, saved.params, folded, saved.layout)
             quantizer = saved.net.quantizer.folded_params(saved.params.get("quantizer", {}), folded)
             self.params = {**saved.params, "quantizer": quantizer}
         mesh = Mesh(np.array(jax.local_devices()), ("data",))
@@ -84,20 +84,30 @@ class Tokenizer:
         self._pixels = jax.jit(functools.partial(_decode_vectors, self.net))
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], *, l2_norm: bool | None = None) -> "Tokenizer":
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        layout: str | None = None,
+        l2_norm: bool | None = None,
+        scales: tuple[int, ...] | None = None,
+    ) -> "Tokenizer":
         """Loads a published checkpoint, a folder that `save_pretrained` wrote, or a training workdir.
 
         Args:
-          path: a .pt, .pth or .safetensors file of FVQ or LlamaGen, from whose tensors the network is inferred; or a
-            folder. From a workdir the newest checkpoint is taken, with the moving average if there is one.
+          path: a .pt, .pth, .ckpt or .safetensors file in a published layout (docs/parity.md lists them), from whose
+            tensors layout and network are inferred; or a folder. From a workdir the newest checkpoint is taken, with
+            the moving average if there is one.
+          layout: the name of a file's layout, where its tensors do not tell, such as "fvq_rq".
           l2_norm: whether codes have unit length, for a checkpoint that does not say so in its `args`; None takes
             what the checkpoint says, or False.
+          scales: the sides of the grids of codes of a multi-scale tokenizer, if they are not the published ones.
 
         Raises:
           InputError: there is no tokenizer at `path`, or it is incomplete. The message names tensors that are missing,
             extra or of another shape.
         """
-        return cls(load(path, l2_norm=l2_norm))
+        return cls(load(path, layout=layout, l2_norm=l2_norm, scales=scales))
 
     @property
     def trained_net(self) -> TokenizerNet:
@@ -295,37 +305,43 @@ class Tokenizer:
         """Saves the tokenizer.
 
         Args:
-          path: a folder, or with a `layout` a file that ends in .safetensors, .pt or .pth (which need PyTorch).
+          path: a folder, or with a `layout` a file that ends in .safetensors, or in .pt, .pth or .ckpt (which need
+            PyTorch).
           layout: None writes this package's own folder (weights with the bridge folded, config.json, and the bridge in
             a file of its own). "llamagen" writes what LlamaGen's VQModel loads, with the bridge folded; "fvq" writes
-            the published layout of FVQ, with the bridge and the codebook before it. A .safetensors file holds the bare
-            tensors, a .pt or .pth file `{"model": tensors, "args": {"codebook_l2_norm": ...}}`, as LlamaGen's programs
-            expect: `vq_model.load_state_dict(torch.load(path)["model"])`. That VQModel must have the same sizes and the
+            the published layout of FVQ, with the bridge and the codebook before it; docs/parity.md lists the others. A
+            .safetensors file holds the bare tensors, a .pt file of these two `{"model": tensors, "args":
+            {"codebook_l2_norm": ...}}`, as LlamaGen's programs expect:
+            `vq_model.load_state_dict(torch.load(path)["model"])`. That VQModel must have the same sizes and the
             same `codebook_l2_norm`, whose default there is True.
-          condition: with `classes`, the one whose table the layout "llamagen" holds: a label or "null". The other
+          condition: with `classes`, the one whose table a layout without bridge holds: a label or "null". The other
             forms hold the bridge, and so the tables of all classes.
 
         Raises:
           InputError: the layout cannot hold this tokenizer, or it cannot be written to `path`.
         """
-        if condition is not None and not (self.classes and layout == "llamagen"):
-            raise InputError('condition is for the layout "llamagen" of a tokenizer with classes: leave it out')
-        if layout == "llamagen" and self.classes and condition is None:
+        if layout is not None and layout not in LAYOUTS:
+            raise InputError(f"unknown layout {layout!r}: {_layouts()}")
+        single = layout is not None and not LAYOUTS[layout].bridged
+        if condition is not None and not (self.classes and single):
             raise InputError(
-                f'the layout "llamagen" holds a single table, and this tokenizer has one for each of {self.classes} '
+                'condition is for a layout without bridge, such as "llamagen", of a tokenizer with classes: '
+                "leave it out"
+            )
+        if single and self.classes and condition is None:
+            raise InputError(
+                f'the layout "{layout}" holds a single table, and this tokenizer has one for each of {self.classes} '
                 f'classes: give condition, a label in 0..{self.classes - 1}, or "{NULL}" for no class'
             )
         if layout is None:
             if Path(path).suffix in ENDINGS or Path(path).is_file():
                 raise InputError(f"without a layout a folder is written, and {path} is a file: {_layouts()}")
             save_folder(path, self._saved)
-        elif layout == "llamagen":
+        elif single:
             table = {"quantizer": {"codebook": self.table(condition)}} if self.classes else {}
-            write_checkpoint(path, self.net, {**self.params, **table})
-        elif layout == "fvq":
-            write_checkpoint(path, self.trained_net, self.trained_params)
+            write_checkpoint(path, layout, self.net, {**self.params, **table})
         else:
-            raise InputError(f"unknown layout {layout!r}: {_layouts()}")
+            write_checkpoint(path, layout, self.trained_net, self.trained_params)
 
     def __repr__(self) -> str:
         quantizer = self.trained_net.quantizer

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fvq_jax.interop.infer import Evidence
+from fvq_jax.interop.evidence import Evidence
 from fvq_jax.interop.named_tensors import check_tensors
 from fvq_jax.models.gpt import GPT, SIZES, hidden_width
 from fvq_jax.runtime.errors import InputError

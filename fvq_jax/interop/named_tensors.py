@@ -17,7 +17,7 @@ from fvq_jax.models.tokenizer import TokenizerNet
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.files import replace_whole
 
-ENDINGS = (".safetensors", ".pt", ".pth")  # of the files that are read and written
+ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt")  # of the files that are read and written
 SHOWN = 10  # names in a message about a bad checkpoint
 
 
@@ -48,8 +48,8 @@ def read_checkpoint_file(
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The tensors of a file as `read_tensors` names them, and the facts beside them.
 
-    These are the `args` of a .pt or .pth file (a dictionary or a Namespace), or the metadata of a .safetensors file
-    with what is JSON decoded; an empty dictionary if there are none. `track` and errors as for `read_tensors`.
+    These are the `args` of a .pt, .pth or .ckpt file (a dictionary or a Namespace), or the metadata of a .safetensors
+    file with what is JSON decoded; an empty dictionary if there are none. `track` and errors as for `read_tensors`.
     """
     if str(path).endswith(".safetensors"):
         tensors = read_tensors(path, track)
@@ -72,11 +72,14 @@ def _decoded(text: str) -> Any:
         return text
 
 
-def write_checkpoint_file(path: Path, tensors: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
+def write_checkpoint_file(
+    path: Path, tensors: Mapping[str, np.ndarray], facts: Mapping[str, Any], wrapper: str = "model"
+) -> None:
     """Writes tensors, and `facts` that they do not tell, in the form of the published programs; all float32.
 
-    A .pt or .pth file is `{"model": tensors, "args": facts}` and is written by PyTorch; a .safetensors file is the
-    bare tensors, with the facts as metadata: text as it is, everything else as JSON. Folders are made as needed.
+    A .pt, .pth or .ckpt file is `{wrapper: tensors, "args": facts}`, or just the tensors if `wrapper` is "", and is
+    written by PyTorch; a .safetensors file is the bare tensors, with the facts as metadata: text as it is, everything
+    else as JSON. Folders are made as needed.
 
     Raises:
       InputError: the ending is another one, PyTorch is needed and missing, or the file cannot be written.
@@ -88,7 +91,7 @@ def write_checkpoint_file(path: Path, tensors: Mapping[str, np.ndarray], facts: 
             texts = {name: fact if isinstance(fact, str) else json.dumps(fact) for name, fact in facts.items()}
             write_safetensors(path, tensors, {"format": "pt", **texts})
         else:
-            _write_torch(path, tensors, facts)
+            _write_torch(path, tensors, facts, wrapper)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -99,7 +102,7 @@ def check_ending(path: Path) -> None:
         raise InputError(f"cannot tell the format of {path}: the name must end in one of {', '.join(ENDINGS)}")
 
 
-def _write_torch(path: Path, tensors: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
+def _write_torch(path: Path, tensors: Mapping[str, np.ndarray], facts: Mapping[str, Any], wrapper: str) -> None:
     try:
         import torch
     except ImportError as error:
@@ -112,7 +115,7 @@ def _write_torch(path: Path, tensors: Mapping[str, np.ndarray], facts: Mapping[s
     weights = {key: torch.from_numpy(np.array(value, np.float32)) for key, value in tensors.items()}
     try:
         with replace_whole(path) as unfinished:
-            torch.save({"model": weights, "args": dict(facts)}, unfinished)
+            torch.save({wrapper: weights, "args": dict(facts)} if wrapper else weights, unfinished)
     except RuntimeError as error:  # PyTorch raises it for a path that cannot be written
         raise OSError(" ".join(str(error).split())) from error
 

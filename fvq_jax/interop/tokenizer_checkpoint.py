@@ -1,6 +1,7 @@
-"""Tokenizer checkpoints as single files in the published PyTorch layouts: .pt, .pth and .safetensors, both ways.
+"""Tokenizer checkpoints as single files in published PyTorch layouts: .pt, .pth, .ckpt and .safetensors, both ways.
 
-Reading needs no PyTorch, and neither does writing .safetensors; a .pt file is written by PyTorch itself.
+Reading needs no PyTorch, and neither does writing .safetensors; a .pt file is written by PyTorch itself. What each
+layout is: `fvq_jax.interop.layouts`.
 """
 
 import os
@@ -12,67 +13,82 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from fvq_jax.interop.infer import infer_network
+from fvq_jax.interop.layouts import LAYOUTS, recognise
+from fvq_jax.interop.layouts.layout import Layout
+from fvq_jax.interop.lightning import averaged
 from fvq_jax.interop.named_tensors import check_ending, read_checkpoint_file, write_checkpoint_file
-from fvq_jax.interop.torch_layout import USAGE_BUFFER, tokenizer_params, torch_tensors, usage_buffer_size
 from fvq_jax.models.tokenizer import TokenizerNet
+from fvq_jax.runtime.errors import InputError
 
 L2_NORM = ("codebook_l2_norm", "l2_norm")  # what the published training programs call it in their arguments
+_PARTS = r"(encoder|decoder|quantizer?|quant_conv|post_quant_conv)\."
 
 
 def read_checkpoint(
     path: str | os.PathLike[str],
     *,
+    layout: str | None = None,
     l2_norm: bool | None = None,
+    scales: tuple[int, ...] | None = None,
     track: Callable[[Iterable[str]], Iterable[str]] = iter,
-) -> tuple[TokenizerNet, dict[str, Any]]:
-    """The network of a published tokenizer checkpoint (FVQ or LlamaGen) and its parameters, float32 on the host.
+) -> tuple[Layout, TokenizerNet, dict[str, Any]]:
+    """The layout of a published tokenizer checkpoint, its network, and the parameters, float32 on the host.
 
     The weights may lie in wrappers (`model`, `ema`, `state_dict`; a moving average is preferred) and carry the
-    prefixes `module.` and `_orig_mod.`. `l2_norm` overrides what the file says; where neither says, it is False.
-    `track` wraps the names of the tensors while they are read, for a progress bar.
+    prefixes `module.` and `_orig_mod.`.
+
+    Args:
+      path: the file.
+      layout: the name of its layout, where tensors do not tell; None recognises it.
+      l2_norm: whether codes have unit length; None takes what the file says, or else False.
+      scales: the sides of the grids of codes of a multi-scale quantizer; None takes the published ones.
+      track: wraps the names of the tensors while they are read, for a progress bar.
 
     Raises:
-      InputError: the file is damaged, or its tensors are not exactly those of a tokenizer.
+      InputError: the file is damaged, in no layout that is read, or its tensors are not exactly those of a tokenizer.
     """
     tensors, facts = read_checkpoint_file(path, track)
     if str(path).endswith(".safetensors"):
         track = iter  # a .pt file was only mapped, and is read as it is converted
-    tensors = _unwrap(tensors)
-    said = _said_l2_norm(facts)
-    net = infer_network(tensors, str(path), l2_normalize=bool(said if l2_norm is None else l2_norm))
-    if said is None and l2_norm is None and net.quantizer.bridge == "none":
+    tensors = unwrap(tensors)
+    said_layout = facts.get("layout") if facts.get("layout") in LAYOUTS else None
+    chosen = _layout(layout or said_layout, tensors, str(path))
+    tensors = averaged(tensors, _PARTS, str(path))
+    said = {"l2_norm": _said_l2_norm(facts) if l2_norm is None else l2_norm, "depth": facts.get("depth")}
+    said["scales"] = facts.get("scales") if scales is None else scales
+    net = chosen.network(tensors, said, str(path))
+    if said["l2_norm"] is None and chosen.name == "llamagen":
         logging.warning(
             "%s does not say whether its codes have unit length, so they are taken not to: "
             "pass l2_norm=True if they do, as LlamaGen's do",
             path,
         )
-    return net, tokenizer_params(tensors, net, str(path), track)
+    return chosen, net, chosen.params(tensors, net, str(path), track)
 
 
-def write_checkpoint(path: str | os.PathLike[str], net: TokenizerNet, params: dict[str, Any]) -> None:
-    """Writes a network with its bridge, if any, in the published layout.
+def write_checkpoint(path: str | os.PathLike[str], layout: str, net: TokenizerNet, params: dict[str, Any]) -> None:
+    """Writes a network in a published layout, as the published programs load it.
 
-    .pt and .pth hold `{"model": tensors, "args": {"codebook_l2_norm": ...}}`, which is how published programs load them
-    (`load_state_dict(torch.load(path)["model"])`), .safetensors the bare tensors, and `codebook_l2_norm` as metadata.
+    .pt, .pth and .ckpt hold the tensors where the layout has them (for LlamaGen and FVQ `{"model": tensors, "args":
+    {"codebook_l2_norm": ...}}`), .safetensors the bare tensors, and what they do not tell as metadata. A layout that is
+    not `bridged` wants a network whose bridge is folded.
 
     Raises:
       InputError: the layout cannot hold this network, the ending of `path` is unknown, the file cannot be written,
         or PyTorch is needed and missing.
     """
-    path = Path(path)
+    path, form = Path(path), LAYOUTS[layout]
     check_ending(path)
-    tensors = torch_tensors(net, params)
-    tensors[USAGE_BUFFER] = np.zeros(usage_buffer_size(net), np.float32)
-    write_checkpoint_file(path, tensors, {L2_NORM[0]: net.quantizer.l2_normalize})
+    tensors = form.tensors(net, params)
+    write_checkpoint_file(path, tensors | form.beside(net, tensors), form.facts(net), form.wrapper)
 
 
-def _unwrap(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The weights of the tokenizer under their own names, from whatever they are wrapped in."""
+def unwrap(tensors: Mapping[str, np.ndarray], parts: str = _PARTS) -> dict[str, np.ndarray]:
+    """The weights under their own names, which start with one of `parts`, from whatever they are wrapped in."""
     plain = {re.sub(r"(^|(?<=\.))(module|_orig_mod)\.", "", name): value for name, value in tensors.items()}
     sizes: dict[str, int] = {}
     for name in plain:
-        if match := re.match(r"((?:.*?\.)??)(encoder|decoder|quantize)\.", name):
+        if match := re.match(rf"((?:.*?\.)??){parts}", name):
             sizes[match[1]] = sizes.get(match[1], 0) + 1
 
     def rank(prefix: str) -> tuple[bool, int]:
@@ -82,6 +98,14 @@ def _unwrap(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     if prefix:
         logging.info("the weights are taken from %r", prefix.rstrip("."))
     return {name.removeprefix(prefix): value for name, value in plain.items() if name.startswith(prefix)}
+
+
+def _layout(name: str | None, tensors: Mapping[str, np.ndarray], source: str) -> Layout:
+    if name is None:
+        return recognise(tensors, source)
+    if name not in LAYOUTS:
+        raise InputError(f"there is no layout {name!r}: use one of {', '.join(LAYOUTS)}")
+    return LAYOUTS[name]
 
 
 def _said_l2_norm(facts: Mapping[str, Any]) -> bool | None:

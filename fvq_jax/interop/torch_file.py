@@ -1,7 +1,8 @@
 """Reads tensors from PyTorch (.pt, .pth) and .safetensors files without PyTorch.
 
 PyTorch files are pickles, and a pickle can run any program. Here the pickle may only name tensors, plain
-containers, numbers, strings and `argparse.Namespace`; the first other name ends the reading before anything is
+containers, numbers, strings and `argparse.Namespace`. What Lightning's checkpoints hold besides, callbacks and
+settings, is replaced by an empty object without looking at it; any other name ends the reading before anything is
 called. The callers know what the tensors mean: the other modules of `fvq_jax.interop`.
 """
 
@@ -36,6 +37,9 @@ _STORAGES = {
     "LongStorage": np.dtype("<i8"),
     "ShortStorage": np.dtype("<i2"),
 }
+# The packages of those objects. Nothing of these packages is ever imported.
+_BLANK = ("lightning", "lightning_fabric", "pytorch_lightning", "omegaconf", "jsonargparse", "typing")
+_BLANK_TYPES = ("bool", "dict", "float", "int", "list", "object", "str", "tuple")  # which settings name
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 
@@ -190,12 +194,16 @@ class _Unpickler(pickle.Unpickler):
             "builtins.set": set,
             "__builtin__.set": set,
             "collections.OrderedDict": collections.OrderedDict,
+            "collections.defaultdict": lambda *_: {},
             "torch.Size": tuple,
             "torch._utils._rebuild_parameter": self._rebuild_parameter,
             "torch._utils._rebuild_tensor": self._rebuild_tensor,
             "torch._utils._rebuild_tensor_v2": self._rebuild_tensor,
             "torch.nn.parameter.Parameter": _Parameter,
         }
+        builtin = module in ("builtins", "__builtin__") and name in _BLANK_TYPES
+        if builtin or module.partition(".")[0] in _BLANK:
+            return _Blank
         if f"{module}.{name}" not in admitted:
             raise InputError(
                 f"{self._path} holds a {module}.{name}, which is not loaded because it could run code; "
@@ -225,6 +233,25 @@ class _Unpickler(pickle.Unpickler):
 
     def _rebuild_parameter(self, data: np.ndarray, *_: Any) -> np.ndarray:
         return data
+
+
+class _Blank:
+    """Stands for any object of the packages in `_BLANK`: takes whatever a pickle does to an object, keeps nothing."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+    def __setitem__(self, *_: Any) -> None:
+        pass
+
+    def append(self, _: Any) -> None:
+        """Takes an item of a pickled list."""
+
+    def extend(self, _: Any) -> None:
+        """Takes items of a pickled list."""
 
 
 class _Parameter(np.ndarray):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from fvq_jax.models.layers import AttentionBlock, Conv, GroupNorm, ResBlock, Upsample
+from fvq_jax.models.layers import AttentionBlock, Conv, GroupNorm, ResBlock, Upsample, levels_from_zero
 
 
 class Decoder(nn.Module):
@@ -20,6 +20,7 @@ class Decoder(nn.Module):
     num_res_blocks: int
     dtype: DTypeLike = jnp.float32
     remat: bool = False
+    attention_levels: tuple[int, ...] = (-1,)
 
     @nn.compact
     def __call__(self, features: Float[Array, "b h w z"]) -> Float[Array, "b H W 3"]:
@@ -27,6 +28,7 @@ class Decoder(nn.Module):
         res_block = nn.remat(ResBlock) if self.remat else ResBlock
         attention = nn.remat(AttentionBlock) if self.remat else AttentionBlock
         lowest = len(self.ch_mult) - 1
+        attended = levels_from_zero(self.attention_levels, len(self.ch_mult))
         h = Conv(self.ch * self.ch_mult[lowest], dtype=self.dtype, name="conv_in")(features.astype(self.dtype))
         h = res_block(h.shape[-1], self.dtype, name="mid_res0")(h)
         h = attention(self.dtype, name="mid_attention")(h)
@@ -34,7 +36,7 @@ class Decoder(nn.Module):
         for level in range(lowest, -1, -1):
             for i in range(self.num_res_blocks + 1):
                 h = res_block(self.ch * self.ch_mult[level], self.dtype, name=f"level{level}_res{i}")(h)
-                if level == lowest:
+                if level in attended:
                     h = attention(self.dtype, name=f"level{level}_attention{i}")(h)
             if level != 0:
                 h = Upsample(self.dtype, name=f"level{level}_upsample")(h)

@@ -28,6 +28,16 @@ def matmul_precision(dtype: DTypeLike) -> str | None:
     return "highest" if jnp.dtype(dtype) == jnp.float32 else None
 
 
+def levels_from_zero(levels: tuple[int, ...], count: int) -> set[int]:
+    """Numbers of levels out of `count`, of which negative ones are counted from the lowest, as numbers from 0.
+
+    ValueError for a level that does not exist.
+    """
+    if not all(-count <= level < count for level in levels):
+        raise ValueError(f"levels must be in {-count}..{count - 1}, the number of resolutions, not {levels}")
+    return {level % count for level in levels}
+
+
 class Conv(nn.Module):
     """Square convolution with bias; by default the output keeps the input's height and width."""
 

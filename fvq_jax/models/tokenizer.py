@@ -40,6 +40,8 @@ class TokenizerNet(nn.Module):
       ch, ch_mult, num_res_blocks, z_channels: the convolutional networks; down-sampling is 2^(len(ch_mult) - 1).
       dtype: compute dtype of encoder and decoder; latents, codes and losses are float32.
       remat: recompute blocks in the backward pass to save memory.
+      attention_levels: the levels with attention blocks, counted from 0, full resolution; -1 is the lowest.
+      quant_kernel: side of the kernels of the convolutions in front of the quantizer and behind it.
     """
 
     quantizer: Quantizer
@@ -49,14 +51,17 @@ class TokenizerNet(nn.Module):
     z_channels: int
     dtype: DTypeLike = jnp.float32
     remat: bool = False
+    attention_levels: tuple[int, ...] = (-1,)
+    quant_kernel: int = 1
 
     def setup(self) -> None:
         """Makes the parts."""
-        self.encoder = Encoder(self.ch, self.ch_mult, self.num_res_blocks, self.z_channels, self.dtype, self.remat)
+        common: dict[str, Any] = {"dtype": self.dtype, "remat": self.remat, "attention_levels": self.attention_levels}
+        self.encoder = Encoder(self.ch, self.ch_mult, self.num_res_blocks, self.z_channels, **common)
         # The layers next to the quantizer are float32: bfloat16 latents would fall onto a coarse grid.
-        self.quant_conv = Conv(self.quantizer.latent_dim, kernel_size=1)
-        self.post_quant_conv = Conv(self.z_channels, kernel_size=1)
-        self.decoder = Decoder(self.ch, self.ch_mult, self.num_res_blocks, self.dtype, self.remat)
+        self.quant_conv = Conv(self.quantizer.latent_dim, kernel_size=self.quant_kernel)
+        self.post_quant_conv = Conv(self.z_channels, kernel_size=self.quant_kernel)
+        self.decoder = Decoder(self.ch, self.ch_mult, self.num_res_blocks, **common)
 
     @property
     def downsampling(self) -> int:

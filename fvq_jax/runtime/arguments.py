@@ -40,6 +40,13 @@ def grid_sides(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """Converts whole numbers with commas between them; for `type` of argparse."""
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"must be whole numbers such as 1,2,4, not {text!r}")
+    return tuple(map(int, text.split(",")))
+
+
 def add_place(parser: argparse.ArgumentParser) -> None:
     """Adds the options that make a program one of several processes; `place` reads them."""
     kinds = {"num_processes": int, "process_id": int, "coordinator": str}

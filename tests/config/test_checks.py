@@ -109,6 +109,9 @@ REFUSED = [
     # encoder and decoder
     ({"tokenizer.ch": 48}, ["tokenizer.ch 48 x 1", "48 channels", "32 groups", "set tokenizer.ch to 32 or 64"]),
     ({"tokenizer.ch": 16}, ["tokenizer.ch 16", "set tokenizer.ch to 32"]),
+    ({"tokenizer.attention_levels": (2,)}, ["tokenizer.attention_levels", "must be in -2..1", "(2,)"]),
+    ({"tokenizer.attention_levels": (0.5,)}, ["tokenizer.attention_levels", "whole numbers", "0.5"]),
+    ({"tokenizer.quant_kernel": 2}, ["tokenizer.quant_kernel", "1, 3", "2"]),
     ({"tokenizer.ch_mult": ()}, ["tokenizer.ch_mult", "positive whole numbers such as (1, 2)", "()"]),
     ({"tokenizer.ch_mult": (1, 0)}, ["tokenizer.ch_mult", "positive whole numbers", "(1, 0)"]),
     ({"tokenizer.ch_mult": (1, 1.5)}, ["tokenizer.ch_mult", "positive whole numbers", "1.5"]),

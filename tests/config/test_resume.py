@@ -84,6 +84,14 @@ def test_other_differences_continue_and_are_returned_as_text(field, value):
     assert lines == [f"{field}: {dotted(before)[field]!r} -> {value!r}"]
 
 
+def test_a_field_that_came_later_had_its_default_before():
+    before = saved(tiny_config())
+    del before["tokenizer"]["attention_levels"]
+    assert differences(before, tiny_config()) == []
+    with pytest.raises(InputError, match=r"tokenizer\.attention_levels: \[-1\] -> \[0, 1\]"):
+        differences(before, tiny_config(**{"tokenizer.attention_levels": (0, 1)}))
+
+
 def test_a_field_that_only_the_saved_config_has_belonged_to_another_model():
     before = saved(tiny_config())
     before["tokenizer"]["quantizer"]["levels"] = 4

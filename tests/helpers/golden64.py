@@ -21,8 +21,10 @@ import numpy as np
 
 from fvq_jax.interop.discriminator import patchgan_from_torch
 from fvq_jax.interop.gpt_layout import gpt_params, gpt_tensors
+from fvq_jax.interop.layouts.fvq import FVQ
+from fvq_jax.interop.layouts.quantizer_names import quantizer_name
 from fvq_jax.interop.lpips import lpips_params
-from fvq_jax.interop.torch_layout import tokenizer_params, torch_name, torch_tensors
+from fvq_jax.interop.torch_arrays import from_torch
 from fvq_jax.models.frozen.lpips import VGG16, lpips_distance
 from fvq_jax.models.gpt import GPT
 from fvq_jax.models.quantizers.multi_scale import MultiScaleQuantizer
@@ -180,7 +182,7 @@ def tokenizer(name):
         losses["loss"] = jnp.mean(jnp.square(output.reconstruction - images)) + sum(losses.values())
         return losses["loss"], (output, losses, latent, table)
 
-    params = _wide(tokenizer_params(case.weights, net))
+    params = _wide(FVQ.params(case.weights, net, name))
     gradient, (output, losses, latent, table) = jax.jit(jax.grad(loss, has_aux=True))(params)
     return {
         "latent": _channels_first(latent),
@@ -189,7 +191,7 @@ def tokenizer(name):
         "quantized": _channels_first(output.quantized.vectors),
         "reconstruction": _channels_first(output.reconstruction),
         **losses,
-        **{f"grad/{key}": value for key, value in torch_tensors(net, gradient).items()},
+        **{f"grad/{key}": value for key, value in FVQ.tensors(net, gradient).items()},
     }
 
 
@@ -202,10 +204,7 @@ def quantizer_alone(name):
     z = _wide(case.images("z"))
     made = jax.eval_shape(quantizer.init, jax.random.key(0), z)["params"]
     params = nest(
-        {
-            path: _from_torch(path, case.weights[published_name(path)], leaf.shape)
-            for path, leaf in flatten(made).items()
-        }
+        {path: from_torch(path, case.weights[quantizer_name(path)], leaf.shape) for path, leaf in flatten(made).items()}
     )
 
     def loss(params, z):
@@ -220,7 +219,7 @@ def quantizer_alone(name):
         "quantized": _channels_first(output.vectors),
         "grad_z": _channels_first(grad_z),
         **terms,
-        **{f"grad/{published_name(path)}": value for path, value in flatten(gradient).items()},
+        **{f"grad/{quantizer_name(path)}": value for path, value in flatten(gradient).items()},
     }
 
 
@@ -235,20 +234,6 @@ def published_levels(config):
     if "levels" in config:
         return ResidualQuantizer(**common, depth=config["levels"])
     return MultiScaleQuantizer(**common, scales=tuple(config["scales"]), phi_count=config["share_quant_resi"])
-
-
-def published_name(path):
-    """The published name of a parameter of such a quantizer."""
-    if path.startswith("phi_"):
-        phi, _, leaf = path.split("/")
-        return f"quant_resi.qresi_ls.{phi.removeprefix('phi_')}.{leaf.replace('kernel', 'weight')}"
-    return torch_name(f"quantizer/{path}", 0).removeprefix("quantize.")
-
-
-def _from_torch(path, value, shape):
-    if path.endswith("/kernel"):
-        value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
-    return value.reshape(shape)
 
 
 def lpips(name):
@@ -325,7 +310,7 @@ def published_state(step, case):
         zero = jnp.zeros((), jnp.int32)
         return TrainState(zero, zero, networks, ema=jax.tree.map(jnp.copy, params))
 
-    params = tokenizer_params(case.weights_of("model."), on_one_device(step.task.net))
+    params = FVQ.params(case.weights_of("model."), on_one_device(step.task.net), "training_run")
     critic = patchgan_from_torch(case.weights_of("discriminator."))
     return jax.jit(state)(*_wide((params, critic)))
 

@@ -7,8 +7,9 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from fvq_jax.interop.tokenizer_checkpoint import read_checkpoint, write_checkpoint
-from fvq_jax.interop.torch_layout import torch_tensors
+from fvq_jax.interop import tokenizer_checkpoint
+from fvq_jax.interop.layouts.fvq import FVQ
+from fvq_jax.interop.tokenizer_checkpoint import write_checkpoint
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.names import flatten
 from tests.helpers.golden_case import load_case
@@ -22,8 +23,13 @@ def saved():
 
 def published(saved, buffer=True):
     """The tensors of a published checkpoint."""
-    tensors = {key: np.ascontiguousarray(value) for key, value in torch_tensors(saved.net, saved.params).items()}
+    tensors = {key: np.ascontiguousarray(value) for key, value in FVQ.tensors(saved.net, saved.params).items()}
     return tensors | ({"quantize.codebook_used": np.arange(65536, dtype=np.float32)} if buffer else {})
+
+
+def read_checkpoint(path, **options):
+    """The network and its parameters."""
+    return tokenizer_checkpoint.read_checkpoint(path, **options)[1:]
 
 
 def assert_same_params(actual, expected):
@@ -117,7 +123,7 @@ def test_from_published_to_published_is_bit_exact(case, ending, tmp_path):
     net, params = read_checkpoint(tmp_path / "in.pt")
     assert net.quantizer.l2_normalize == case.config["l2_norm"]
     path = tmp_path / f"out.{ending}"
-    write_checkpoint(path, net, params)
+    write_checkpoint(path, "fvq", net, params)
     if ending == "safetensors":
         tensors = safetensors.numpy.load_file(path)
     else:
@@ -138,7 +144,7 @@ def test_from_published_to_published_is_bit_exact(case, ending, tmp_path):
 )
 def test_the_usage_buffer_is_as_long_as_in_the_published_quantizer(bridge, codes, size, tmp_path):
     big = random_tokenizer(bridge=bridge, codebook_size=codes, ch_mult=(1,))
-    write_checkpoint(tmp_path / "x.safetensors", big.net, big.params)
+    write_checkpoint(tmp_path / "x.safetensors", "fvq", big.net, big.params)
     tensors = safetensors.numpy.load_file(tmp_path / "x.safetensors")
     np.testing.assert_array_equal(tensors["quantize.codebook_used"], np.zeros(size, np.float32), strict=True)
     assert read_checkpoint(tmp_path / "x.safetensors", l2_norm=False)[0] == big.net
@@ -156,10 +162,10 @@ def test_without_pytorch_only_pt_files_cannot_be_written(saved, tmp_path, monkey
     torch.save({"model": to_torch(published(saved))}, tmp_path / "x.pt")
     monkeypatch.setattr(builtins, "__import__", without_torch)
     net, params = read_checkpoint(tmp_path / "x.pt")
-    write_checkpoint(tmp_path / "x.safetensors", net, params)
+    write_checkpoint(tmp_path / "x.safetensors", "fvq", net, params)
     read_checkpoint(tmp_path / "x.safetensors")
     with pytest.raises(InputError, match=r"needs PyTorch.*pip install torch --index-url \S+/cpu .*\.safetensors"):
-        write_checkpoint(tmp_path / "y.pt", net, params)
+        write_checkpoint(tmp_path / "y.pt", "fvq", net, params)
     assert not (tmp_path / "y.pt").exists()
 
 
@@ -175,7 +181,7 @@ def test_bad_files_are_refused_in_one_line(saved, tmp_path):
         assert "\n" not in str(error.value)
     safetensors.numpy.save_file({"features.0.weight": np.zeros((2, 2))}, tmp_path / "vgg.safetensors")
     with pytest.raises(
-        InputError, match=r"vgg\.safetensors is no FVQ or LlamaGen tokenizer: it lacks encoder\.conv_in"
+        InputError, match=r"vgg\.safetensors is in none of the layouts.* nor like one: .* are features\.0\.weight$"
     ):
         read_checkpoint(tmp_path / "vgg.safetensors")
     tensors = published(saved)
@@ -187,12 +193,12 @@ def test_bad_files_are_refused_in_one_line(saved, tmp_path):
 
 def test_what_cannot_be_written_is_refused_in_one_line(saved, tmp_path):
     with pytest.raises(InputError, match=r"must end in one of \.safetensors, \.pt, \.pth"):
-        write_checkpoint(tmp_path / "x.bin", saved.net, saved.params)
+        write_checkpoint(tmp_path / "x.bin", "fvq", saved.net, saved.params)
     with pytest.raises(InputError, match='layout "fvq" holds bridges over 2d patches only'):
-        write_checkpoint(tmp_path / "x.pt", tiny_net(bridge="XS/2", bridge_groups="1d"), saved.params)
+        write_checkpoint(tmp_path / "x.pt", "fvq", tiny_net(bridge="XS/2", bridge_groups="1d"), saved.params)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cannot write .*file/x\.safetensors"):
-        write_checkpoint(tmp_path / "file" / "x.safetensors", saved.net, saved.params)
+        write_checkpoint(tmp_path / "file" / "x.safetensors", "fvq", saved.net, saved.params)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -200,7 +206,7 @@ def test_what_cannot_be_written_is_refused_in_one_line(saved, tmp_path):
 def test_the_names_of_the_tensors_go_by(ending, saved, tmp_path):
     pytest.importorskip("torch")
     path = tmp_path / f"x.{ending}"
-    write_checkpoint(path, saved.net, saved.params)
+    write_checkpoint(path, "fvq", saved.net, saved.params)
     seen = []
 
     def track(names):

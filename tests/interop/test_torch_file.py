@@ -3,6 +3,7 @@ import collections
 import io
 import os
 import pickle
+import sys
 import types
 import zipfile
 
@@ -110,6 +111,36 @@ def test_a_training_checkpoint(tmp_path, is_zip):
     assert_same(tensors["model.1.num_batches_tracked"], network[1].num_batches_tracked)
     assert_same(tensors["optimizer.state.0.exp_avg"], optimizer.state[network[0].weight]["exp_avg"])
     assert len(tensors) == 7 + 4 * 3  # the network's tensors; step and both moments of every parameter
+
+
+@ZIP
+def test_what_lightning_keeps_beside_the_weights_is_not_looked_at(tmp_path, monkeypatch, is_zip):
+    """Its packages need not be installed: here they are when the file is written, and not when it is read."""
+    written = []
+    for name in ("pytorch_lightning", "omegaconf"):
+        module = types.ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, module)
+        for kind in ("Callback", "Settings"):
+            base = dict if kind == "Settings" else object
+            made = type(kind, (base,), {"__module__": name, "__init__": lambda *_: written.append(1)})
+            setattr(module, kind, made)
+    callback = sys.modules["pytorch_lightning"].Callback
+    settings = sys.modules["omegaconf"].Settings()
+    settings["n_embed"], settings["ref_type"] = 5, dict
+    checkpoint = {
+        "state_dict": {"a": torch.ones(2)},
+        "callbacks": {callback: {"best": torch.ones(1)}, "other": callback()},
+        "hyper_parameters": settings,
+        "loops": collections.defaultdict(list, {"epoch": [1]}),
+    }
+    path = save(checkpoint, tmp_path / "x.ckpt", is_zip)
+    monkeypatch.undo()
+    before = len(written)
+    loaded = load_torch_file(path)
+    assert len(written) == before
+    assert_same(loaded["state_dict"]["a"], torch.ones(2))
+    assert loaded["loops"] == {"epoch": [1]}
+    assert "hyper_parameters" not in {name.partition(".")[0] for name in read_tensors(path)}
 
 
 def test_large_arrays_are_mapped_not_read(tmp_path):

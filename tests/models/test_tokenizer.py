@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from fvq_jax.interop.torch_layout import tokenizer_params
+from fvq_jax.interop.layouts.fvq import FVQ
 from fvq_jax.models.quantizers.vector import VectorQuantizer
 from fvq_jax.models.tokenizer import TokenizerNet, fold
 from fvq_jax.runtime.names import path_name
@@ -100,7 +100,7 @@ def least_gap(results, l2_norm):
 def test_a_folded_bridge_gives_the_published_codes_and_reconstruction():
     case = load_case("fvq_vit")
     net = published_net(case.config)
-    params = jax.tree.map(jnp.asarray, tokenizer_params(case.weights, net))
+    params = jax.tree.map(jnp.asarray, FVQ.params(case.weights, net, "the case"))
     plain, folded = fold(net, {"params": params})
     assert plain.quantizer.bridge == "none"
     assert set(plain.quantizer.loss_weights) == {"codebook", "commitment"}

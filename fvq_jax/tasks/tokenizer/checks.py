@@ -6,7 +6,7 @@ from fvq_jax.config.checks import near
 from fvq_jax.data.fields import check_pictures
 from fvq_jax.evals.pixel_metrics import SSIM_WINDOW
 from fvq_jax.models.discriminators.stylegan import IMAGE_SIZES
-from fvq_jax.models.layers import GROUPS
+from fvq_jax.models.layers import GROUPS, levels_from_zero
 from fvq_jax.models.quantizers import make_quantizer
 from fvq_jax.runtime.errors import InputError, require
 from fvq_jax.runtime.mesh import mesh_shape
@@ -27,6 +27,15 @@ def _check_channels(config: ConfigDict) -> None:
         len(model.ch_mult) >= 1 and all(type(mult) is int and mult > 0 for mult in model.ch_mult),
         f"config field tokenizer.ch_mult must be positive whole numbers such as (1, 2), not {model.ch_mult}",
     )
+    levels = model.attention_levels
+    require(
+        all(type(level) is int for level in levels),
+        f"config field tokenizer.attention_levels must be whole numbers such as (-1,), not {levels}",
+    )
+    try:
+        levels_from_zero(tuple(levels), len(model.ch_mult))
+    except ValueError as error:
+        raise InputError(f"config field tokenizer.attention_levels: {error}") from None
     for mult in model.ch_mult:
         require(
             model.ch * mult % GROUPS == 0,

@@ -26,6 +26,17 @@ _FIELDS: dict[str, Field] = {
     ),
     "tokenizer.num_res_blocks": Field(2, "Residual blocks of a level.", above=0, stays=True),
     "tokenizer.z_channels": Field(256, "Channels of the encoder's output and decoder's input.", above=0, stays=True),
+    "tokenizer.attention_levels": Field(
+        (-1,),
+        "Levels with attention after each residual block, counted from 0, full resolution; -1 is the lowest.",
+        stays=True,
+    ),
+    "tokenizer.quant_kernel": Field(
+        1,
+        "Side of the kernels of the convolutions in front of the quantizer and behind it.",
+        choices=(1, 3),
+        stays=True,
+    ),
     "tokenizer.dtype": Field(
         "bfloat16",
         "Compute dtype; latents, codes, losses and parameters are float32.",

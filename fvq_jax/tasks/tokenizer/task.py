@@ -100,7 +100,8 @@ class TokenizerTask(Task):
         model = config.tokenizer.to_dict()
         self.dtype = jnp.dtype(model.pop("dtype"))
         quantizer = make_quantizer(model.pop("quantizer"), dtype=self.dtype, mesh=mesh)
-        self.net = TokenizerNet(quantizer, **model | {"ch_mult": tuple(model["ch_mult"])}, dtype=self.dtype)
+        levels = {name: tuple(model[name]) for name in ("ch_mult", "attention_levels")}
+        self.net = TokenizerNet(quantizer, **model | levels, dtype=self.dtype)
         self.rules = (*((f"/quantizer/{pattern}", spec) for pattern, spec in quantizer.rules), *_RULES)
         self._sources: dict[str, Source] = {}
         loss, adversarial = config.loss, config.adversarial

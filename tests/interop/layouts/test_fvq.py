@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fvq_jax.interop.torch_layout import tokenizer_params, torch_name
+from fvq_jax.interop.layouts.fvq import FVQ
 from fvq_jax.runtime.errors import InputError
 from tests.helpers.golden64 import published_net
 from tests.helpers.golden_case import load_case, relative_error
@@ -27,7 +27,7 @@ def test_a_published_checkpoint_fills_exactly_our_tree(name):
     case = load_case(name)
     config = case.config or {**load_case("fvq_vit").config, "bridge": "none"}
     tensors = {key: np.full(shape, i, np.float32) for i, (key, shape) in enumerate(case.shapes.items())}
-    params = tokenizer_params(tensors, published_net(config))
+    params = FVQ.params(tensors, published_net(config), "x.pt")
     expected = jax.eval_shape(published_net(config).init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
     assert shapes_of(params) == shapes_of(expected)
     # Every tensor but the usage buffer arrived, each in a place of its own.
@@ -49,7 +49,7 @@ def test_outputs_equal_those_of_an_independent_module(name):
         module.quantize.embedding.weight.mul_(0.3)
         expected = module(torch.from_numpy(images))
     net = published_net(config)
-    params = tokenizer_params({key: value.numpy() for key, value in module.state_dict().items()}, net)
+    params = FVQ.params({key: value.numpy() for key, value in module.state_dict().items()}, net, "x.pt")
     output = jax.jit(net.apply)({"params": params}, np.moveaxis(images, 1, -1))
     assert len(np.unique(expected.indices)) > 2
     np.testing.assert_array_equal(output.quantized.codes.reshape(2, -1), expected.indices)
@@ -72,8 +72,9 @@ def test_outputs_equal_those_of_an_independent_module(name):
 )
 def test_a_tensor_of_another_model_is_refused(key):
     case = load_case("llamagen_l2")
+    tensors = {**case.weights, key: np.zeros((3, 3), np.float32)}
     with pytest.raises(InputError, match=key):
-        tokenizer_params({**case.weights, key: np.zeros((3, 3), np.float32)}, published_net(case.config))
+        FVQ.params(tensors, published_net(case.config), "x.pt")
 
 
 def test_the_decoder_counts_its_levels_from_the_lowest():
@@ -82,4 +83,4 @@ def test_the_decoder_counts_its_levels_from_the_lowest():
         "decoder/level3_res1/norm1/norm/scale": "decoder.conv_blocks.0.res.1.norm1.weight",
         "decoder/level3_upsample/conv/conv/bias": "decoder.conv_blocks.0.upsample.conv.bias",
     }
-    assert {path: torch_name(path, levels=4) for path in names} == names
+    assert {path: FVQ.name_of(path, levels=4) for path in names} == names

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from fvq_jax.interop.infer import infer_network
+from fvq_jax.interop.layouts import recognise
+from fvq_jax.interop.layouts.fvq import FVQ
 from fvq_jax.interop.named_tensors import abstract_params
-from fvq_jax.interop.torch_layout import tokenizer_params, torch_tensors
 from fvq_jax.models.quantizers.vector import VectorQuantizer
 from fvq_jax.models.tokenizer import TokenizerNet
 from fvq_jax.runtime.errors import InputError
@@ -21,7 +21,14 @@ def net_with(**settings):
 def tensors_of(net, seed=0):
     rng = np.random.default_rng(seed)
     params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), abstract_params(net))
-    return torch_tensors(net, params)
+    return FVQ.tensors(net, params)
+
+
+def read(tensors, source="the file", **said):
+    """The layout that is recognised, its network and the parameters."""
+    layout = recognise(tensors, source)
+    net = layout.network(tensors, said, source)
+    return layout, net, layout.params(tensors, net, source)
 
 
 @pytest.mark.parametrize("bridge", ["none", "linear", "XS/2", "S/4-d1", "dit-XS/4-d3", "dit-XS/2-d1-c9"])
@@ -29,7 +36,7 @@ def test_everything_but_l2_normalize_is_read_off_the_tensors(bridge):
     net = net_with(bridge=bridge)
     tensors = tensors_of(net)
     for l2_normalize in (False, True):
-        found = infer_network(tensors, l2_normalize=l2_normalize)
+        found = recognise(tensors, "x.pt").network(tensors, {"l2_norm": l2_normalize}, "x.pt")
         expected = net_with(bridge=bridge, l2_normalize=l2_normalize)
         for field in dataclasses.fields(TokenizerNet):
             if field.name not in ("parent", "name"):
@@ -39,8 +46,9 @@ def test_everything_but_l2_normalize_is_read_off_the_tensors(bridge):
 @pytest.mark.parametrize("name", ["fvq_vit", "fvq_dit", "fvq_linear", "llamagen_l2"])
 def test_there_and_back_is_bit_exact(name):
     tensors = load_case(name).weights
-    net = infer_network(tensors)
-    back = torch_tensors(net, tokenizer_params(tensors, net))
+    layout, net, params = read(tensors)
+    assert layout.name == ("llamagen" if name == "llamagen_l2" else "fvq")
+    back = layout.tensors(net, params)
     assert back.keys() == tensors.keys() - {"quantize.codebook_used"}
     for key, value in back.items():
         np.testing.assert_array_equal(value, tensors[key], err_msg=key, strict=True)
@@ -51,7 +59,7 @@ def complaint(changes):
     tensors = load_case("fvq_vit").weights | changes
     tensors = {key: value for key, value in tensors.items() if value is not None}
     with pytest.raises(InputError) as error:
-        tokenizer_params(tensors, infer_network(tensors, "x.pt"), "x.pt")
+        read(tensors, "x.pt")
     message = str(error.value)
     assert "\n" not in message
     return message.removeprefix("x.pt does not hold this tokenizer: ")
@@ -95,9 +103,12 @@ def test_every_kind_of_problem_is_listed():
     [
         (
             {"quantize.embedding.weight": None},
-            "x.pt is no FVQ or LlamaGen tokenizer: it lacks quantize.embedding.weight",
+            "x.pt is no FVQ tokenizer: it lacks quantize.embedding.weight",
         ),
-        ({"quantize.embedding.weight": np.zeros((255, 16))}, "x.pt has a bridge.*255 codes are not a square"),
+        (
+            {"quantize.embedding.weight": np.zeros((255, 16))},
+            "x.pt has a quantizer that does.*255 codes are not a square",
+        ),
         (
             {"quantize.qbridge.x_embedder.proj.weight": np.zeros((64, 16, 4, 2))},
             "patches of 4 x 2 codes are not square",
@@ -110,19 +121,19 @@ def test_networks_that_do_not_exist_are_refused(changes, message):
 
 
 def test_other_models_are_refused():
-    with pytest.raises(InputError, match=r"^x.pt is no FVQ or LlamaGen tokenizer: it lacks encoder.conv_in.weight"):
-        infer_network({"features.0.weight": np.zeros((64, 3, 3, 3))}, "x.pt")
+    with pytest.raises(InputError, match=r"^x.pt is in none of the layouts.*nor like one: .* are features.0.weight$"):
+        recognise(["features.0.weight"], "x.pt")
     width = 48
     tensors = load_case("fvq_vit").weights
     for layer in ("x_embedder.proj", "blocks.0.attn.proj"):
         tensors[f"quantize.qbridge.{layer}.bias"] = np.zeros(width, np.float32)
     with pytest.raises(InputError, match="no bridge is 48 wide"):
-        infer_network(tensors, "x.pt")
+        read(tensors, "x.pt")
     tensors = tensors_of(net_with())
     for name in ("conv1.weight", "conv1.bias", "norm2.weight"):
         tensors[f"encoder.conv_blocks.1.res.0.{name}"] = np.zeros((40, 32, 3, 3), np.float32)
     with pytest.raises(InputError, match=r"32 channels at first and 32, 40, 32 in its levels.*multiples"):
-        infer_network(tensors, "x.pt")
+        read(tensors, "x.pt")
 
 
 @pytest.mark.parametrize(
@@ -134,4 +145,4 @@ def test_other_models_are_refused():
 )
 def test_what_the_layout_cannot_hold_is_refused(options, message):
     with pytest.raises(InputError, match=message):
-        torch_tensors(net_with(**options), {})
+        FVQ.tensors(net_with(**options), {})

@@ -1,0 +1,60 @@
+"""The layouts of published tokenizer files, a file each; `LAYOUTS` is the table of all of them."""
+
+import re
+from collections.abc import Collection
+
+from fvq_jax.interop.layouts.fvq import FVQ, FVQ_RQ
+from fvq_jax.interop.layouts.ibq import IBQ
+from fvq_jax.interop.layouts.layout import Layout
+from fvq_jax.interop.layouts.llamagen import LLAMAGEN
+from fvq_jax.interop.layouts.refused import REFUSED
+from fvq_jax.interop.layouts.rq_vae import RQ_VAE
+from fvq_jax.interop.layouts.taming import TAMING
+from fvq_jax.interop.layouts.var import FVQ_VAR, VAR
+from fvq_jax.runtime.errors import InputError
+
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout for layout in (LLAMAGEN, FVQ, FVQ_RQ, FVQ_VAR, TAMING, VAR, IBQ, RQ_VAE)
+}
+SHOWN = 3  # names in the message about a file that is not recognised
+
+
+def recognise(names: Collection[str], source: str) -> Layout:
+    """The layout that tensors of these names are in.
+
+    InputError if it is none; the message, one line, names the closest layout and the first names that differ.
+    """
+
+    def found(pattern: str) -> bool:
+        return any(re.match(pattern, name) for name in names)
+
+    for reason, patterns in REFUSED.items():
+        if all(map(found, patterns)):
+            raise InputError(f"{source} is {reason}")
+    for layout in LAYOUTS.values():
+        if all(map(found, layout.marks)) and not any(map(found, layout.absent)):
+            return layout
+
+    def likeness(layout: Layout) -> tuple[int, int]:
+        lacking = sum(not found(mark) for mark in layout.marks)
+        return sum(bool(re.fullmatch(layout.pattern, name)) for name in names), -lacking
+
+    closest = max(LAYOUTS.values(), key=likeness)
+    known = [name for name in names if re.fullmatch(closest.pattern, name)]
+    read = f"{source} is in none of the layouts that are read ({', '.join(LAYOUTS)})"
+    if not known:
+        raise InputError(f"{read}, nor like one: its first tensors are {_first(names)}")
+    foreign = [name for name in names if not re.fullmatch(f"{closest.pattern}|{closest.unread}", name)]
+    lacking = [mark for mark in closest.marks if not found(mark)]
+    differences = [f"lacks {_first([mark.replace(chr(92), '') for mark in lacking])}"] if lacking else []
+    differences += [f"has {_first(foreign)} besides"] if foreign else []
+    raise InputError(
+        f"{read}; closest is {closest.name} ({closest.title}; {len(known)} of {len(known) + len(foreign)} tensors): "
+        f"it {' and '.join(differences)}"
+    )
+
+
+def _first(names: Collection[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more}"

@@ -1,0 +1,92 @@
+"""A quantizer alone, from a file with the tensors that published programs keep of it."""
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fvq_jax.interop.evidence import Evidence
+from fvq_jax.interop.layouts.quantizer_names import (
+    HITS_BUFFER,
+    USAGE_BUFFER,
+    infer_book,
+    infer_scales,
+    quantizer_name,
+)
+from fvq_jax.interop.layouts.rq_vae import STATISTICS, shared_book
+from fvq_jax.interop.named_tensors import check_tensors, read_checkpoint_file
+from fvq_jax.interop.tokenizer_checkpoint import unwrap
+from fvq_jax.interop.torch_arrays import from_torch, torch_shape
+from fvq_jax.models.quantizers import QUANTIZERS, make_quantizer, quantizer_fields
+from fvq_jax.models.quantizers.base import Quantizer
+from fvq_jax.models.quantizers.lattice import LatticeQuantizer
+from fvq_jax.runtime.errors import InputError, require
+from fvq_jax.runtime.names import flatten, nest
+
+_UNREAD = rf"{USAGE_BUFFER}|{HITS_BUFFER}|{STATISTICS}"
+_PARTS = r"(embedding|qbridge|quant_resi|embedding_proj|codebooks)\."
+
+
+def read_quantizer(
+    path: str | os.PathLike[str], name: str, settings: Mapping[str, Any]
+) -> tuple[Quantizer, dict[str, Any]]:
+    """The quantizer in a file, and its variables, float32 on the host.
+
+    The tensors may carry prefixes and lie in wrappers, as in the file of a whole tokenizer.
+
+    Args:
+      path: a .pt, .pth, .ckpt or .safetensors file.
+      name: the kind of quantizer, as in a config.
+      settings: those that tensors do not tell.
+
+    Raises:
+      InputError: the kind does not exist or has no tensors, it has no such setting, or the tensors in the file are not
+        exactly those of the quantizer.
+    """
+    require(name in QUANTIZERS, f"there is no quantizer {name!r}: use one of {', '.join(QUANTIZERS)}")
+    require(
+        not issubclass(QUANTIZERS[name], LatticeQuantizer),
+        f"the quantizer {name} has no tensors, so there is no file of it: "
+        "make it with fvq_jax.models.quantizers.make_quantizer",
+    )
+    known = quantizer_fields(name)
+    for unknown in settings.keys() - known.keys():
+        raise InputError(f"the quantizer {name} has no setting {unknown}: it takes {', '.join(known)}")
+    tensors = unwrap(read_checkpoint_file(path)[0], _PARTS)
+    if name == "residual" and any(key.startswith("codebooks.") for key in tensors):
+        tensors, depth = _with_shared_book(tensors, str(path))
+        settings = {"depth": depth, **settings}
+    weights = {key: value for key, value in tensors.items() if not re.fullmatch(_UNREAD, key)}
+    quantizer = _infer(name, settings, Evidence(tensors, str(path), f"file of a {name} quantizer"))
+    latents = jax.ShapeDtypeStruct((1, *(quantizer.only_grid or (1, 1)), quantizer.latent_dim), jnp.float32)
+    made = flatten(dict(jax.eval_shape(quantizer.init, jax.random.key(0), latents)))
+    names = {variable: quantizer_name(variable.partition("/")[2]) for variable in made}
+    wanted = {names[v]: torch_shape(v, leaf.shape, quantizer.latent_dim) for v, leaf in made.items()}
+    check_tensors(weights, wanted, str(path), f"{name} quantizer")
+    return quantizer, nest({v: from_torch(v, np.asarray(weights[names[v]]), leaf.shape) for v, leaf in made.items()})
+
+
+def _with_shared_book(tensors: Mapping[str, np.ndarray], source: str) -> tuple[dict[str, np.ndarray], int]:
+    """The tensors of RQ-VAE's quantizer with a single book, and the number of its levels."""
+    weights = {key: value for key, value in tensors.items() if not re.fullmatch(_UNREAD, key)}
+    others = {key: value for key, value in weights.items() if not key.startswith("codebooks.")}
+    return others | {"embedding.weight": shared_book(weights, "", source)}, len(weights) - len(others)
+
+
+def _infer(name: str, settings: Mapping[str, Any], evidence: Evidence) -> Quantizer:
+    shown = infer_book(evidence)
+    if name == "multi_scale":
+        shown |= infer_scales(evidence, settings.get("scales"))
+    fields = quantizer_fields(name)
+    try:
+        quantizer = make_quantizer(
+            {"name": name, **{field: value for field, value in shown.items() if field in fields}, **settings}
+        )
+        quantizer.check()
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{evidence.source} and the settings given make no {name} quantizer: {error}") from None
+    return quantizer
