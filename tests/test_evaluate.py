@@ -23,7 +23,7 @@ from fvq_jax.evals.networks import Networks
 from fvq_jax.evals.protocol import as_scored
 from fvq_jax.inference.tokenizer import Tokenizer
 from fvq_jax.models.frozen.inception import CLASSES
-from fvq_jax.report.tokenizer import write_report
+from fvq_jax.report.tokenizer import page, write_report
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.processes import Place
 from fvq_jax.tasks import default_config
@@ -203,6 +203,30 @@ def test_prepared_pictures_score_as_their_folder(saved, folder, tmp_path, capsys
     theirs, _ = run(capsys, *options, f"--data={folder}")
     assert ours["psnr"] == pytest.approx(theirs["psnr"], rel=1e-6)
     assert ours["pictures"] != theirs["pictures"]
+
+
+def test_other_tokenizers_are_scored_on_the_same_pictures(saved, folder, tmp_path, capsys, monkeypatch):
+    written = []
+    monkeypatch.setattr(evaluate, "write_report", lambda folder, report: written.append(report))
+    other = tmp_path / "other"
+    Tokenizer(random_tokenizer(1, bridge="none", codebook_size=16)).save_pretrained(other)
+    options = [f"--size={SIZE}", f"--data={folder}", f"--out={tmp_path / 'out'}"]
+    alone, _ = run(capsys, f"--tokenizer={other}", *options)
+    both, _ = run(capsys, f"--tokenizer={saved}", f"--compare={other},{saved}", *options)
+    (second, third) = both["compared"]
+    assert [second["path"], third["path"]] == [str(other), str(saved)]
+    for name in ("psnr", "usage", "quantization_error", "perplexity"):
+        assert second[name] == pytest.approx(alone[name], rel=1e-6)
+        assert third[name] == pytest.approx(both[name], rel=1e-6)
+    assert second["psnr"] != third["psnr"]
+    report = written[-1]
+    text = page(report)
+    assert text.count("<tr><td") + text.count('<tr class="') > 3
+    assert f'<td title="{other}">other</td><td class="text">16 ' in text
+    shown = [example.position for example in report.found.examples.spread]
+    assert [example.position for example in report.compared[0].spread] == shown
+    assert written[0].compared == []
+    assert "Side by side" not in page(written[0])
 
 
 def test_random_crops_are_called_so(saved, folder, tmp_path, capsys):

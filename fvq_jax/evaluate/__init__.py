@@ -5,6 +5,8 @@ A trained tokenizer on a set of pictures:
   python -m fvq_jax.evaluate --workdir=DIR --out=OUT [--data=FOLDER] [--protocol=direct|published]
   python -m fvq_jax.evaluate --tokenizer=PATH --data=photos --out=OUT --size=256 --inception=FILE
 
+  python -m fvq_jax.evaluate --workdir=DIR --compare=DIR2,FILE --out=OUT
+
 Generated pictures beside real ones, as ADM's evaluation suite scores them (see `samples`):
 
   python -m fvq_jax.evaluate --samples=A.npz[,B.npz,FOLDER] --reference=R.npz|FOLDER|photos --inception=FILE --out=OUT
@@ -27,6 +29,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +45,13 @@ from fvq_jax.data.sources import kind_of, make_source
 from fvq_jax.evals.networks import FILES, Networks, load_networks, option
 from fvq_jax.evals.projection import principal_plane
 from fvq_jax.evals.protocol import PROTOCOLS
-from fvq_jax.evals.reconstruction import Reconstructed, collect, conditions, not_computed, summarise
-from fvq_jax.evals.reference import Reference
+from fvq_jax.evals.reconstruction import Found, Reconstructed, collect, conditions, not_computed, summarise
+from fvq_jax.evals.reference import Moments, Reference
 from fvq_jax.evaluate.samples import OF_DRAWING, OF_SAMPLES, add_arguments, evaluate_samples
 from fvq_jax.inference.class_tables import condition_of, labels_for
 from fvq_jax.inference.tokenizer import Tokenizer
 from fvq_jax.ops.code_usage import usage_by_position
-from fvq_jax.report.tokenizer import Report, Trained, write_report
+from fvq_jax.report.tokenizer import Compared, Report, Trained, write_report
 from fvq_jax.runtime import exits
 from fvq_jax.runtime.agreement import check_same, everywhere
 from fvq_jax.runtime.arguments import Parser, add_place, place, true_or_false
@@ -65,7 +68,7 @@ from fvq_jax.training.metric_files import read_metrics
 METRICS, NPZ = "metrics.json", "reconstructions.npz"
 _SCORED = {"tokenizer": "a tokenizer", "samples": "stored samples", "generator": "a generator"}
 _OF_RECONSTRUCTIONS = (  # options that only the scoring of a tokenizer has
-    *("l2_norm", "data", "protocol", "size", "images", "crops", "save_npz"),
+    *("compare", "l2_norm", "data", "protocol", "size", "images", "crops", "save_npz"),
     *(name for name in FILES if name != "inception"),
 )
 SIZE = 256  # of the crops, unless a workdir says on which size it was trained
@@ -105,36 +108,14 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         what = {"protocol": args.protocol, "size": size, "images": images, "weights": args.inception}
         reference = Reference.of(args.reference_cache, source, **what)
         known = reference.load() if first else None
-    total = min(images or len(source), len(source))
-
-    quantizer, grid = tokenizer.trained_net.quantizer, (size // tokenizer.downsampling,) * 2
-
-    def reconstruct(crops: np.ndarray, labels: np.ndarray) -> Reconstructed:
-        found = tokenizer.reconstruct(crops, labels_for(prepared.condition, labels))
-        if not np.isfinite(found.images).all():
-            raise InputError(f"the reconstructions of {tokenizer} are not finite: its weights are broken")
-        return Reconstructed(*found)
 
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(ImageWriter(args.out / NPZ, size, size, active=first)) if args.save_npz else None
-        bar = tqdm(total=total, unit=" images", desc=f"evaluating ({args.protocol})", disable=not first)
-        found = collect(
-            reconstruct,
-            source,
-            networks,
-            codebook_size=quantizer.size,
-            level_of=quantizer.level_of(*grid),
-            size=size,
-            batch_size=args.batch,
-            protocol=args.protocol,
-            images=images,
-            timeout=(trained or default_config()).data.timeout,
-            with_reference=not _of_first_process(known is not None),
-            writer=writer,
-            progress=stack.enter_context(bar).update,
-        )
+        found = _pass(args, prepared, prepared, known=known, writer=writer)
+    others = [_pass(args, prepared, other, known=known) for other in prepared.compared]
     if not first:
         return {}
+    quantizer = tokenizer.trained_net.quantizer
     sums, moments = found.sums, known
     if sums.real is not None and sums.images >= 2:
         moments = sums.real.moments()
@@ -150,14 +131,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         facts["protocol_means"] = f"{args.crops:,} random crops as in training, seed {args.seed}; {scored_as}"
     table = tokenizer.table("null" if tokenizer.classes else None)
     report = Report(
-        tokenizer=Trained(
-            quantizer.size,
-            quantizer.latent_dim,
-            tokenizer.downsampling,
-            quantizer.description,
-            quantizer.level_names,
-            quantizer.positions(),
-        ),
+        tokenizer=_trained(tokenizer),
         facts=facts,
         metrics=summarise(sums, size**2, moments, quantizer.level_names, positions=quantizer.positions()),
         not_computed=not_computed(networks, sums),
@@ -166,6 +140,15 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         rows=read_metrics(path) if trained else (),
         batch_tokens=_tokens(trained, tokenizer) if trained else None,
         config=dotted(trained) if trained else {},
+        compared=[
+            Compared(
+                str(other.path),
+                _trained(other.tokenizer),
+                summarise(seen.sums, size**2, moments, other.tokenizer.trained_net.quantizer.level_names),
+                seen.examples.spread,
+            )
+            for other, seen in zip(prepared.compared, others, strict=True)
+        ],
     )
     metrics = {
         **facts,
@@ -173,16 +156,77 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "reference": {"path": str(reference.path), "cached": known is not None} if reference and moments else None,
         "usage_by_position": usage_by_position(sums.code_counts.sum(axis=0), quantizer.positions()).tolist(),
         "not_computed": report.not_computed,
+        "compared": [{"path": other.name, **other.metrics} for other in report.compared],
     }
     write_whole(args.out / METRICS, json.dumps(metrics, indent=2) + "\n")  # first: the page only shows it
     write_report(args.out, report)
     return metrics
 
 
+def _pass(
+    args: argparse.Namespace,
+    prepared: "_Prepared",
+    scored: "_Prepared | _Other",
+    *,
+    known: Moments | None,
+    writer: ImageWriter | None = None,
+) -> Found:
+    """Reconstructs and scores all pictures with one of the tokenizers; `known`: statistics of the real pictures."""
+    tokenizer, size, source = scored.tokenizer, prepared.size, prepared.source
+    quantizer, grid = tokenizer.trained_net.quantizer, (size // tokenizer.downsampling,) * 2
+    first = jax.process_index() == 0
+
+    def reconstruct(crops: np.ndarray, labels: np.ndarray) -> Reconstructed:
+        found = tokenizer.reconstruct(crops, labels_for(scored.condition, labels))
+        if not np.isfinite(found.images).all():
+            raise InputError(f"the reconstructions of {tokenizer} are not finite: its weights are broken")
+        return Reconstructed(*found)
+
+    total = min(prepared.images or len(source), len(source))
+    with tqdm(total=total, unit=" images", desc=f"evaluating ({args.protocol})", disable=not first) as bar:
+        return collect(
+            reconstruct,
+            source,
+            prepared.networks,
+            codebook_size=quantizer.size,
+            level_of=quantizer.level_of(*grid),
+            size=size,
+            batch_size=args.batch,
+            protocol=args.protocol,
+            images=prepared.images,
+            timeout=(prepared.trained or default_config()).data.timeout,
+            with_reference=scored is prepared and not _of_first_process(known is not None),
+            writer=writer,
+            progress=bar.update,
+        )
+
+
+def _trained(tokenizer: Tokenizer) -> Trained:
+    """What the page says of a tokenizer."""
+    quantizer = tokenizer.trained_net.quantizer
+    return Trained(
+        quantizer.size,
+        quantizer.latent_dim,
+        tokenizer.downsampling,
+        quantizer.description,
+        quantizer.level_names,
+        quantizer.positions(),
+    )
+
+
 def _tokens(trained: ConfigDict, tokenizer: Tokenizer) -> int:
     """Codes of a training batch."""
     side = trained.data.image_size // tokenizer.downsampling
     return trained.batch_size * math.prod(tokenizer.trained_net.quantizer.code_shape(side, side))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Other:
+    """A tokenizer that is scored beside the first one: where it is, and what a bridge with classes is given."""
+
+    path: Path
+    tokenizer: Tokenizer
+    condition: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +240,7 @@ class _Prepared:
       images: how many of them to score; 0 for all.
       size: side of the crops.
       condition: what a bridge with classes is given, see `condition_of`.
+      compared: further tokenizers.
     """
 
     path: Path
@@ -207,6 +252,7 @@ class _Prepared:
     images: int
     size: int
     condition: str
+    compared: Sequence[_Other]
 
 
 def _prepare(args: argparse.Namespace) -> _Prepared:
@@ -219,19 +265,24 @@ def _prepare(args: argparse.Namespace) -> _Prepared:
     path = args.workdir or args.tokenizer
     trained = _config_of_run(path)
     size = args.size or (trained.data.image_size if trained else SIZE)
-    tokenizer = Tokenizer.from_pretrained(path, l2_norm=args.l2_norm)
-    try:
-        tokenizer.code_shape(size, size)
-    except InputError as error:
-        raise InputError(f"--size {size}: {error}") from None
-    condition = condition_of(tokenizer.classes, args.condition)
+    first, *compared = [_load(args, path, size) for path in (path, *args.compare)]
     images = args.images or (trained.eval.images if trained and args.data is None else 0)
     source, data = _source(args.data, size, images, copy.deepcopy(trained))
     if args.crops:
         low, high = (trained.data.resize_min, trained.data.resize_max) if trained else (0, 0)
         source, images = RandomCrops(source, args.crops, size, low, high, seed=args.seed), 0
     networks = load_networks({name: getattr(args, name) for name in FILES}, size)
-    return _Prepared(path, trained, tokenizer, networks, source, data, images, size, condition)
+    return _Prepared(path, trained, first.tokenizer, networks, source, data, images, size, first.condition, compared)
+
+
+def _load(args: argparse.Namespace, path: Path, size: int) -> _Other:
+    """The tokenizer at a path. InputError if it is none, or does not take pictures of this size."""
+    tokenizer = Tokenizer.from_pretrained(path, l2_norm=args.l2_norm)
+    try:
+        tokenizer.code_shape(size, size)
+    except InputError as error:
+        raise InputError(f"--size {size}: {error}") from None
+    return _Other(path, tokenizer, condition_of(tokenizer.classes, args.condition))
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -244,6 +295,14 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="PATHS",
         help="generated pictures instead of a tokenizer: .npz files with arr_0, or folders of pictures, with commas "
         "between them",
+    )
+    parser.add_argument(
+        "--compare",
+        metavar="PATHS",
+        type=lambda text: [Path(part) for part in text.split(",") if part],
+        default=[],
+        help="further tokenizers (workdirs, folders or files, with commas between them) that are scored on the same "
+        "pictures and shown side by side with the first",
     )
     parser.add_argument("--l2_norm", type=true_or_false, help="whether codes have unit length, if a file does not say")
     parser.add_argument(

@@ -26,6 +26,11 @@ _CONDITIONS = ("size", "protocol", "protocol_means", "data")
 _LPIPS = ("lpips_vgg", "lpips_alex")
 _MANY_PICTURES = 10_000  # below this number the Frechet distance is biased upwards so much that the page warns of it
 _NEARLY_ALL = 0.999
+_SIDE_BY_SIDE_PICTURES = 8  # of each tokenizer
+_SIDE_BY_SIDE = (
+    *("usage", "perplexity", "quantization_error", "relative_quantization_error", "psnr", "ssim", *_LPIPS, "rfid"),
+    "bits_per_pixel",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +52,22 @@ class Trained:
     levels: tuple[str, ...] = ()
     positions: np.ndarray | None = None
 
+    @property
+    def title(self) -> str:
+        """All of it in one line."""
+        codes = f"{self.codes:,} {TIMES} {self.code_dim} codes"
+        return f"{codes}, {self.description}, {self.downsampling}{TIMES} down-sampling"
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """Another tokenizer, scored on the same pictures: its name, what it is, metrics, and examples spread alike."""
+
+    name: str
+    tokenizer: Trained
+    metrics: Mapping[str, float | int]
+    spread: Sequence[Example]
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -62,6 +83,7 @@ class Report:
       rows: what training has logged, if anything.
       batch_tokens: the size of the window behind `usage/batch`, if known.
       config: the config of the training run, by full field name; {} if there is none.
+      compared: further tokenizers to show beside it.
     """
 
     tokenizer: Trained
@@ -73,12 +95,12 @@ class Report:
     rows: figures.Rows = ()
     batch_tokens: int | None = None
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    compared: Sequence[Compared] = ()
 
     @property
     def title(self) -> str:
         """The tokenizer in one line."""
-        it = self.tokenizer
-        return f"{it.codes:,} {TIMES} {it.code_dim} codes, {it.description}, {it.downsampling}{TIMES} down-sampling"
+        return self.tokenizer.title
 
 
 def write_report(folder: str | os.PathLike[str], report: Report) -> Path:
@@ -91,6 +113,7 @@ def page(report: Report) -> str:
     body = "\n".join(
         (
             _header(report),
+            _side_by_side(report),
             _reconstructions(report),
             _codes(report),
             _comparison(report),
@@ -99,6 +122,46 @@ def page(report: Report) -> str:
         )
     )
     return shell(f"Tokenizer: {report.title}", body)
+
+
+def _side_by_side(report: Report) -> str:
+    """A table with a row, and a grid with a row of pictures, for every tokenizer; empty if there is only one."""
+    if not report.compared:
+        return ""
+    first = Compared("this one", report.tokenizer, report.metrics, report.found.examples.spread)
+    tokenizers = (first, *report.compared)
+    shown = [name for name in _SIDE_BY_SIDE if any(name in other.metrics for other in tokenizers)]
+    head = "".join(f"<th>{METRICS[name].heading_with_unit}</th>" for name in shown)
+    lines = "".join(
+        f'<tr class="{"own" if other is first else ""}"><td title="{escape(other.name)}">{escape(_short(other.name))}'
+        f'</td><td class="text">{escape(other.tokenizer.title)}</td>'
+        + "".join(f"<td>{METRICS[name].text(other.metrics.get(name), NONE)}</td>" for name in shown)
+        + "</tr>"
+        for other in tokenizers
+    )
+    pictures = [("original", [example.original for example in first.spread])]
+    pictures += [(_short(other.name), [example.reconstruction for example in other.spread]) for other in tokenizers]
+    grid = "".join(
+        f'<tr><td class="text">{escape(name)}</td>'
+        + "".join(
+            f'<td><img src="{data_uri(image)}" alt="{escape(name)}"></td>' for image in row[:_SIDE_BY_SIDE_PICTURES]
+        )
+        + "</tr>"
+        for name, row in pictures
+    )
+    return (
+        "<h2>Side by side</h2>\n"
+        '<p class="note">The same pictures, scored in the same way. Usage compares between equal numbers of tokens and '
+        "codes only.</p>\n"
+        f'<div class="card scroll"><table><thead><tr><th>Tokenizer</th><th class="text">What it is</th>{head}</tr>'
+        f"</thead><tbody>{lines}</tbody></table></div>\n"
+        f'<div class="card scroll"><table class="side-by-side"><tbody>{grid}</tbody></table></div>'
+    )
+
+
+def _short(name: str) -> str:
+    """The last part of a path."""
+    return Path(name).name or name
 
 
 def _header(report: Report) -> str:
