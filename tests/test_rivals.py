@@ -5,6 +5,7 @@ import pathlib
 import pytest
 
 from configs import rivals
+from configs.ablations import usage_recovery
 from fvq_jax.models.quantizers import QUANTIZERS, make_quantizer
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.names import dotted
@@ -45,3 +46,28 @@ def test_only_the_quantizer_differs_and_for_stablevq_the_rate_of_its_codebook():
 def test_an_unknown_rival_is_refused_with_those_that_there_are():
     with pytest.raises(InputError, match="unknown rival 'vqgan': use one of none, ema"):
         rivals.get_config("rival=vqgan")
+
+
+@pytest.mark.parametrize("size", ["", "smoke,"])
+def test_usage_recovery_takes_every_quantizer_at_every_scale(size, tmp_path):
+    def with_argument(argument):
+        config = usage_recovery.get_config(size + argument)
+        if config.data.source == "folder":
+            config.data.train_dir = config.data.eval_dir = str(tmp_path)
+        return config
+
+    sweep = read_sweep(usage_recovery.__file__)
+    points = make_points(usage_recovery.get_config(), sweep, pathlib.Path("sweep"), None, with_argument)
+    assert [point.refused for point in points] == [""] * 15
+    configs = [point.config for point in points]
+    assert [config["tokenizer.quantizer.init_std"] for config in configs] == [*usage_recovery.SCALES] * 3
+    assert [config["tokenizer.quantizer.name"] for config in configs] == ["simvq"] * 5 + ["vector"] * 10
+    windows = [config.get("tokenizer.quantizer.region_window", 0) for config in configs]
+    assert windows == [0] * 10 + [usage_recovery.WINDOW] * 5
+    if not size:  # every window has 65,536 tokens
+        assert {config["log.every_steps"] * config["batch_size"] * 64 for config in configs} == {65536}
+
+
+def test_an_unknown_kind_is_refused_with_those_that_there_are():
+    with pytest.raises(InputError, match="unknown kind 'fsq': use one of simvq, fvq, region"):
+        usage_recovery.get_config("kind=fsq")

@@ -65,6 +65,7 @@ METRICS: dict[str, Metric] = {
     "l1": Metric("L1", ".4f", larger_is_better=False),
     "mse": Metric("MSE", ".5f", larger_is_better=False),
     "usage": Metric("Codes used", ".1%", larger_is_better=True),
+    "mean_usage": Metric("Mean usage of the windows in training", ".1%", larger_is_better=True),
     "dead_codes": Metric("Dead codes", ",", larger_is_better=False),
     "positions/usage_min": Metric("Codes used at the worst position in a group", ".1%", larger_is_better=True),
     "positions/dead": Metric("Positions in a group without a used code", ",", larger_is_better=False),

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fvq_jax.evals.metric_table import METRICS
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.sweep.points import LOG, RECORD, Record, read_record
@@ -23,6 +25,7 @@ SILENT_SECONDS = 600.0  # without a line of log or metrics, after which a run is
 COLUMNS = (
     "step",
     "usage",
+    "mean_usage",
     "perplexity",
     "quantization_error",
     "psnr",
@@ -82,6 +85,7 @@ def _row(workdir: Path, record: Record, now: float) -> Row:
     for line in curves:  # later values replace earlier ones
         values |= {name.removeprefix("eval/"): value for name, value in line.items() if name.startswith("eval/")}
         values |= {name: value for name, value in line.items() if name in ("step", "images_per_second")}
+    values |= _mean_usage(curves)
     memory = [line["memory/peak_bytes"] for line in curves if line.get("memory/peak_bytes")]
     values |= {"peak_memory_bytes": max(memory)} if memory else {}
     values |= record.summary
@@ -89,6 +93,15 @@ def _row(workdir: Path, record: Record, now: float) -> Row:
     signs = [path.stat().st_mtime for name in (RECORD, LOG, METRICS_FILE) if (path := workdir / name).exists()]
     quiet = now - max(signs)
     return Row(record, finite, curves, quiet if record.status == "running" and quiet > SILENT_SECONDS else 0.0)
+
+
+def _mean_usage(curves: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The mean over training of the usage in windows; a line through the windows' ends is integrated over the steps."""
+    usage = {line["step"]: line["usage/window"] for line in curves if "usage/window" in line}
+    if len(usage) < 2:
+        return {}
+    steps, values = np.array(sorted(usage)), np.array([usage[step] for step in sorted(usage)])
+    return {"mean_usage": float(np.trapezoid(values, steps) / (steps[-1] - steps[0]))}
 
 
 def _is_number(value: Any) -> bool:

@@ -42,6 +42,13 @@ def test_values_that_are_no_numbers_are_left_out(tmp_path):
     assert gather(tmp_path)[0].values == {"step": 3, "usage": 0.5}
 
 
+def test_the_mean_usage_is_an_integral_over_the_steps(tmp_path):
+    (point,) = make_points(tiny_config(), [{}], tmp_path)
+    windows = [{"step": step, "usage/window": usage} for step, usage in ((10, 0.0), (20, 0.5), (50, 0.7))]
+    write_point(point, "running", windows)
+    assert gather(tmp_path)[0].values["mean_usage"] == pytest.approx((10 * 0.25 + 30 * 0.6) / 40)
+
+
 def test_a_run_without_a_sign_of_life_is_said_to_be_silent(tmp_path):
     (point,) = make_points(tiny_config(), [{}], tmp_path)
     write_point(point, "running")

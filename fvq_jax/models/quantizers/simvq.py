@@ -20,12 +20,15 @@ from fvq_jax.runtime.mesh import Rules
 class SimVQuantizer(TableQuantizer):
     """Nearest-neighbour quantization against one linear layer of fixed random vectors.
 
-    The vectors are normal with variance 1/d, kept as state, and never change: every step moves all codes by way of the
-    layer, whose weights and biases start uniform in +-d^-1/2. `vector` with the bridge `linear` is the same network
-    with a codebook that is trained too. Loss terms: `codebook`, `commitment`.
+    The vectors are normal, by default with variance 1/d, kept as state, and never change: every step moves all codes by
+    way of the layer, whose weights and biases start uniform in +-d^-1/2. `vector` with the bridge `linear` is the same
+    network with a codebook that is trained too. Loss terms: `codebook`, `commitment`.
     """
 
     codebook_weight: float = setting(1.0, "Weight of the codebook loss, which pulls the layer's results to latents.")
+    init_std: float = setting(
+        0.0, "Standard deviation of the fixed vectors, which are normal; 0: code_dim^-0.5, as published."
+    )
     estimator: str = estimator_setting("dynamic")
 
     rules: ClassVar[Rules] = ((r"codebook$", P("codebook")), (r"layer/", P()))
@@ -35,7 +38,7 @@ class SimVQuantizer(TableQuantizer):
         shape, scale = (self.codebook_size, self.code_dim), self.code_dim**-0.5
 
         def fixed() -> Array:
-            return scale * jax.random.normal(self.make_rng("params"), shape, jnp.float32)
+            return (self.init_std or scale) * jax.random.normal(self.make_rng("params"), shape, jnp.float32)
 
         def uniform(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
             return jax.random.uniform(key, shape, dtype, -scale, scale)

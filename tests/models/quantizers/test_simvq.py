@@ -58,6 +58,8 @@ def test_the_vectors_are_normal_and_not_trained_and_the_layer_starts_uniform():
     assert set(big) == {"fixed", "params"}
     assert set(big["params"]) == {"layer"}
     np.testing.assert_allclose(np.std(big["fixed"]["codebook"]), D**-0.5, rtol=0.02)
+    small = jax.jit(make(codebook_size=4096, init_std=1e-3).init)(jax.random.key(1), LATENT)
+    np.testing.assert_allclose(np.std(small["fixed"]["codebook"]), 1e-3, rtol=0.02)
     for leaf in jax.tree.leaves(big["params"]):
         assert np.abs(leaf).max() <= D**-0.5
         assert np.abs(leaf).max() > 0.7 * D**-0.5
