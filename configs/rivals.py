@@ -7,7 +7,8 @@
 For two CPU cores: 4,096 codes, the network and the 32 x 32 crops of photographs.py, 1,000 steps of 32 crops. What the
 rivals publish about their quantizer is kept (loss weights, start of the codebook); what they publish about network
 and schedule is not, since the quantizer is compared. docs/results.md has the table.
-Arguments: `rival=NAME` (one of RIVALS), `seeds=N` (the sweep takes seeds 0 to N - 1; 1), `smoke` (seconds).
+Arguments: `rival=NAME` (one of RIVALS), `seeds=N` (the sweep takes seeds 0 to N - 1; 1), `smoke` (seconds), `batch=N`
+(rate 1e-3 x N / 32).
 """
 
 from configs import common, photographs
@@ -41,7 +42,8 @@ RIVALS = {
 def get_config(arg=""):
     """The network of the photographs with one of the quantizers; without `rival`, FVQ's."""
     args = _args(arg)
-    config = photographs.get_config("smoke" if args["smoke"] else "")
+    size = ["smoke"] if args["smoke"] else []
+    config = photographs.get_config(",".join([*size, f"batch={args['batch']}"] if args["batch"] else size))
     name, settings = RIVALS[args["rival"]]
     if name == "multi_scale":  # the last scale is the grid of latents, which is another one in the smoke size
         settings = settings | {"scales": (*settings["scales"][:-1], config.data.image_size // downsampling(config))}
@@ -60,7 +62,7 @@ def sweep(arg=""):
 
 
 def _args(arg):
-    args = common.parse_arg(arg, rival="fvq", seeds=1, smoke=False)
+    args = common.parse_arg(arg, rival="fvq", seeds=1, smoke=False, batch=0)
     if args["rival"] not in RIVALS:
         raise InputError(f"unknown rival {args['rival']!r}: use one of {', '.join(RIVALS)}")
     return args

@@ -61,7 +61,7 @@ def test_all_configs_are_here():
 def test_every_config_is_valid(name):
     config = get_config(name)
     assert config.is_locked
-    sources = {"quickstart": "photos", "photographs": "folder", "full_codebook": "folder"}
+    sources = {"quickstart": "photos"} | dict.fromkeys(("photographs", "full_codebook", "rivals"), "folder")
     assert config.data.source == sources.get(name, "tfds")
     if config.data.source == "folder":
         config.data.train_dir, config.data.eval_dir = "train", "eval"
