@@ -41,10 +41,12 @@ def load_jax(shape: llama.Shape, dtype: str, labels: np.ndarray, codes: np.ndarr
     import jax
     from jax.sharding import AxisType
 
+    from fvq_jax.runtime.allocation import keep_memory
     from fvq_jax.runtime.mesh import global_batch
     from fvq_jax.tasks import default_config, task_of
     from fvq_jax.training.step import TrainStep
 
+    keep_memory()  # as fvq_jax.main does
     config = default_config("generator")
     config.batch_size = len(labels)
     config.generator.update(grid=tuple(shape.grid), vocab=shape.vocab, classes=shape.classes, hidden=shape.hidden)

@@ -65,9 +65,11 @@ def load_jax(config: ConfigDict, folder: str) -> Any:
     from jax.sharding import AxisType
 
     from fvq_jax.interop.tokenizer_checkpoint import write_checkpoint
+    from fvq_jax.runtime.allocation import keep_memory
     from fvq_jax.runtime.mesh import global_batch
     from fvq_jax.training.step import TrainStep
 
+    keep_memory()  # as fvq_jax.main does
     if jax.default_backend() == "cpu":
         config.tokenizer.dtype = "float32"
     mesh = jax.make_mesh((1, 1), ("data", "codebook"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])

@@ -14,6 +14,7 @@ from absl import app, flags
 from fvq_jax.config.checks import all_fields
 from fvq_jax.config.explain import explain
 from fvq_jax.runtime import exits
+from fvq_jax.runtime.allocation import keep_memory
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.flags import CONFIG, ONE_RUN, PROFILE_STEPS, WORKDIR, keep_compiled, parse_flags, place
 from fvq_jax.runtime.logs import set_up_logging
@@ -50,6 +51,7 @@ def main(argv: list[str]) -> int:
 
 def _run(argv: list[str]) -> int:
     """Runs `main`, as one of several processes if the flags say so."""
+    keep_memory()
     set_up_logging()
     there = place()
     return exits.run(lambda: main(argv), None if there is None else there.join)
