@@ -126,7 +126,8 @@ class Layout:
             for path, shape in shapes.items()
         }
         weights = {name: value for name, value in tensors.items() if not re.fullmatch(self.unread, name)}
-        check_tensors(weights, {name: value.shape for name, value in self.packed(wanted, net).items()}, source)
+        packed = self.packed(wanted, net)
+        check_tensors(weights, {name: value.shape for name, value in packed.items()}, source, self.title)
         plain = self.unpacked(weights, net, source)
         paths = {self.name_of(path, levels): path for path in shapes}
         return nest({paths[name]: from_torch(paths[name], plain[name], shapes[paths[name]]) for name in track(paths)})

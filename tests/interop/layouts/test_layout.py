@@ -62,7 +62,7 @@ def complaint(changes):
         read(tensors, "x.pt")
     message = str(error.value)
     assert "\n" not in message
-    return message.removeprefix("x.pt does not hold this tokenizer: ")
+    return message.removeprefix("x.pt does not hold this FVQ tokenizer: ")
 
 
 def test_the_first_ten_missing_tensors_are_named_and_the_rest_counted():

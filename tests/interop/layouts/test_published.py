@@ -154,7 +154,11 @@ def test_the_published_program_can_load_what_is_written(name, folder, tmp_path):
         ),
         ("fvq_var", {"decoder.mid.attn_1.qkv.bias": None}, r"1 tensor missing: decoder\.mid\.attn_1\.qkv\.bias$"),
         ("var", {}, r"has 4 scales, and 1 2 3 4 5 6 8 10 13 16 are 10: give scales=\(\.\.\.\)"),
-        ("taming", {"quantize.used": torch.ones(3)}, r"does not hold this tokenizer: 1 tensor extra: quantize\.used$"),
+        (
+            "taming",
+            {"quantize.used": torch.ones(3)},
+            r"does not hold this VQGAN of taming-transformers: 1 tensor extra: quantize\.used$",
+        ),
         (
             "taming",
             {"quantize.embedding.weight": None, "quantize.pos.weight": torch.ones(3)},
