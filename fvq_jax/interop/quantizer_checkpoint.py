@@ -18,6 +18,7 @@ from fvq_jax.interop.layouts.quantizer_names import (
     quantizer_name,
 )
 from fvq_jax.interop.layouts.rq_vae import STATISTICS, shared_book
+from fvq_jax.interop.lightning import averaged
 from fvq_jax.interop.named_tensors import check_tensors, read_checkpoint_file
 from fvq_jax.interop.tokenizer_checkpoint import unwrap
 from fvq_jax.interop.torch_arrays import from_torch, torch_shape
@@ -56,7 +57,8 @@ def read_quantizer(
     known = quantizer_fields(name)
     for unknown in settings.keys() - known.keys():
         raise InputError(f"the quantizer {name} has no setting {unknown}: it takes {', '.join(known)}")
-    tensors = unwrap(read_checkpoint_file(path)[0], _PARTS)
+    tensors = averaged(read_checkpoint_file(path)[0], r"quantizer?\.", str(path))
+    tensors = unwrap(tensors, _PARTS)
     if name == "residual" and any(key.startswith("codebooks.") for key in tensors):
         tensors, depth = _with_shared_book(tensors, str(path))
         settings = {"depth": depth, **settings}

@@ -61,6 +61,13 @@ def test_prefixes_and_the_rest_of_a_tokenizer_do_not_matter(prefix, tmp_path):
     np.testing.assert_array_equal(quantize(latents).codes, distance.argmin(-1))
 
 
+def test_a_moving_average_is_preferred(tmp_path):
+    book, latents = small()
+    tensors = {"state_dict.quantize.embedding.weight": book + 1, "state_dict.model_ema.quantizeembeddingweight": book}
+    found = fvq_jax.load_quantizer(write(tmp_path / "x.safetensors", tensors), "ibq")(latents)
+    np.testing.assert_array_equal(found.codes, (latents @ book.T).argmax(-1))
+
+
 def test_settings_that_tensors_do_not_tell_are_heeded(tmp_path):
     book, latents = small()
     path = write(tmp_path / "x.safetensors", {"embedding.weight": book})

@@ -21,6 +21,7 @@ from fvq_jax.models.tokenizer import TokenizerNet
 from fvq_jax.runtime.errors import InputError
 
 PUBLISHED_DEPTH = 4  # a constant of the published program
+_FOLD = "use a layout that folds the bridge, such as llamagen, or none, which writes a folder"
 
 
 def infer_vector(evidence: Evidence, said: Mapping[str, Any]) -> VectorQuantizer:
@@ -39,16 +40,16 @@ def usage(net: TokenizerNet, tensors: Mapping[str, np.ndarray]) -> Tensors:
     return {f"quantize.{USAGE_BUFFER}": np.zeros(size, np.float32)}
 
 
-def check_bridge(net: TokenizerNet) -> None:
+def check_bridge(net: TokenizerNet, params: Mapping[str, Any]) -> None:
     """InputError unless the published programs have a bridge like this one."""
     quantizer = net.quantizer
     assert isinstance(quantizer, BridgedQuantizer)
     if quantizer.bridge == "mlp5":
-        raise InputError('the layout "fvq" has no names for the bridge mlp5: use layout="llamagen", which folds it')
+        raise InputError(f"FVQ's layouts have no names for the bridge mlp5: {_FOLD}")
     if parse_bridge(quantizer.bridge).patch and quantizer.bridge_groups != "2d":
         raise InputError(
-            f'the layout "fvq" holds bridges over 2d patches only, and this tokenizer has bridge_groups '
-            f'"{quantizer.bridge_groups}": use layout="llamagen", which folds the bridge'
+            "FVQ's layouts hold bridges over 2d patches only, and this tokenizer has bridge_groups "
+            f'"{quantizer.bridge_groups}": {_FOLD}'
         )
 
 

@@ -64,7 +64,7 @@ def _hits(net: TokenizerNet, tensors: Mapping[str, np.ndarray]) -> Tensors:
     return {f"quantize.{HITS_BUFFER}": np.zeros((net.quantizer.levels, net.quantizer.size), np.float32)}
 
 
-def _check(net: TokenizerNet) -> None:
+def _check(net: TokenizerNet, params: Mapping[str, Any]) -> None:
     channels = net.quantizer.latent_dim
     require(
         net.z_channels == channels,
@@ -73,9 +73,9 @@ def _check(net: TokenizerNet) -> None:
     )
 
 
-def _check_bridged(net: TokenizerNet) -> None:
-    _check(net)
-    check_bridge(net)
+def _check_bridged(net: TokenizerNet, params: Mapping[str, Any]) -> None:
+    _check(net, params)
+    check_bridge(net, params)
 
 
 VAR = Layout(
