@@ -12,7 +12,7 @@ import numpy as np
 
 from fvq_jax.interop.evidence import Evidence
 from fvq_jax.interop.layouts.conv_names import VQGAN_CONVS
-from fvq_jax.interop.layouts.fvq import check_bridge, usage
+from fvq_jax.interop.layouts.fvq import bridge_check, usage
 from fvq_jax.interop.layouts.layout import Layout, Tensors
 from fvq_jax.interop.layouts.quantizer_names import (
     BOOK,
@@ -75,7 +75,7 @@ def _check(net: TokenizerNet, params: Mapping[str, Any]) -> None:
 
 def _check_bridged(net: TokenizerNet, params: Mapping[str, Any]) -> None:
     _check(net, params)
-    check_bridge(net, params)
+    bridge_check("fvq_var", "var")(net, params)
 
 
 VAR = Layout(
