@@ -50,11 +50,11 @@ def read_checkpoint(
     if str(path).endswith(".safetensors"):
         track = iter  # a .pt file was only mapped, and is read as it is converted
     tensors = unwrap(tensors)
-    said_layout = facts.get("layout") if facts.get("layout") in LAYOUTS else None
-    chosen = layout_of(tensors, str(path), layout or said_layout)
+    ours = facts if str(facts.get("layout")) in LAYOUTS else {}  # other programs may mean other things by these names
+    chosen = layout_of(tensors, str(path), layout or ours.get("layout"))
     tensors = averaged(tensors, _PARTS, str(path))
-    said = {"l2_norm": _said_l2_norm(facts) if l2_norm is None else l2_norm, "depth": facts.get("depth")}
-    said["scales"] = facts.get("scales") if scales is None else scales
+    said = {"l2_norm": _said_l2_norm(facts) if l2_norm is None else l2_norm, "depth": ours.get("depth")}
+    said["scales"] = ours.get("scales") if scales is None else scales
     net = chosen.network(tensors, said, str(path))
     if said["l2_norm"] is None and chosen.name == "llamagen":
         logging.warning(

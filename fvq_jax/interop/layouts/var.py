@@ -94,7 +94,7 @@ VAR = Layout(
     unpacked=_unpacked,
     beside=_hits,
     check=_check,
-    facts=lambda net: {"scales": list(net.quantizer.scales)},
+    facts=lambda net: {"layout": "var", "scales": list(net.quantizer.scales)},
     wrapper="",
 )
 FVQ_VAR = dataclasses.replace(
@@ -108,5 +108,6 @@ FVQ_VAR = dataclasses.replace(
     bridged=True,
     beside=lambda net, tensors: _hits(net, tensors) | usage(net, tensors),
     check=_check_bridged,
+    facts=lambda net: {"layout": "fvq_var", "scales": list(net.quantizer.scales)},
     wrapper="model",
 )
