@@ -59,6 +59,24 @@ def test_l2_norm_can_be_said(tmp_path, capsys):
     assert Tokenizer.from_pretrained(tmp_path / "b").net.quantizer.l2_normalize
 
 
+def test_a_vqgan_and_what_its_tensors_do_not_tell(tmp_path, capsys):
+    tok = Tokenizer(random_tokenizer(ch_mult=(1,)))
+    tok.save_pretrained(tmp_path / "a.safetensors", layout="taming")
+    assert convert.main([f"{tmp_path}/a.safetensors", f"{tmp_path}/b", "--layout=jax"]) == 0
+    recognised = capsys.readouterr().out.splitlines()[0]
+    assert recognised.endswith("down-sampling 1, read as taming, VQGAN of taming-transformers")
+    assert convert.main([f"{tmp_path}/b", f"{tmp_path}/c.safetensors", "--layout=taming"]) == 0
+    files = [(tmp_path / name).read_bytes() for name in ("a.safetensors", "c.safetensors")]
+    assert files[0] == files[1]
+    capsys.readouterr()
+    assert convert.main([f"{tmp_path}/a.safetensors", f"{tmp_path}/d", "--source_layout=ibq"]) == 0
+    assert "ibq tokenizer, " in capsys.readouterr().out
+    assert convert.main([f"{tmp_path}/a.safetensors", f"{tmp_path}/e.safetensors", "--layout=rq_vae"]) == 2
+    assert 'the layout "rq_vae" holds residual quantizers only' in capsys.readouterr().err
+    assert convert.main([f"{tmp_path}/b", f"{tmp_path}/f", "--scales=1,2"]) == 2
+    assert "layout and scales are for files" in capsys.readouterr().err
+
+
 def test_a_generator_there_and_back(tmp_path, capsys):
     case = load_case("llamagen_gpt")
     safetensors.numpy.save_file(

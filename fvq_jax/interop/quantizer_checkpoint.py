@@ -18,6 +18,7 @@ from fvq_jax.interop.layouts.quantizer_names import (
     quantizer_name,
 )
 from fvq_jax.interop.layouts.rq_vae import STATISTICS, shared_book
+from fvq_jax.interop.lightning import averaged
 from fvq_jax.interop.named_tensors import check_tensors, read_checkpoint_file
 from fvq_jax.interop.tokenizer_checkpoint import unwrap
 from fvq_jax.interop.torch_arrays import from_torch, torch_shape
@@ -56,7 +57,8 @@ def read_quantizer(
     known = quantizer_fields(name)
     for unknown in settings.keys() - known.keys():
         raise InputError(f"the quantizer {name} has no setting {unknown}: it takes {', '.join(known)}")
-    tensors = unwrap(read_checkpoint_file(path)[0], _PARTS)
+    tensors = averaged(read_checkpoint_file(path)[0], r"quantizer?\.", str(path))
+    tensors = {_usual(key): value for key, value in unwrap(tensors, _PARTS).items()}
     if name == "residual" and any(key.startswith("codebooks.") for key in tensors):
         tensors, depth = _with_shared_book(tensors, str(path))
         settings = {"depth": depth, **settings}
@@ -68,6 +70,12 @@ def read_quantizer(
     wanted = {names[v]: torch_shape(v, leaf.shape, quantizer.latent_dim) for v, leaf in made.items()}
     check_tensors(weights, wanted, str(path), f"{name} quantizer")
     return quantizer, nest({v: from_torch(v, np.asarray(weights[names[v]]), leaf.shape) for v, leaf in made.items()})
+
+
+def _usual(name: str) -> str:
+    """The name of a tensor as it is where some scales share a convolution; VAR has others for all and for none."""
+    name = re.sub(r"^quant_resi\.qresi\.", "quant_resi.qresi_ls.0.", name)
+    return re.sub(r"^quant_resi\.(?=\d)", "quant_resi.qresi_ls.", name)
 
 
 def _with_shared_book(tensors: Mapping[str, np.ndarray], source: str) -> tuple[dict[str, np.ndarray], int]:

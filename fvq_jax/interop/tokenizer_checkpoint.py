@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from fvq_jax.interop.layouts import LAYOUTS, recognise
+from fvq_jax.interop.layouts import LAYOUTS, layout_of
 from fvq_jax.interop.layouts.layout import Layout
 from fvq_jax.interop.lightning import averaged
 from fvq_jax.interop.named_tensors import check_ending, read_checkpoint_file, write_checkpoint_file
 from fvq_jax.models.tokenizer import TokenizerNet
-from fvq_jax.runtime.errors import InputError
 
 L2_NORM = ("codebook_l2_norm", "l2_norm")  # what the published training programs call it in their arguments
 _PARTS = r"(encoder|decoder|quantizer?|quant_conv|post_quant_conv)\."
@@ -51,11 +50,11 @@ def read_checkpoint(
     if str(path).endswith(".safetensors"):
         track = iter  # a .pt file was only mapped, and is read as it is converted
     tensors = unwrap(tensors)
-    said_layout = facts.get("layout") if facts.get("layout") in LAYOUTS else None
-    chosen = _layout(layout or said_layout, tensors, str(path))
+    ours = facts if str(facts.get("layout")) in LAYOUTS else {}  # other programs may mean other things by these names
+    chosen = layout_of(tensors, str(path), layout or ours.get("layout"))
     tensors = averaged(tensors, _PARTS, str(path))
-    said = {"l2_norm": _said_l2_norm(facts) if l2_norm is None else l2_norm, "depth": facts.get("depth")}
-    said["scales"] = facts.get("scales") if scales is None else scales
+    said = {"l2_norm": _said_l2_norm(facts) if l2_norm is None else l2_norm, "depth": ours.get("depth")}
+    said["scales"] = ours.get("scales") if scales is None else scales
     net = chosen.network(tensors, said, str(path))
     if said["l2_norm"] is None and chosen.name == "llamagen":
         logging.warning(
@@ -98,14 +97,6 @@ def unwrap(tensors: Mapping[str, np.ndarray], parts: str = _PARTS) -> dict[str, 
     if prefix:
         logging.info("the weights are taken from %r", prefix.rstrip("."))
     return {name.removeprefix(prefix): value for name, value in plain.items() if name.startswith(prefix)}
-
-
-def _layout(name: str | None, tensors: Mapping[str, np.ndarray], source: str) -> Layout:
-    if name is None:
-        return recognise(tensors, source)
-    if name not in LAYOUTS:
-        raise InputError(f"there is no layout {name!r}: use one of {', '.join(LAYOUTS)}")
-    return LAYOUTS[name]
 
 
 def _said_l2_norm(facts: Mapping[str, Any]) -> bool | None:

@@ -15,7 +15,8 @@ NETWORK = {"ch": 32, "ch_mult": (1, 1), "num_res_blocks": 1, "z_channels": 16}
 
 def tiny_net(**changes) -> TokenizerNet:
     """Down-sampling 2, 64 codes of dimension 8, no bridge; `changes` are of the network or of its vector quantizer."""
-    network = {**NETWORK, **{name: changes.pop(name) for name in [*NETWORK, "dtype"] if name in changes}}
+    names = [*NETWORK, "dtype", "attention_levels"]
+    network = {**NETWORK, **{name: changes.pop(name) for name in names if name in changes}}
     return TokenizerNet(VectorQuantizer(**{"codebook_size": 64, "code_dim": 8, "bridge": "none"} | changes), **network)
 
 

@@ -95,6 +95,17 @@ class Nearest(nn.Module):
         return torch_levels.look_up(codes, table), codes
 
 
+class Signs(nn.Module):
+    """Every channel becomes 1 or -1; the first one is the lowest bit of the code."""
+
+    def __init__(self, config):
+        super().__init__()
+
+    def forward(self, z):
+        bits = (z > 0).long()
+        return 2.0 * bits - 1, torch.einsum("bdhw,d->bhw", bits, 2 ** torch.arange(z.shape[1]))
+
+
 class Residual(nn.Module):
     """A book for every level, all of them the same object, with a row of padding and moving averages."""
 
@@ -131,18 +142,24 @@ class MultiScale(nn.Module):
 
 
 class Tokenizer(nn.Module):
-    """`kind` is taming, ibq, rq_vae or var; images [b, 3, H, W] in [-1, 1] to pixels and codes."""
+    """`kind` is taming, ibq, rq_vae, var or lfq; images [b, 3, H, W] in [-1, 1] to pixels and codes."""
 
     def __init__(self, config):
         super().__init__()
         self.encoder, self.decoder = Half(config, False), Half(config, True)
-        made = {"rq_vae": Residual, "var": MultiScale}.get(config["kind"], Nearest)(config)
+        made = {"rq_vae": Residual, "var": MultiScale, "lfq": Signs}.get(config["kind"], Nearest)(config)
         self.place = "quantizer" if config["kind"] == "rq_vae" else "quantize"
         setattr(self, self.place, made)
+        if config["kind"] == "lfq":
+            return
         z, d, side = config["z_channels"], config["dim"], config.get("kernel", 1)
         self.quant_conv = nn.Conv2d(z, d, side, padding=side // 2)
         self.post_quant_conv = nn.Conv2d(d, z, side, padding=side // 2)
 
     def forward(self, images):
-        vectors, codes = getattr(self, self.place)(self.quant_conv(self.encoder(images)))
-        return self.decoder(self.post_quant_conv(vectors)), codes
+        vectors, codes = getattr(self, self.place)(self.latents(images))
+        return self.decoder(self.post_quant_conv(vectors) if hasattr(self, "post_quant_conv") else vectors), codes
+
+    def latents(self, images):
+        features = self.encoder(images)
+        return self.quant_conv(features) if hasattr(self, "quant_conv") else features

@@ -61,6 +61,13 @@ def test_prefixes_and_the_rest_of_a_tokenizer_do_not_matter(prefix, tmp_path):
     np.testing.assert_array_equal(quantize(latents).codes, distance.argmin(-1))
 
 
+def test_a_moving_average_is_preferred(tmp_path):
+    book, latents = small()
+    tensors = {"state_dict.quantize.embedding.weight": book + 1, "state_dict.model_ema.quantizeembeddingweight": book}
+    found = fvq_jax.load_quantizer(write(tmp_path / "x.safetensors", tensors), "ibq")(latents)
+    np.testing.assert_array_equal(found.codes, (latents @ book.T).argmax(-1))
+
+
 def test_settings_that_tensors_do_not_tell_are_heeded(tmp_path):
     book, latents = small()
     path = write(tmp_path / "x.safetensors", {"embedding.weight": book})
@@ -72,6 +79,21 @@ def test_settings_that_tensors_do_not_tell_are_heeded(tmp_path):
     upto = fvq_jax.load_quantizer(path, "residual", depth=2)
     codes = upto(latents).codes
     np.testing.assert_allclose(upto.decode(codes, 1), book[np.asarray(codes)[..., 0]])
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_convolutions_may_be_shared_by_all_scales_or_none(shared, tmp_path):
+    book, latents = small()
+    rng, count = np.random.default_rng(3), 1 if shared else 2
+    phi = [{"weight": rng.normal(size=(4, 4, 3, 3)), "bias": rng.normal(size=4)} for _ in range(count)]
+    found = []
+    for form in ("quant_resi.qresi_ls.{}.", "quant_resi.qresi." if shared else "quant_resi.{}."):
+        tensors = {form.format(i) + leaf: np.float32(value) for i, one in enumerate(phi) for leaf, value in one.items()}
+        path = write(tmp_path / "x.safetensors", {"embedding.weight": book, **tensors})
+        quantize = fvq_jax.load_quantizer(path, "multi_scale", scales=(1, 2))
+        found.append(quantize(latents[:, :2, :2]))
+        assert quantize.quantizer.phi_count == count
+    np.testing.assert_array_equal(found[0].vectors, found[1].vectors)
 
 
 def test_the_books_of_rq_vae_say_how_many_levels_there_are(tmp_path):

@@ -6,31 +6,36 @@ from collections.abc import Collection
 from fvq_jax.interop.layouts.fvq import FVQ, FVQ_RQ
 from fvq_jax.interop.layouts.ibq import IBQ
 from fvq_jax.interop.layouts.layout import Layout
+from fvq_jax.interop.layouts.lfq import LFQ
 from fvq_jax.interop.layouts.llamagen import LLAMAGEN
 from fvq_jax.interop.layouts.refused import REFUSED
 from fvq_jax.interop.layouts.rq_vae import RQ_VAE
 from fvq_jax.interop.layouts.taming import TAMING
 from fvq_jax.interop.layouts.var import FVQ_VAR, VAR
-from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.errors import InputError, require
 
 LAYOUTS: dict[str, Layout] = {
-    layout.name: layout for layout in (LLAMAGEN, FVQ, FVQ_RQ, FVQ_VAR, TAMING, VAR, IBQ, RQ_VAE)
+    layout.name: layout for layout in (LLAMAGEN, FVQ, FVQ_RQ, FVQ_VAR, TAMING, VAR, IBQ, RQ_VAE, LFQ)
 }
 SHOWN = 3  # names in the message about a file that is not recognised
 
 
-def recognise(names: Collection[str], source: str) -> Layout:
-    """The layout that tensors of these names are in.
+def layout_of(names: Collection[str], source: str, chosen: str | None = None) -> Layout:
+    """The layout that tensors of these names are in: the one of the name `chosen`, or else the one that is recognised.
 
-    InputError if it is none; the message, one line, names the closest layout and the first names that differ.
+    InputError if there is none. Its message, one line, says why a relative is refused, or names the closest layout and
+    the first tensors that differ.
     """
 
     def found(pattern: str) -> bool:
         return any(re.match(pattern, name) for name in names)
 
-    for reason, patterns in REFUSED.items():
+    for patterns, reason in REFUSED.items():
         if all(map(found, patterns)):
             raise InputError(f"{source} is {reason}")
+    if chosen is not None:
+        require(chosen in LAYOUTS, f"there is no layout {chosen!r}: use one of {', '.join(LAYOUTS)}")
+        return LAYOUTS[chosen]
     for layout in LAYOUTS.values():
         if all(map(found, layout.marks)) and not any(map(found, layout.absent)):
             return layout

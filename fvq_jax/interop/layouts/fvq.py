@@ -4,7 +4,7 @@ Those with four residual levels have exactly the same tensors, so they are recog
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -39,17 +39,26 @@ def usage(net: TokenizerNet, tensors: Mapping[str, np.ndarray]) -> Tensors:
     return {f"quantize.{USAGE_BUFFER}": np.zeros(size, np.float32)}
 
 
-def check_bridge(net: TokenizerNet) -> None:
-    """InputError unless the published programs have a bridge like this one."""
-    quantizer = net.quantizer
-    assert isinstance(quantizer, BridgedQuantizer)
-    if quantizer.bridge == "mlp5":
-        raise InputError('the layout "fvq" has no names for the bridge mlp5: use layout="llamagen", which folds it')
-    if parse_bridge(quantizer.bridge).patch and quantizer.bridge_groups != "2d":
-        raise InputError(
-            f'the layout "fvq" holds bridges over 2d patches only, and this tokenizer has bridge_groups '
-            f'"{quantizer.bridge_groups}": use layout="llamagen", which folds the bridge'
-        )
+def bridge_check(name: str, folding: str) -> Callable[[TokenizerNet, Mapping[str, Any]], None]:
+    """Makes the check that the published programs have a bridge like the network's.
+
+    `name` is the layout, `folding` one that folds the bridge.
+    """
+
+    def check(net: TokenizerNet, params: Mapping[str, Any]) -> None:
+        quantizer = net.quantizer
+        assert isinstance(quantizer, BridgedQuantizer)
+        if quantizer.bridge == "mlp5":
+            raise InputError(
+                f'the layout "{name}" has no names for the bridge mlp5: use layout="{folding}", which folds it'
+            )
+        if parse_bridge(quantizer.bridge).patch and quantizer.bridge_groups != "2d":
+            raise InputError(
+                f'the layout "{name}" holds bridges over 2d patches only, and this tokenizer has bridge_groups '
+                f'"{quantizer.bridge_groups}": use layout="{folding}", which folds the bridge'
+            )
+
+    return check
 
 
 def _infer_residual(evidence: Evidence, said: Mapping[str, Any]) -> ResidualQuantizer:
@@ -68,7 +77,7 @@ FVQ = Layout(
     bridged=True,
     attention=False,
     beside=usage,
-    check=check_bridge,
+    check=bridge_check("fvq", "llamagen"),
     facts=l2_fact,
 )
 FVQ_RQ = dataclasses.replace(
@@ -78,5 +87,6 @@ FVQ_RQ = dataclasses.replace(
     quantizer="residual",
     infer_quantizer=_infer_residual,
     marks=(r"(?!)",),
+    check=bridge_check("fvq_rq", "rq_vae"),
     facts=lambda net: {"layout": "fvq_rq", "depth": net.quantizer.depth},
 )

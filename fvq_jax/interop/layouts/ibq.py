@@ -19,6 +19,6 @@ IBQ = dataclasses.replace(
     marks=(*TAMING.marks, r"model_ema\."),
     absent=(r"quantize\.quant_resi\.", r"quantize\.qbridge\."),
     beside=lambda net, tensors: averages(tensors),
-    check=lambda net: None,
+    check=lambda net, params: None,
     facts=lambda net: {"layout": "ibq"},
 )

@@ -39,8 +39,8 @@ class Layout:
       title: what it holds, in a few words, for messages.
       convs: how encoder and decoder are named.
       quantizer: the kind of quantizer (its name in a config) that it holds.
-      infer_quantizer: makes that from the tensors, and from what they do not tell: `l2_norm`, `scales`; None if not
-        known.
+      infer_quantizer: makes that from the tensors, and from what they do not tell: `l2_norm`, `depth`, `scales`;
+        None if not known.
       marks: patterns of names; a file is in this layout if each is found at the start of a name.
       absent: patterns of which none may be found.
       quantizer_names: a pattern of the names of the quantizer's weights.
@@ -51,7 +51,7 @@ class Layout:
       packed: makes the tensors of a file out of one tensor for every parameter.
       unpacked: the inverse; InputError, which names the source, if that is not possible.
       beside: further tensors that the published program expects in a file, made of the network and its weights.
-      check: raises InputError if it cannot hold a network for another reason.
+      check: raises InputError if it cannot hold a network, or its parameters, for another reason.
       facts: what tensors do not tell about a network, to be written beside them.
       wrapper: where the tensors lie in a .pt file; "" if they are all it holds.
     """
@@ -71,7 +71,7 @@ class Layout:
     packed: Callable[[Mapping[str, np.ndarray], TokenizerNet], Tensors] = _unchanged
     unpacked: Callable[[Mapping[str, np.ndarray], TokenizerNet, str], Tensors] = _unchanged
     beside: Callable[[TokenizerNet, Mapping[str, np.ndarray]], Tensors] = _nothing
-    check: Callable[[TokenizerNet], None] = lambda net: None
+    check: Callable[[TokenizerNet, Mapping[str, Any]], None] = lambda net, params: None
     facts: Callable[[TokenizerNet], dict[str, Any]] = lambda net: {}
     wrapper: str = "model"
 
@@ -126,14 +126,19 @@ class Layout:
             for path, shape in shapes.items()
         }
         weights = {name: value for name, value in tensors.items() if not re.fullmatch(self.unread, name)}
-        check_tensors(weights, {name: value.shape for name, value in self.packed(wanted, net).items()}, source)
+        packed = self.packed(wanted, net)
+        check_tensors(weights, {name: value.shape for name, value in packed.items()}, source, self.title)
         plain = self.unpacked(weights, net, source)
         paths = {self.name_of(path, levels): path for path in shapes}
         return nest({paths[name]: from_torch(paths[name], plain[name], shapes[paths[name]]) for name in track(paths)})
 
     def tensors(self, net: TokenizerNet, params: Mapping[str, Any]) -> Tensors:
-        """The parameters of `net` by the names of the layout, without `beside`. InputError as for `check_holds`."""
-        self.check_holds(net)
+        """The parameters of `net` by the names of the layout, without `beside`.
+
+        InputError, which says what would, if the layout cannot hold them.
+        """
+        self._check_network(net)
+        self.check(net, params)
         levels, code_dim = len(net.ch_mult), _code_dim(net)
         plain = {
             self.name_of(path, levels): to_torch(path, np.asarray(value), code_dim)
@@ -141,8 +146,7 @@ class Layout:
         }
         return self.packed(plain, net)
 
-    def check_holds(self, net: TokenizerNet) -> None:
-        """Raises InputError, which says what would, if the layout cannot hold `net`."""
+    def _check_network(self, net: TokenizerNet) -> None:
         kind, levels = quantizer_settings(net.quantizer)["name"], len(net.ch_mult)
         another = "choose another layout, or none, which writes a folder"
         require(
@@ -159,7 +163,6 @@ class Layout:
             f'the layout "{self.name}" has convolutions of side {self.quant_kernels[0]} beside its quantizer, and this '
             f"tokenizer of {net.quant_kernel}: {another}",
         )
-        self.check(net)
 
     @property
     def pattern(self) -> str:

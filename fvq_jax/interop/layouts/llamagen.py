@@ -13,5 +13,5 @@ LLAMAGEN = dataclasses.replace(
     absent=(r"quantize\.qbridge\.",),
     quantizer_names=rf"quantize\.{BOOK}",
     bridged=False,
-    check=lambda net: None,
+    check=lambda net, params: None,
 )

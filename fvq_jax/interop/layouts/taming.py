@@ -1,5 +1,8 @@
 """VQGAN as taming-transformers saves it (arXiv 2012.09841): a Lightning checkpoint, or its weights alone."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from fvq_jax.interop.layouts.conv_names import VQGAN_CONVS
 from fvq_jax.interop.layouts.fvq import infer_vector
 from fvq_jax.interop.layouts.layout import Layout
@@ -12,7 +15,7 @@ from fvq_jax.runtime.errors import require
 TRAINING = r"loss\..*|colorize|quantize\.embedding\.(cluster_size|embed_avg)"
 
 
-def _check(net: TokenizerNet) -> None:
+def _check(net: TokenizerNet, params: Mapping[str, Any]) -> None:
     assert isinstance(net.quantizer, VectorQuantizer)
     require(
         not net.quantizer.l2_normalize,

@@ -12,7 +12,7 @@ import numpy as np
 
 from fvq_jax.interop.evidence import Evidence
 from fvq_jax.interop.layouts.conv_names import VQGAN_CONVS
-from fvq_jax.interop.layouts.fvq import check_bridge, usage
+from fvq_jax.interop.layouts.fvq import bridge_check, usage
 from fvq_jax.interop.layouts.layout import Layout, Tensors
 from fvq_jax.interop.layouts.quantizer_names import (
     BOOK,
@@ -64,7 +64,7 @@ def _hits(net: TokenizerNet, tensors: Mapping[str, np.ndarray]) -> Tensors:
     return {f"quantize.{HITS_BUFFER}": np.zeros((net.quantizer.levels, net.quantizer.size), np.float32)}
 
 
-def _check(net: TokenizerNet) -> None:
+def _check(net: TokenizerNet, params: Mapping[str, Any]) -> None:
     channels = net.quantizer.latent_dim
     require(
         net.z_channels == channels,
@@ -73,9 +73,9 @@ def _check(net: TokenizerNet) -> None:
     )
 
 
-def _check_bridged(net: TokenizerNet) -> None:
-    _check(net)
-    check_bridge(net)
+def _check_bridged(net: TokenizerNet, params: Mapping[str, Any]) -> None:
+    _check(net, params)
+    bridge_check("fvq_var", "var")(net, params)
 
 
 VAR = Layout(
@@ -94,7 +94,7 @@ VAR = Layout(
     unpacked=_unpacked,
     beside=_hits,
     check=_check,
-    facts=lambda net: {"scales": list(net.quantizer.scales)},
+    facts=lambda net: {"layout": "var", "scales": list(net.quantizer.scales)},
     wrapper="",
 )
 FVQ_VAR = dataclasses.replace(
@@ -108,5 +108,6 @@ FVQ_VAR = dataclasses.replace(
     bridged=True,
     beside=lambda net, tensors: _hits(net, tensors) | usage(net, tensors),
     check=_check_bridged,
+    facts=lambda net: {"layout": "fvq_var", "scales": list(net.quantizer.scales)},
     wrapper="model",
 )

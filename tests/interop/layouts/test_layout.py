@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from fvq_jax.interop.layouts import recognise
+from fvq_jax.interop.layouts import layout_of
 from fvq_jax.interop.layouts.fvq import FVQ
 from fvq_jax.interop.named_tensors import abstract_params
 from fvq_jax.models.quantizers.vector import VectorQuantizer
@@ -26,7 +26,7 @@ def tensors_of(net, seed=0):
 
 def read(tensors, source="the file", **said):
     """The layout that is recognised, its network and the parameters."""
-    layout = recognise(tensors, source)
+    layout = layout_of(tensors, source)
     net = layout.network(tensors, said, source)
     return layout, net, layout.params(tensors, net, source)
 
@@ -36,7 +36,7 @@ def test_everything_but_l2_normalize_is_read_off_the_tensors(bridge):
     net = net_with(bridge=bridge)
     tensors = tensors_of(net)
     for l2_normalize in (False, True):
-        found = recognise(tensors, "x.pt").network(tensors, {"l2_norm": l2_normalize}, "x.pt")
+        found = layout_of(tensors, "x.pt").network(tensors, {"l2_norm": l2_normalize}, "x.pt")
         expected = net_with(bridge=bridge, l2_normalize=l2_normalize)
         for field in dataclasses.fields(TokenizerNet):
             if field.name not in ("parent", "name"):
@@ -62,7 +62,7 @@ def complaint(changes):
         read(tensors, "x.pt")
     message = str(error.value)
     assert "\n" not in message
-    return message.removeprefix("x.pt does not hold this tokenizer: ")
+    return message.removeprefix("x.pt does not hold this FVQ tokenizer: ")
 
 
 def test_the_first_ten_missing_tensors_are_named_and_the_rest_counted():
@@ -122,7 +122,7 @@ def test_networks_that_do_not_exist_are_refused(changes, message):
 
 def test_other_models_are_refused():
     with pytest.raises(InputError, match=r"^x.pt is in none of the layouts.*nor like one: .* are features.0.weight$"):
-        recognise(["features.0.weight"], "x.pt")
+        layout_of(["features.0.weight"], "x.pt")
     width = 48
     tensors = load_case("fvq_vit").weights
     for layer in ("x_embedder.proj", "blocks.0.attn.proj"):

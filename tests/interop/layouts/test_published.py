@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -26,6 +27,7 @@ CONFIGS = {
     "rq_vae": {"kind": "rq_vae", "depth": 3},
     "var": VAR,
     "fvq_var": {**VAR, "bridge": "vit:QBridge-XS/2"},
+    "lfq": {"kind": "lfq", "z_channels": 6},
 }
 
 
@@ -40,8 +42,10 @@ def module(name):
                 value += 0.1 * torch.randn_like(value)
             if "embedding" in key or "codebooks" in key:
                 value *= 0.5
+        if name == "lfq":  # some signs of every channel differ
+            net.encoder.conv_out.bias -= net.encoder(pictures(name)).mean((0, 2, 3))
         if CONFIGS[name]["kind"] in ("taming", "ibq"):
-            latents = net.quant_conv(net.encoder(pictures(name)))
+            latents = net.latents(pictures(name))
             book = net.quantize.embedding.weight
             book.copy_(latents.mean((0, 2, 3)) + latents.std((0, 2, 3)) * torch.randn_like(book))
     return net
@@ -91,6 +95,7 @@ FILES = {
     "rq_vae": lambda weights: {"epoch": 1, "state_dict": weights, "optimizer": {"state": {}}},
     "var": lambda weights: weights,
     "fvq_var": lambda weights: {"model": weights, "steps": 5},
+    "lfq": lambda weights: lightning(averaged(weights)),
 }
 
 
@@ -99,7 +104,8 @@ def loaded(name, folder):
     """The tokenizer of a layout, read from a file in `folder`."""
     path = folder / f"{name}.ckpt"
     torch.save(FILES[name](dict(module(name).state_dict())), path)
-    return Tokenizer.from_pretrained(path, **({"scales": VAR["scales"]} if "scales" in CONFIGS[name] else {}))
+    said = {"scales": VAR["scales"]} if "scales" in CONFIGS[name] else {}
+    return Tokenizer.from_pretrained(path, **said, layout="lfq" if name == "lfq" else None)
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +160,11 @@ def test_the_published_program_can_load_what_is_written(name, folder, tmp_path):
         ),
         ("fvq_var", {"decoder.mid.attn_1.qkv.bias": None}, r"1 tensor missing: decoder\.mid\.attn_1\.qkv\.bias$"),
         ("var", {}, r"has 4 scales, and 1 2 3 4 5 6 8 10 13 16 are 10: give scales=\(\.\.\.\)"),
-        ("taming", {"quantize.used": torch.ones(3)}, r"does not hold this tokenizer: 1 tensor extra: quantize\.used$"),
+        (
+            "taming",
+            {"quantize.used": torch.ones(3)},
+            r"does not hold this VQGAN of taming-transformers: 1 tensor extra: quantize\.used$",
+        ),
         (
             "taming",
             {"quantize.embedding.weight": None, "quantize.pos.weight": torch.ones(3)},
@@ -219,9 +229,13 @@ def test_a_layout_holds_only_what_its_program_has(folder, tmp_path):
     with pytest.raises(InputError, match='the layout "taming" has no codes of unit length'):
         unit.save_pretrained(tmp_path / "x.safetensors", layout="taming")
     with pytest.raises(InputError, match="as many channels in front of the quantizer's convolution as behind it"):
-        VAR_LAYOUT.check(random_tokenizer().net)
+        VAR_LAYOUT.check(random_tokenizer().net, {})
     with pytest.raises(InputError, match=r'the layout "taming" has convolutions of side 1 .* tokenizer of 3'):
-        LAYOUTS["taming"].check_holds(random_tokenizer().net.clone(quant_kernel=3))
+        LAYOUTS["taming"].tensors(random_tokenizer().net.clone(quant_kernel=3), {})
+    saved = loaded("lfq", folder)
+    moved = jax.tree.map(lambda leaf: leaf + 1, saved.params)
+    with pytest.raises(InputError, match='the layout "lfq" has no convolutions beside its quantizer'):
+        LAYOUTS["lfq"].tensors(saved.net, moved)
     assert not list(tmp_path.iterdir())
 
 

@@ -244,3 +244,23 @@ def test_given_parameters_keep_the_layout():
     layouts = [jax.tree.map(lambda leaf: leaf.sharding, x.networks["tokenizer"].params) for x in (state, placed)]
     assert layouts[0] == layouts[1]
     assert placed.networks["tokenizer"].params["quantizer"]["codebook"].addressable_shards[0].data.shape == (16, 8)
+
+
+def test_the_network_has_the_attention_and_the_convolutions_that_the_config_says():
+    config = tiny_config(**{"tokenizer.attention_levels": [0, 1], "tokenizer.quant_kernel": 3})
+    net = TokenizerTask(config, one_device()).net
+    assert (net.attention_levels, net.quant_kernel) == ((0, 1), 3)
+
+
+@pytest.mark.parametrize("attention", [(-1,), (0, 1)])
+def test_a_run_starts_from_a_vqgan_of_the_same_network_only(attention, tmp_path):
+    tok = Tokenizer(random_tokenizer(attention_levels=attention))
+    tok.save_pretrained(tmp_path / "x.safetensors", layout="taming")
+    config = tiny_config(**{"tokenizer.z_channels": 16, "tokenizer.quantizer.bridge": "none"})
+    config.tokenizer.quantizer.update({"codebook_size": 64, "code_dim": 8})
+    task = TokenizerTask(config, one_device())
+    if attention == (-1,):
+        assert not changed(task.load(str(tmp_path / "x.safetensors")), tok.params)
+    else:
+        with pytest.raises(InputError, match=r"tokenizer\.attention_levels is \(0, 1\) there and \(-1,\) here"):
+            task.load(str(tmp_path / "x.safetensors"))
