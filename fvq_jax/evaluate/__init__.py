@@ -47,6 +47,7 @@ from fvq_jax.evals.reference import Reference
 from fvq_jax.evaluate.samples import OF_DRAWING, OF_SAMPLES, add_arguments, evaluate_samples
 from fvq_jax.inference.class_tables import condition_of, labels_for
 from fvq_jax.inference.tokenizer import Tokenizer
+from fvq_jax.models.quantizers import make_quantizer
 from fvq_jax.ops.code_usage import usage_by_position
 from fvq_jax.report.tokenizer import Report, Trained, write_report
 from fvq_jax.runtime import exits
@@ -135,6 +136,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         )
     if not first:
         return {}
+    # Of a quantizer with state only the table is loaded, which knows no groups.
+    positions = (make_quantizer(trained.tokenizer.quantizer.to_dict()) if trained else quantizer).positions()
     sums, moments = found.sums, known
     if sums.real is not None and sums.images >= 2:
         moments = sums.real.moments()
@@ -156,10 +159,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
             tokenizer.downsampling,
             quantizer.description,
             quantizer.level_names,
-            quantizer.positions(),
+            positions,
         ),
         facts=facts,
-        metrics=summarise(sums, size**2, moments, quantizer.level_names, positions=quantizer.positions()),
+        metrics=summarise(sums, size**2, moments, quantizer.level_names, positions=positions),
         not_computed=not_computed(networks, sums),
         found=found,
         plane=None if table is None else jax.device_get(jax.jit(principal_plane)(table)),
@@ -171,7 +174,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         **facts,
         **report.metrics,
         "reference": {"path": str(reference.path), "cached": known is not None} if reference and moments else None,
-        "usage_by_position": usage_by_position(sums.code_counts.sum(axis=0), quantizer.positions()).tolist(),
+        "usage_by_position": usage_by_position(sums.code_counts.sum(axis=0), positions).tolist(),
         "not_computed": report.not_computed,
     }
     write_whole(args.out / METRICS, json.dumps(metrics, indent=2) + "\n")  # first: the page only shows it
