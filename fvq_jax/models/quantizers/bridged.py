@@ -132,7 +132,8 @@ class BridgedQuantizer(TableQuantizer):
     ) -> None:
         """Puts codes that have not been chosen for a long time onto random tokens; see `restart_after`.
 
-        Rows take turns, n of them in a step, so no two get the same token.
+        Rows take turns, at most n of them in a step, so no two get the same token. All rows have had a turn in half the
+        time of `restart_after`: codes that start together would only know the pictures of a few batches.
 
         Args:
           table: of the call.
@@ -150,13 +151,14 @@ class BridgedQuantizer(TableQuantizer):
         patience = math.ceil(self.restart_after * rows / len(codes))
         placed = self.unused.value != NEVER_PLACED
         unused = jnp.where(hits > 0, 0, self.unused.value + 1)
-        turn = (jnp.arange(rows) - self.next_row.value) % rows < len(tokens)
+        at_once = min(len(tokens), math.ceil(2 * len(codes) / self.restart_after))
+        turn = (jnp.arange(rows) - self.next_row.value) % rows < at_once
         again = turn & (~placed | (unused > patience))
         moved = random_tokens(tokens, key, rows, self.mesh) - jax.lax.stop_gradient(table)
         self.offset.value += jnp.where(again[:, None], moved, 0)
         unused = jnp.where(placed, jnp.minimum(unused, patience), NEVER_PLACED)
         self.unused.value = jnp.where(again, 0, unused)
-        self.next_row.value = (self.next_row.value + len(tokens)) % rows
+        self.next_row.value = (self.next_row.value + at_once) % rows
 
     def positions(self) -> Int[np.ndarray, "k"]:
         """The position of every code in the bridge's groups; all 0 if the bridge has none."""

@@ -28,7 +28,7 @@ KINDS = {
 
 
 def make(name, **options):
-    return make_quantizer({"name": name, "codebook_size": K, "code_dim": D, "restart_after": 1.0, **options})
+    return make_quantizer({"name": name, "codebook_size": K, "code_dim": D, "restart_after": 1.0} | options)
 
 
 def latents(step, images=2):
@@ -71,6 +71,15 @@ def test_the_first_steps_put_every_code_onto_a_latent_of_its_own(name):
         assert distance.max() < 1e-5
         assert len(set(which)) == 32
     assert len(np.unique(steps(name)[2][1].round(4), axis=0)) == K
+
+
+def test_with_more_patience_fewer_codes_have_their_turn_in_a_step():
+    """All 64 in half the time, that is, in 4 tokens per code, which are 8 steps."""
+    quantizer = make("vector", bridge="none", restart_after=8.0)
+    variables = quantizer.init(jax.random.key(0), latents(0))
+    _, state = quantizer.apply(variables, latents(0), train=True, key=jax.random.key(0), mutable=["restart"])
+    np.testing.assert_array_equal(np.any(state["restart"]["offset"], axis=1), np.arange(K) < 8)
+    assert state["restart"]["next_row"] == 8
 
 
 def test_later_only_codes_move_that_were_not_chosen_for_some_steps_and_whose_turn_it_is():
