@@ -6,8 +6,9 @@
 
 64 x 64 crops of pictures whose shorter side was resized to 96..192 pixels, 4x down-sampling, 256 tokens a crop, 8
 dimensions, no LPIPS and no discriminator. The bridge's groups grow with the codebook, as in the paper: S/4 for 16,384
-codes, S/8 up to 262,144, S/16 above. Usage means little below some ten tokens for every code:
-the second command counts 1,048,576, and its page says how much of the codebook even use would show.
+codes, S/8 up to 262,144, S/16 above. Codes start on latents, and so do again those that are not chosen for long;
+`--config.tokenizer.quantizer.restart_after=0` is the published start. Usage means little below some ten tokens for
+every code: the second command counts 1,048,576, and its page says how much of the codebook even use would show.
 Arguments: `codes=N`, `bridge=NAME` (`bridge=none` and `bridge=linear` to compare with), `smoke` (seconds),
 `batch=N` (rate 1e-3 x N / 16). Another seed: `--config.seed=N`.
 """
@@ -29,6 +30,7 @@ def get_config(arg=""):
     config.tokenizer.z_channels = 32
     config.tokenizer.quantizer.codebook_size = args["codes"]
     config.tokenizer.quantizer.code_dim = 8
+    config.tokenizer.quantizer.restart_after = 16.0
     config.data.source = "folder"
     config.data.image_size = 64
     config.data.resize_min, config.data.resize_max = 96, 192

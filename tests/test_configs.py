@@ -212,7 +212,7 @@ def test_photographs_sweeps_over_the_bridge_alone():
 def test_the_groups_of_a_full_codebook_grow_with_it(codes, bridge):
     config = get_config("full_codebook", f"codes={codes}")
     quantizer = config.tokenizer.quantizer
-    assert (quantizer.codebook_size, quantizer.bridge) == (codes, bridge)
+    assert (quantizer.codebook_size, quantizer.bridge, quantizer.restart_after) == (codes, bridge, 16.0)
     config.data.train_dir, config.data.eval_dir = "train", "eval"
     check(config, 8)
     other = get_config("full_codebook", f"codes={codes},bridge=linear")

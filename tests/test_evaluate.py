@@ -391,6 +391,19 @@ def test_pictures_that_stop_coming_end_the_program_with_one_line_and_exit_1(fold
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.parametrize("restart_after", [0.0, 16.0])
+def test_usage_by_position_of_a_run(restart_after, folder, tmp_path, capsys):
+    """Also if its quantizer keeps state, so that only the table it makes is loaded."""
+    saved = trained_workdir(tmp_path / "run", restart_after=restart_after)
+    options = [f"--workdir={tmp_path / 'run'}", f"--data={folder}", f"--out={tmp_path / 'out'}", f"--size={SIZE}"]
+    report, _ = run(capsys, *options)
+    assert len(report["usage_by_position"]) == 4
+    assert min(report["usage_by_position"]) == report["positions/usage_min"]
+    assert np.mean(report["usage_by_position"]) == pytest.approx(report["usage"])
+    moved = Tokenizer.from_pretrained(tmp_path / "run").codebook - Tokenizer(saved).codebook
+    np.testing.assert_allclose(moved, float(restart_after > 0), atol=1e-5)
+
+
 def test_weights_that_give_no_numbers_are_refused(saved, folder, tmp_path, capsys, monkeypatch):
     whole = Tokenizer.reconstruct
 

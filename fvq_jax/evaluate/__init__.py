@@ -50,6 +50,7 @@ from fvq_jax.evals.reference import Moments, Reference
 from fvq_jax.evaluate.samples import OF_DRAWING, OF_SAMPLES, add_arguments, evaluate_samples
 from fvq_jax.inference.class_tables import condition_of, labels_for
 from fvq_jax.inference.tokenizer import Tokenizer
+from fvq_jax.models.quantizers import make_quantizer
 from fvq_jax.ops.code_usage import usage_by_position
 from fvq_jax.report.tokenizer import Compared, Report, Trained, write_report
 from fvq_jax.runtime import exits
@@ -116,6 +117,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if not first:
         return {}
     quantizer = tokenizer.trained_net.quantizer
+    # Of a quantizer with state only the table is loaded, which knows no groups.
+    positions = (make_quantizer(trained.tokenizer.quantizer.to_dict()) if trained else quantizer).positions()
     sums, moments = found.sums, known
     if sums.real is not None and sums.images >= 2:
         moments = sums.real.moments()
@@ -131,9 +134,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         facts["protocol_means"] = f"{args.crops:,} random crops as in training, seed {args.seed}; {scored_as}"
     table = tokenizer.table("null" if tokenizer.classes else None)
     report = Report(
-        tokenizer=_trained(tokenizer),
+        tokenizer=_trained(tokenizer, positions),
         facts=facts,
-        metrics=summarise(sums, size**2, moments, quantizer.level_names, positions=quantizer.positions()),
+        metrics=summarise(sums, size**2, moments, quantizer.level_names, positions=positions),
         not_computed=not_computed(networks, sums),
         found=found,
         plane=None if table is None else jax.device_get(jax.jit(principal_plane)(table)),
@@ -154,7 +157,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         **facts,
         **report.metrics,
         "reference": {"path": str(reference.path), "cached": known is not None} if reference and moments else None,
-        "usage_by_position": usage_by_position(sums.code_counts.sum(axis=0), quantizer.positions()).tolist(),
+        "usage_by_position": usage_by_position(sums.code_counts.sum(axis=0), positions).tolist(),
         "not_computed": report.not_computed,
         "compared": [{"path": other.name, **other.metrics} for other in report.compared],
     }
@@ -201,8 +204,8 @@ def _pass(
         )
 
 
-def _trained(tokenizer: Tokenizer) -> Trained:
-    """What the page says of a tokenizer."""
+def _trained(tokenizer: Tokenizer, positions: np.ndarray | None = None) -> Trained:
+    """What the page says of a tokenizer; `positions` as in `Trained`."""
     quantizer = tokenizer.trained_net.quantizer
     return Trained(
         quantizer.size,
@@ -210,7 +213,7 @@ def _trained(tokenizer: Tokenizer) -> Trained:
         tokenizer.downsampling,
         quantizer.description,
         quantizer.level_names,
-        quantizer.positions(),
+        positions,
     )
 
 

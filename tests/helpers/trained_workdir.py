@@ -13,14 +13,23 @@ from tests.helpers.random_tokenizer import random_tokenizer
 from tests.helpers.tiny import tiny_config
 
 
-def trained_workdir(path: Path, *, ema_decay: float = 0.0, dtype: str = "bfloat16") -> SavedTokenizer:
-    """Writes what training leaves: config.json and a checkpoint, whose average differs from its parameters."""
+def trained_workdir(
+    path: Path, *, ema_decay: float = 0.0, dtype: str = "bfloat16", restart_after: float = 0.0
+) -> SavedTokenizer:
+    """Writes what training leaves: config.json and a checkpoint, whose average differs from its parameters.
+
+    With `restart_after`, every code has an offset of 1 in each channel.
+    """
     saved = random_tokenizer(bridge="XS/2", ch_mult=(1,))
     config = tiny_config(**{"optim.ema_decay": ema_decay, "tokenizer.z_channels": 16, "tokenizer.dtype": dtype})
     config.tokenizer.ch_mult = (1,)
+    config.tokenizer.quantizer.restart_after = restart_after
     params = jax.tree.map(jnp.asarray, saved.params)
     zero = jnp.zeros((), jnp.int32)
-    network = NetworkState(params, {"count": zero}, {})
+    state = {"offset": jnp.ones_like(params["quantizer"]["codebook"]), "next_row": zero}
+    state["unused"] = jnp.zeros(len(state["offset"]), jnp.int32)
+    variables = {"restart": {"quantizer": state}} if restart_after else {}
+    network = NetworkState(params, {"count": zero}, variables)
     average = jax.tree.map(lambda leaf: 2 * leaf, params) if ema_decay else {}
     with Checkpoints(path) as checkpoints:
         checkpoints.save(TrainState(zero, zero, {"tokenizer": network}, average), 0, {})

@@ -50,7 +50,7 @@ class IBQuantizer(BridgedQuantizer):
     def __call__(
         self, latent: Float[Array, "b h w d"], *, train: bool = False, key: Shaped[Array, ""] | None = None
     ) -> Quantized:
-        """Quantizes, with the loss terms. The codebook is bridged once; nothing is random, and there is no state."""
+        """Quantizes, with the loss terms. The codebook is bridged once. `key` is for `restart_after`."""
         table = self.table()
         codes = self.nearest(latent, table, inner_product=True)
         chosen, z = self.rows(table, codes).reshape(-1, self.code_dim), latent.reshape(-1, self.code_dim)
@@ -64,6 +64,7 @@ class IBQuantizer(BridgedQuantizer):
             losses["entropy"] = entropy.entropy_loss(
                 z, table, temperature=self.entropy_temperature, inner_product=True, mesh=self.mesh
             )
+        self.restart(table, z, codes.reshape(-1), train, key)
         return Quantized(vectors.reshape(latent.shape), codes, losses)
 
     def encode(self, latent: Float[Array, "b h w d"]) -> Int[Array, "b h w"]:
@@ -71,5 +72,5 @@ class IBQuantizer(BridgedQuantizer):
         return self.nearest(latent, self.table(), inner_product=True)
 
     def folded(self) -> "IBQuantizer":
-        """The same without bridge and entropy term: its parameter `codebook` is the `table` of this one."""
-        return self.clone(bridge="none", entropy_weight=0.0)
+        """The same without bridge, offsets and entropy term: its parameter `codebook` is the `table` of this one."""
+        return self.clone(bridge="none", entropy_weight=0.0, restart_after=0.0)

@@ -48,7 +48,7 @@ class LevelQuantizer(BridgedQuantizer):
     def __call__(
         self, latent: Float[Array, "b h w d"], *, train: bool = False, key: Shaped[Array, ""] | None = None
     ) -> Quantized:
-        """Quantizes, with the loss terms. The codebook is bridged once; nothing is random, and there is no state."""
+        """Quantizes, with the loss terms. The codebook is bridged once. `key` is for `restart_after`."""
         table = self.table()
         codes = self._chosen(latent, table)
         # The rows are looked up a second time, for all levels at once: their gradients reach the table in a single
@@ -56,6 +56,9 @@ class LevelQuantizer(BridgedQuantizer):
         sums = self.sums(table, codes, self.levels)
         wanted = jnp.broadcast_to(latent[..., None, :], sums.shape)
         losses = {"codebook": codebook_loss(wanted, sums), "commitment": commitment_loss(wanted, sums)}
+        if self.restart_after > 0:
+            rest = wanted - jnp.concatenate([jnp.zeros_like(sums[..., :1, :]), sums[..., :-1, :]], axis=-2)
+            self.restart(table, rest.reshape(-1, self.code_dim), codes.reshape(-1), train, key)
         return Quantized(ESTIMATORS[self.estimator](latent, sums[..., -1, :]), codes, losses)
 
     def encode(self, latent: Float[Array, "b h w d"]) -> Int[Array, "b ..."]:

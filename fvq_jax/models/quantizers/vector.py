@@ -20,7 +20,7 @@ from fvq_jax.runtime.mesh import Rules
 
 
 class VectorQuantizer(BridgedQuantizer):
-    """Nearest-neighbour quantization against bridge(codebook).
+    """Nearest-neighbour quantization against bridge(codebook), see `BridgedQuantizer`.
 
     The settings' texts say what they mean. Loss terms: `codebook`, or with a `region_window` the `region` loss instead;
     `commitment`; and `entropy` if its weight is not 0. The region loss needs state: the `age` of every code, in steps
@@ -68,8 +68,9 @@ class VectorQuantizer(BridgedQuantizer):
     def __call__(
         self, latent: Float[Array, "b h w d"], *, train: bool = False, key: Shaped[Array, ""] | None = None
     ) -> Quantized:
-        """Quantizes, with the loss terms. The codebook is bridged once; nothing is random."""
-        table = self.table()
+        """Quantizes, with the loss terms. The codebook is bridged once. `key` is for `restart_after`."""
+        bridged = super().table()
+        table = self._scaled(bridged)
         z = self.compared(latent)
         codes = self.nearest(z, table)
         chosen = self.rows(table, codes)
@@ -81,6 +82,7 @@ class VectorQuantizer(BridgedQuantizer):
         if self.entropy_weight > 0:
             tokens, temperature = z.reshape(-1, self.code_dim), self.entropy_temperature
             losses["entropy"] = entropy.entropy_loss(tokens, table, temperature=temperature, mesh=self.mesh)
+        self.restart(bridged, z.reshape(-1, self.code_dim), codes.reshape(-1), train, key)
         return Quantized(self.estimated(self.estimator, z, chosen, codes), codes, losses)
 
     def _region_loss(self, table: Any, z: Any, codes: Any, train: bool) -> Any:
@@ -95,8 +97,10 @@ class VectorQuantizer(BridgedQuantizer):
 
     def table(self, condition: Int[Array, ""] | int | None = None) -> Float[Array, "k d"]:
         """The bridged codebook, if the bridge has classes that of one; of unit-length rows if `l2_normalize`."""
-        table = super().table(condition)
-        return l2_normalize(table) if self.l2_normalize else table
+        return self._scaled(super().table(condition))
+
+    def _scaled(self, vectors: Any) -> Any:
+        return l2_normalize(vectors) if self.l2_normalize else vectors
 
     def architecture(self) -> dict[str, Any]:
         """Sizes, bridge, unit length; and the kind of groups, if the bridge has groups."""
@@ -104,16 +108,16 @@ class VectorQuantizer(BridgedQuantizer):
 
     @property
     def foldable(self) -> bool:
-        """Whether there is a bridge, or state that only training needs."""
+        """Whether there is a bridge or offsets, or state that only training needs."""
         return super().foldable or self.region_window > 0
 
     def folded(self) -> "VectorQuantizer":
-        """Without bridge, region and entropy loss: its parameter `codebook` is the `table` of this one."""
-        return self.clone(bridge="none", entropy_weight=0.0, region_window=0)
+        """Without bridge, offsets, region and entropy loss: its `codebook` is the `table` of this one."""
+        return self.clone(bridge="none", entropy_weight=0.0, region_window=0, restart_after=0.0)
 
     def compared(self, latent: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
         """The latents, of unit length if `l2_normalize`."""
-        return l2_normalize(latent) if self.l2_normalize else latent
+        return self._scaled(latent)
 
 
 def search_of(quantizer: TableQuantizer) -> VectorQuantizer:

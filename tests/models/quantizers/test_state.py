@@ -20,8 +20,9 @@ KINDS = {
     "ema": {"decay": 0.8, "restart_below": 0.3},
     "simvq": {"estimator": "dynamic"},
     "vector": {"bridge": "linear", "init_std": 1.0, "region_window": 2, "estimator": "dynamic"},
+    "restart": {"name": "vector", "bridge": "XS/2", "restart_after": 1.5, "estimator": "dynamic"},
 }
-COLLECTIONS = {"ema": "moving", "simvq": "fixed", "vector": "region"}
+COLLECTIONS = {"ema": "moving", "simvq": "fixed", "vector": "region", "restart": "restart"}
 every = pytest.mark.parametrize("name", KINDS)
 
 
@@ -67,6 +68,11 @@ def trained(name, sizes=None, **options):
     return found
 
 
+def error(actual, expected):
+    """Before restarts have moved codes from zero, some gradients are zero."""
+    return relative_error(actual, expected) if np.any(expected) else np.abs(actual).max()
+
+
 @pytest.mark.parametrize("sizes", MESHES)
 @every
 def test_three_steps_on_a_mesh_are_those_of_one_device(name, sizes):
@@ -75,7 +81,7 @@ def test_three_steps_on_a_mesh_are_those_of_one_device(name, sizes):
         for term, loss in one[0].losses.items():
             np.testing.assert_allclose(other[0].losses[term], loss, rtol=1e-5)
         for part in (1, 2):
-            errors = jax.tree.map(relative_error, other[part], one[part])
+            errors = jax.tree.map(error, other[part], one[part])
             assert max(jax.tree.leaves(errors), default=0) < 1e-4, errors
     assert 5 < len(np.unique(one[0].codes)) < K - 5
 
@@ -83,7 +89,7 @@ def test_three_steps_on_a_mesh_are_those_of_one_device(name, sizes):
 @every
 def test_its_rows_are_divided(name):
     state = trained(name, (2, 4))[-1][2]
-    for leaf in jax.tree.leaves(state):
+    for leaf in filter(np.ndim, jax.tree.leaves(state)):
         assert {shard.data.shape[0] for shard in leaf.addressable_shards} == {K // 4}
 
 
