@@ -113,3 +113,20 @@ def test_a_mesh_that_does_not_fit_is_refused():
     make().check(8)
     with pytest.raises(ValueError, match=r"mesh.codebook 3 does not divide the 40 codes"):
         make().check(3)
+
+
+def test_codes_and_vectors_are_those_of_the_package_that_is_used_most():
+    """vector-quantize-pytorch's losses differ: it compares every level with what is left for it, not the sums."""
+    torch = pytest.importorskip("torch")
+    published = pytest.importorskip("vector_quantize_pytorch")
+    latent, table = case()
+    peer = published.ResidualVQ(
+        dim=D, num_quantizers=DEPTH, codebook_size=K, shared_codebook=True, learnable_codebook=True, ema_update=False
+    )
+    for layer in peer.layers:
+        layer._codebook.embed.data.copy_(torch.from_numpy(np.array(table))[None])
+    peer.eval()
+    quantized, codes, _ = peer(torch.from_numpy(np.array(latent).reshape(2, 15, D)))
+    output, _ = found()
+    np.testing.assert_array_equal(np.asarray(output.codes).reshape(2, 15, DEPTH), codes.numpy())
+    np.testing.assert_allclose(np.asarray(output.vectors).reshape(2, 15, D), quantized.detach().numpy(), atol=1e-5)

@@ -1,6 +1,7 @@
 """Quantizers with state: what a step does to it, the same on every mesh."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.sharding import NamedSharding
 from fvq_jax.models.quantizers import make_quantizer
 from fvq_jax.models.tokenizer import TokenizerNet, fold
 from fvq_jax.runtime.mesh import BATCH, shardings
+from tests.helpers.compiled_program import arrays, collectives, size
 from tests.helpers.golden_case import relative_error
 from tests.helpers.quantizer_case import MESHES, vector_weights
 from tests.helpers.tiny_generator import mesh_of
@@ -132,3 +134,31 @@ def test_the_estimator_may_be_dynamic(name):
     expected = straight[1][0] - (1 - smallest / distance)[..., None] * weights
     np.testing.assert_allclose(dynamic[1][0], expected, rtol=1e-4, atol=1e-4)
     assert np.any(smallest < 0.5 * distance)
+
+
+@every
+def test_no_array_has_tokens_times_codes_and_rows_stay_where_they_are(name):
+    """On a mesh of 2 x 4, with two blocks of 512 codes on every device."""
+    big, tokens = 4096, 8 * 32 * 32
+    quantizer = make(name, mesh_of(2, 4), codebook_size=big)
+    latent = jax.device_put(jnp.zeros((8, 32, 32, D)), NamedSharding(quantizer.mesh, BATCH))
+    variables = jax.eval_shape(quantizer.init, jax.random.key(0), latent)
+    layout = shardings(variables, quantizer.mesh, quantizer.rules)
+    variables = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), variables, layout
+    )
+
+    def loss(params, state, latent):
+        output, state = quantizer.apply(
+            {"params": params, **state}, latent, train=True, key=jax.random.key(0), mutable=[*state]
+        )
+        return sum(output.losses.values()) + output.vectors.sum(), state
+
+    params = variables.get("params", {})
+    state = {kind: value for kind, value in variables.items() if kind != "params"}
+    program = jax.jit(jax.grad(loss, has_aux=True)).lower(params, state, latent).compile().as_text()
+    sizes = {dims for _, dims in arrays(program)}
+    assert size(tokens // 2, 512) in sizes  # a block of the search, for the tokens of a row of the mesh
+    assert max(math.prod(dims) for dims in sizes) == tokens // 2 * 512
+    # Sums over the rows of one device at most, or all tokens.
+    assert max(math.prod(dims) for *_, dims in collectives(program)) <= max(big // 4, tokens) * D
