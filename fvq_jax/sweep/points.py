@@ -113,12 +113,13 @@ def make_points(
         name = point_name(overrides)
         if name in points:
             raise InputError(f"points {points[name].index} and {index} of the sweep are both called {name}")
-        made = with_argument(overrides[ARGUMENT]) if with_argument and ARGUMENT in overrides else config
-        changed = made.copy_and_resolve_references()
         try:
+            made = with_argument(overrides[ARGUMENT]) if with_argument and ARGUMENT in overrides else config
+            changed = made.copy_and_resolve_references()
             changed.update_from_flattened_dict(_fields(overrides))
         except (KeyError, AttributeError, TypeError, ValueError) as error:
-            raise InputError(f"point {index} of the sweep, {name}: {error}") from None
+            reason = error.args[0] if isinstance(error, KeyError) and error.args else error
+            raise InputError(f"point {index} of the sweep, {name}: {reason}") from None
         devices, refused = devices_needed(changed), ""
         try:
             validate(changed, task_of(changed), devices)
@@ -130,8 +131,17 @@ def make_points(
 
 
 def joined_argument(config_file: str, argument: str) -> str:
-    """FILE or FILE:ARG with a further argument."""
+    """FILE or FILE:ARG with a further argument. InputError if both give the same name: a sweep varies it."""
+    own = {_name(item) for item in config_file.partition(":")[2].split(",")}
+    for name in filter(None, map(_name, argument.split(","))):
+        if name in own:
+            raise InputError(f"the argument {name} of {config_file} is what this sweep varies: leave it out")
     return config_file + ("," if ":" in config_file else ":") + argument if argument else config_file
+
+
+def _name(item: str) -> str:
+    """The name in NAME=VALUE, or in NAME alone."""
+    return item.partition("=")[0]
 
 
 def _fields(overrides: Mapping[str, Any]) -> dict[str, Any]:

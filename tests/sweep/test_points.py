@@ -11,6 +11,7 @@ from fvq_jax.sweep.points import (
     Point,
     command,
     is_finished,
+    joined_argument,
     make_points,
     point_name,
     read_record,
@@ -114,6 +115,20 @@ def test_a_point_says_how_many_devices_it_needs(sizes, devices):
     (point,) = make([{"mesh.data": sizes[0], "mesh.codebook": sizes[1]}])
     assert point.devices == devices
     assert point.refused == ""
+
+
+def test_a_field_that_the_config_of_a_point_lacks_is_refused():
+    def with_argument(argument):
+        raise KeyError('Key "bridge" does not exist')
+
+    with pytest.raises(InputError, match=r'^point 0 of the sweep, argument=small: Key "bridge" does not exist$'):
+        make_points(tiny_config(), [{"argument": "small"}], pathlib.Path("sweep"), None, with_argument)
+
+
+def test_an_argument_that_is_given_and_swept_is_refused():
+    assert joined_argument("c.py:smoke,a=1", "b=2,c") == "c.py:smoke,a=1,b=2,c"
+    with pytest.raises(InputError, match=r"the argument b of c\.py:smoke,b=1 is what this sweep varies"):
+        joined_argument("c.py:smoke,b=1", "a=1,b=2")
 
 
 @pytest.mark.parametrize(
