@@ -12,7 +12,7 @@ from pathlib import Path
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 _NEVER = -1
 _GROW_BY = 2**28  # bytes
-_ACCELERATORS = ("/dev/nvidia0", "/dev/accel0", "/dev/vfio/0", "/dev/kfd")
+_ACCELERATORS = ("/dev/nvidiactl", "/dev/dxg", "/dev/accel0", "/dev/vfio/0", "/dev/kfd")
 
 
 def keep_memory() -> bool:
