@@ -57,6 +57,8 @@ def read_quantizer(
     known = quantizer_fields(name)
     for unknown in settings.keys() - known.keys():
         raise InputError(f"the quantizer {name} has no setting {unknown}: it takes {', '.join(known)}")
+    for key, value in settings.items():
+        known[key].check(key, value)
     tensors = averaged(read_checkpoint_file(path)[0], r"quantizer?\.", str(path))
     tensors = {_usual(key): value for key, value in unwrap(tensors, _PARTS).items()}
     if name == "residual" and any(key.startswith("codebooks.") for key in tensors):
@@ -66,10 +68,21 @@ def read_quantizer(
     quantizer = _infer(name, settings, Evidence(tensors, str(path), f"file of a {name} quantizer"))
     latents = jax.ShapeDtypeStruct((1, *(quantizer.only_grid or (1, 1)), quantizer.latent_dim), jnp.float32)
     made = flatten(dict(jax.eval_shape(quantizer.init, jax.random.key(0), latents)))
-    names = {variable: quantizer_name(variable.partition("/")[2]) for variable in made}
+    names = {variable: _published(variable, name) for variable in made}
     wanted = {names[v]: torch_shape(v, leaf.shape, quantizer.latent_dim) for v, leaf in made.items()}
     check_tensors(weights, wanted, str(path), f"{name} quantizer")
     return quantizer, nest({v: from_torch(v, np.asarray(weights[names[v]]), leaf.shape) for v, leaf in made.items()})
+
+
+def _published(variable: str, name: str) -> str:
+    """The published name of a variable; InputError if there is none, since files hold no such state."""
+    path = variable.partition("/")[2]
+    try:
+        return quantizer_name(path)
+    except KeyError:
+        raise InputError(
+            f"files of published tensors do not hold {path}, which the quantizer {name} has with these settings"
+        ) from None
 
 
 def _usual(name: str) -> str:

@@ -18,6 +18,7 @@ from fvq_jax.interop.layouts.layout import Layout
 from fvq_jax.interop.lightning import averaged
 from fvq_jax.interop.named_tensors import check_ending, read_checkpoint_file, write_checkpoint_file
 from fvq_jax.models.tokenizer import TokenizerNet
+from fvq_jax.runtime.errors import require
 
 L2_NORM = ("codebook_l2_norm", "l2_norm")  # what the published training programs call it in their arguments
 _PARTS = r"(encoder|decoder|quantizer?|quant_conv|post_quant_conv)\."
@@ -44,7 +45,8 @@ def read_checkpoint(
       track: wraps the names of the tensors while they are read, for a progress bar.
 
     Raises:
-      InputError: the file is damaged, in no layout that is read, or its tensors are not exactly those of a tokenizer.
+      InputError: the file is damaged, in no layout that is read, its tensors are not exactly those of a tokenizer, or
+        such a tokenizer has no unit-length codes or scales that were given.
     """
     tensors, facts = read_checkpoint_file(path, track)
     if str(path).endswith(".safetensors"):
@@ -52,6 +54,15 @@ def read_checkpoint(
     tensors = unwrap(tensors)
     ours = facts if str(facts.get("layout")) in LAYOUTS else {}  # other programs may mean other things by these names
     chosen = layout_of(tensors, str(path), layout or ours.get("layout"))
+    read = f"{path} is read as {chosen.name} ({chosen.title})"
+    require(
+        scales is None or chosen.quantizer == "multi_scale",
+        f"scales are for a tokenizer with several scales, and {read}: leave them out",
+    )
+    require(
+        not l2_norm or chosen.quantizer == "vector",
+        f"l2_norm is for a tokenizer with a vector quantizer, and {read}: leave it out",
+    )
     tensors = averaged(tensors, _PARTS, str(path))
     said = {"l2_norm": _said_l2_norm(facts) if l2_norm is None else l2_norm, "depth": ours.get("depth")}
     said["scales"] = ours.get("scales") if scales is None else scales

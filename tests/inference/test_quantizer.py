@@ -131,6 +131,9 @@ def test_bad_files_settings_and_latents_are_refused_in_one_line(tmp_path):
         ("fancy", {}, "there is no quantizer 'fancy': use one of vector, residual"),
         ("vector", {"depth": 4}, "the quantizer vector has no setting depth: it takes name, codebook_size"),
         ("lfq", {"bits": 4}, "the quantizer lfq has no tensors"),
+        ("residual", {"depth": 0}, "depth must be above 0"),
+        ("vector", {"estimator": "fancy"}, "estimator must be one of straight_through"),
+        ("multi_scale", {"scales": 3}, "scales must be numbers such as"),
     ):
         with pytest.raises(InputError, match=message):
             fvq_jax.load_quantizer(path, name, **settings)
@@ -140,6 +143,8 @@ def test_bad_files_settings_and_latents_are_refused_in_one_line(tmp_path):
     with pytest.raises(InputError, match="growing positive whole numbers"):
         fvq_jax.load_quantizer(var, "multi_scale", scales=(8, 6, 4, 3, 2, 1))
     quantize = fvq_jax.load_quantizer(write(tmp_path / "y.safetensors", {"embedding.weight": book}), "vector")
+    with pytest.raises(InputError, match="do not hold age, which the quantizer vector has with these settings"):
+        fvq_jax.load_quantizer(tmp_path / "y.safetensors", "vector", region_window=5)
     for wrong in (latents[0], latents[..., :3], latents.astype(int)):
         with pytest.raises(InputError, match=r"latents must be floating-point \[b, h, w, 4\], not "):
             quantize(wrong)

@@ -7,6 +7,9 @@ REFUSED: dict[tuple[str, ...], str] = {
         "and its decoder scales every level by statistics of the codes (decoder.adaptive) and doubles it by moving "
         'channels; its quantizer does exist, as "lfq"'
     ),
+    (r"encoder\.down\.", r"quantize\.used$"): (
+        "a VQGAN whose codes were renumbered, which does not exist here: quantize.used lists the codes that are kept"
+    ),
     (r"encoder\.down\.", r"quantize\.proj\.", r"quantize\.embed\."): (
         "a VQGAN with a Gumbel quantizer, which does not exist here: a layer (quantize.proj) says how likely each code "
         "is, and nothing is compared with the codes"
