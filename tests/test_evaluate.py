@@ -392,11 +392,14 @@ def test_pictures_that_stop_coming_end_the_program_with_one_line_and_exit_1(fold
 
 
 @pytest.mark.parametrize("restart_after", [0.0, 16.0])
-def test_usage_by_position_of_a_run(restart_after, folder, tmp_path, capsys):
+def test_bridge_and_usage_by_position_of_a_run(restart_after, folder, tmp_path, capsys, monkeypatch):
     """Also if its quantizer keeps state, so that only the table it makes is loaded."""
+    written = []
+    monkeypatch.setattr(evaluate, "write_report", lambda folder, report: written.append(report))
     saved = trained_workdir(tmp_path / "run", restart_after=restart_after)
     options = [f"--workdir={tmp_path / 'run'}", f"--data={folder}", f"--out={tmp_path / 'out'}", f"--size={SIZE}"]
-    report, _ = run(capsys, *options)
+    report, _ = run(capsys, *options, f"--compare={tmp_path / 'run'}")
+    assert page(written[0]).count("codes, bridge XS/2, ") >= 4  # title, heading, and a row for each
     assert len(report["usage_by_position"]) == 4
     assert min(report["usage_by_position"]) == report["positions/usage_min"]
     assert np.mean(report["usage_by_position"]) == pytest.approx(report["usage"])
@@ -445,3 +448,12 @@ def test_a_condition_that_does_not_fit_is_one_line(saved, folder, tmp_path, caps
     assert "a bridge with classes: give --condition=label" in capsys.readouterr().err
     assert evaluate.main([f"--tokenizer={saved}", "--condition=null", *options]) == 2
     assert "--condition=null is for a tokenizer whose bridge has classes" in capsys.readouterr().err
+
+
+def test_a_condition_is_for_those_of_several_tokenizers_that_have_classes(saved, folder, tmp_path, capsys):
+    Tokenizer(random_tokenizer(bridge="dit-XS/2-c3")).save_pretrained(tmp_path / "classes")
+    options = [f"--data={folder}", f"--size={SIZE}", f"--out={tmp_path / 'out'}", "--condition=null"]
+    both, _ = run(capsys, f"--tokenizer={saved}", f"--compare={tmp_path / 'classes'}", *options)
+    alone, _ = run(capsys, f"--tokenizer={tmp_path / 'classes'}", *options)
+    assert both["condition"] == "none"
+    assert both["compared"][0]["psnr"] == pytest.approx(alone["psnr"], rel=1e-6)

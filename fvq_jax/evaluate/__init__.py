@@ -50,7 +50,7 @@ from fvq_jax.evals.reference import Moments, Reference
 from fvq_jax.evaluate.samples import OF_DRAWING, OF_SAMPLES, add_arguments, evaluate_samples
 from fvq_jax.inference.class_tables import condition_of, labels_for
 from fvq_jax.inference.tokenizer import Tokenizer
-from fvq_jax.models.quantizers import make_quantizer
+from fvq_jax.models.quantizers import Quantizer, make_quantizer
 from fvq_jax.ops.code_usage import usage_by_position
 from fvq_jax.report.tokenizer import Compared, Report, Trained, write_report
 from fvq_jax.runtime import exits
@@ -116,9 +116,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     others = [_pass(args, prepared, other, known=known) for other in prepared.compared]
     if not first:
         return {}
-    quantizer = tokenizer.trained_net.quantizer
-    # Of a quantizer with state only the table is loaded, which knows no groups.
-    positions = (make_quantizer(trained.tokenizer.quantizer.to_dict()) if trained else quantizer).positions()
+    quantizer = _quantizer(trained, tokenizer)
+    positions = quantizer.positions()
     sums, moments = found.sums, known
     if sums.real is not None and sums.images >= 2:
         moments = sums.real.moments()
@@ -134,7 +133,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         facts["protocol_means"] = f"{args.crops:,} random crops as in training, seed {args.seed}; {scored_as}"
     table = tokenizer.table("null" if tokenizer.classes else None)
     report = Report(
-        tokenizer=_trained(tokenizer, positions),
+        tokenizer=_trained(quantizer, tokenizer),
         facts=facts,
         metrics=summarise(sums, size**2, moments, quantizer.level_names, positions=positions),
         not_computed=not_computed(networks, sums),
@@ -146,7 +145,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         compared=[
             Compared(
                 str(other.path),
-                _trained(other.tokenizer),
+                _trained(_quantizer(other.trained, other.tokenizer), other.tokenizer),
                 summarise(seen.sums, size**2, moments, other.tokenizer.trained_net.quantizer.level_names),
                 seen.examples.spread,
             )
@@ -204,16 +203,20 @@ def _pass(
         )
 
 
-def _trained(tokenizer: Tokenizer, positions: np.ndarray | None = None) -> Trained:
-    """What the page says of a tokenizer; `positions` as in `Trained`."""
-    quantizer = tokenizer.trained_net.quantizer
+def _quantizer(trained: ConfigDict | None, tokenizer: Tokenizer) -> Quantizer:
+    """The quantizer as it was trained: of one with state only the table is loaded, which knows no bridge and groups."""
+    return make_quantizer(trained.tokenizer.quantizer.to_dict()) if trained else tokenizer.trained_net.quantizer
+
+
+def _trained(quantizer: Quantizer, tokenizer: Tokenizer) -> Trained:
+    """What the page says of a tokenizer with this quantizer."""
     return Trained(
         quantizer.size,
         quantizer.latent_dim,
         tokenizer.downsampling,
         quantizer.description,
         quantizer.level_names,
-        positions,
+        quantizer.positions(),
     )
 
 
@@ -225,9 +228,10 @@ def _tokens(trained: ConfigDict, tokenizer: Tokenizer) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Other:
-    """A tokenizer that is scored beside the first one: where it is, and what a bridge with classes is given."""
+    """A tokenizer that is scored beside the first one; the attributes are as in `_Prepared`."""
 
     path: Path
+    trained: ConfigDict | None
     tokenizer: Tokenizer
     condition: str
 
@@ -268,7 +272,19 @@ def _prepare(args: argparse.Namespace) -> _Prepared:
     path = args.workdir or args.tokenizer
     trained = _config_of_run(path)
     size = args.size or (trained.data.image_size if trained else SIZE)
-    first, *compared = [_load(args, path, size) for path in (path, *args.compare)]
+    paths = (path, *args.compare)
+    loaded = [_load(other, size, args.l2_norm) for other in paths]
+    with_classes = any(tokenizer.classes for tokenizer in loaded)
+    first, *compared = [
+        _Other(
+            other,
+            _config_of_run(other),
+            tokenizer,
+            # Of several tokenizers, those without classes do not mind a condition that another one needs.
+            condition_of(tokenizer.classes, args.condition if tokenizer.classes or not with_classes else None),
+        )
+        for other, tokenizer in zip(paths, loaded, strict=True)
+    ]
     images = args.images or (trained.eval.images if trained and args.data is None else 0)
     source, data = _source(args.data, size, images, copy.deepcopy(trained))
     if args.crops:
@@ -278,14 +294,14 @@ def _prepare(args: argparse.Namespace) -> _Prepared:
     return _Prepared(path, trained, first.tokenizer, networks, source, data, images, size, first.condition, compared)
 
 
-def _load(args: argparse.Namespace, path: Path, size: int) -> _Other:
+def _load(path: Path, size: int, l2_norm: bool | None) -> Tokenizer:
     """The tokenizer at a path. InputError if it is none, or does not take pictures of this size."""
-    tokenizer = Tokenizer.from_pretrained(path, l2_norm=args.l2_norm)
+    tokenizer = Tokenizer.from_pretrained(path, l2_norm=l2_norm)
     try:
         tokenizer.code_shape(size, size)
     except InputError as error:
         raise InputError(f"--size {size}: {error}") from None
-    return _Other(path, tokenizer, condition_of(tokenizer.classes, args.condition))
+    return tokenizer
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
