@@ -55,15 +55,20 @@ def smallest_of_code(
 
 
 def random_tokens(
-    z: Float[Array, "n d"], key: Shaped[Array, ""], count: int, mesh: Mesh | None = None
+    z: Float[Array, "n d"],
+    key: Shaped[Array, ""],
+    count: int,
+    mesh: Mesh | None = None,
+    start: Int[Array, ""] | int = 0,
 ) -> Float[Array, "{count} d"]:
-    """Random tokens, one for every code, the same on every mesh; different ones as long as there are enough.
+    """Random tokens, one for every code, the same on every mesh.
 
-    The result is divided like the rows of the codebook. Every device holds all n tokens for a moment.
+    Any n codes that follow each other from code `start` on, past the last one to the first, get different ones. The
+    result is divided like the rows of the codebook. Every device holds all n tokens for a moment.
     """
     z = jax.lax.stop_gradient(z)
     order = jax.random.permutation(key, len(z))
-    index = order[jnp.arange(count) % len(z)]
+    index = order[(jnp.arange(count) - start) % count % len(z)]
     if mesh is None:
         return z[index]
 

@@ -45,6 +45,13 @@ def test_random_tokens_are_different_ones_and_the_same_on_every_mesh(sizes):
     assert np.any(found != np.asarray(draw(Z, jax.random.key(4))))
 
 
+@meshes
+def test_codes_past_the_end_go_on_with_other_tokens(sizes):
+    """Six tokens for the last three and the first three of 16 codes."""
+    found = np.asarray(random_tokens(Z[:6], jax.random.key(0), K, of(sizes), start=jnp.int32(K - 3)))
+    assert len(np.unique(np.roll(found, 3, axis=0)[:6], axis=0)) == 6
+
+
 def test_with_too_few_tokens_all_are_drawn_equally_often():
     found = np.asarray(random_tokens(Z[:5], jax.random.key(0), K))
     times = [np.sum(np.all(found == row, axis=1)) for row in np.asarray(Z[:5])]

@@ -134,6 +134,13 @@ class Quantizer(nn.Module):
         """
         raise NotImplementedError
 
+    def state_of_trained(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The state with which a run begins whose parameters come from a trained tokenizer.
+
+        `state` is the one of a fresh start, by collection; by default it stays.
+        """
+        return dict(state)
+
     def encode(self, latent: Float[Array, "b h w d"]) -> Int[Array, "b ..."]:
         """The codes alone; no gradient."""
         raise NotImplementedError

@@ -152,13 +152,21 @@ class BridgedQuantizer(TableQuantizer):
         placed = self.unused.value != NEVER_PLACED
         unused = jnp.where(hits > 0, 0, self.unused.value + 1)
         at_once = min(len(tokens), math.ceil(2 * len(codes) / self.restart_after))
-        turn = (jnp.arange(rows) - self.next_row.value) % rows < at_once
+        first = self.next_row.value
+        turn = (jnp.arange(rows) - first) % rows < at_once
         again = turn & (~placed | (unused > patience))
-        moved = random_tokens(tokens, key, rows, self.mesh) - jax.lax.stop_gradient(table)
+        moved = random_tokens(tokens, key, rows, self.mesh, start=first) - jax.lax.stop_gradient(table)
         self.offset.value += jnp.where(again[:, None], moved, 0)
         unused = jnp.where(placed, jnp.minimum(unused, patience), NEVER_PLACED)
         self.unused.value = jnp.where(again, 0, unused)
-        self.next_row.value = (self.next_row.value + at_once) % rows
+        self.next_row.value = (first + at_once) % rows
+
+    def state_of_trained(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Codes that were trained keep their places: they start again only if they are not chosen for long."""
+        if self.restart_after == 0:
+            return dict(state)
+        restart = state["restart"]
+        return {**state, "restart": {**restart, "unused": jnp.zeros_like(restart["unused"])}}
 
     def positions(self) -> Int[np.ndarray, "k"]:
         """The position of every code in the bridge's groups; all 0 if the bridge has none."""

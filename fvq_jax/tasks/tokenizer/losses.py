@@ -34,7 +34,7 @@ class Losses:
       adversarial_loss, adversarial_weight: see `ops.adversarial`; the weight holds for both networks, as published.
       adversarial_start: the first step, counted from 1, at which the adversarial terms are not 0.
       adaptive: scales the tokenizer's adversarial term, see `adaptive_weight`.
-      decoder_only: gradients reach only the parts in `DECODER`.
+      decoder_only: gradients reach only the parts in `DECODER`, and the quantizer's state stays as it is.
     """
 
     net: TokenizerNet
@@ -75,8 +75,13 @@ class Losses:
         """
         if self.decoder_only:
             params = {n: p if n in DECODER else jax.lax.stop_gradient(p) for n, p in params.items()}
+        # Only the state of the quantizer depends on `train`, and a decoder learns what codes mean that stay.
         output, mutated = self.net.apply(
-            {"params": params, **variables}, images, train=True, key=key, mutable=["intermediates", *variables]
+            {"params": params, **variables},
+            images,
+            train=not self.decoder_only,
+            key=key,
+            mutable=["intermediates", *variables],
         )
         changed = dict(mutated)
         captured = changed.pop("intermediates", {})

@@ -137,9 +137,15 @@ class TokenizerTask(Task):
         image = jnp.zeros((self._mesh.size, size, size, 3), jnp.float32)
         networks = {"tokenizer": dict(self.net.init(keys["tokenizer"], image))}
         networks["tokenizer"].pop("intermediates", None)
+        if self._config.init_from:
+            networks["tokenizer"] |= self._state_of_trained(networks["tokenizer"])
         if self.losses.discriminator is not None:
             networks["discriminator"] = dict(self.losses.discriminator.init(keys["discriminator"], image, train=True))
         return networks
+
+    def _state_of_trained(self, variables: dict[str, Any]) -> dict[str, Any]:
+        state = {kind: value["quantizer"] for kind, value in variables.items() if kind != "params"}
+        return {kind: {"quantizer": value} for kind, value in self.net.quantizer.state_of_trained(state).items()}
 
     def load(self, path: str) -> dict[str, Any]:
         """The parameters of a tokenizer of this architecture, in whatever form it was saved."""

@@ -129,6 +129,26 @@ def test_unit_length_codes_start_on_unit_length_latents():
     assert distances(np.asarray(table), unit)[0].max() < 1e-5
 
 
+def test_codes_of_a_trained_tokenizer_keep_their_places():
+    """All codes are chosen again and again, by latents that they are equal to."""
+    settings = {"tokenizer.ch_mult": (1,), "data.image_size": 8, "tokenizer.quantizer.restart_after": 1}
+
+    def unused(**changes):
+        variables = TokenizerTask(tiny_config(**settings, **changes), mesh_of(1, 1)).init(jax.random.key(0))
+        return np.unique(variables["tokenizer"]["restart"]["quantizer"]["unused"])
+
+    assert unused() == [-1]
+    assert unused(init_from="trained.safetensors") == [0]
+    quantizer = make("vector", bridge="none", init_std=1.0)
+    fresh = quantizer.init(jax.random.key(0), latents(0))
+    state = quantizer.state_of_trained({"restart": fresh["restart"]})
+    for number in range(4):
+        latent = fresh["params"]["codebook"].reshape(4, 4, 4, D)
+        key = jax.random.key(number)
+        _, state = quantizer.apply({**fresh, **state}, latent, train=True, key=key, mutable=["restart"])
+    assert not np.any(state["restart"]["offset"])
+
+
 def test_a_run_resumes_bit_for_bit(tmp_path):
     config = tiny_config(**{"tokenizer.ch_mult": (1,), "data.image_size": 8, "tokenizer.quantizer.restart_after": 1})
     mesh = mesh_of(1, 1)

@@ -62,7 +62,8 @@ def changed(before, after):
 
 @functools.cache
 def run(train_only):
-    return two_steps(**{"optim.train_only": train_only, "adversarial.weight": 0.5, "optim.ema_decay": 0.9})
+    changes = {"adversarial.weight": 0.5, "optim.ema_decay": 0.9, "tokenizer.quantizer.restart_after": 1.0}
+    return two_steps(**{"optim.train_only": train_only, **changes})
 
 
 @pytest.mark.slow
@@ -92,6 +93,12 @@ def test_what_does_not_train_has_no_gradient():
     frozen = [value for name, value in moments.items() if "/encoder/" in name or "/quantizer/" in name]
     assert frozen
     assert not any(np.any(value) for value in frozen)
+
+
+def test_a_decoder_learns_codes_that_stay():
+    states = [state.networks["tokenizer"].variables for state in run("decoder")[:2]]
+    assert "restart/quantizer/offset" in flatten(states[0])
+    assert not changed(*states)
 
 
 def test_a_training_step_takes_the_stylegan_discriminator():
