@@ -34,7 +34,7 @@ def levels_from_zero(levels: tuple[int, ...], count: int) -> set[int]:
     ValueError for a level that does not exist.
     """
     if not all(-count <= level < count for level in levels):
-        raise ValueError(f"levels must be in {-count}..{count - 1}, the number of resolutions, not {levels}")
+        raise ValueError(f"levels must be in {-count}..{count - 1}, since there are {count} resolutions, not {levels}")
     return {level % count for level in levels}
 
 
