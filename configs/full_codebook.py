@@ -15,14 +15,21 @@ Arguments: `codes=N`, `bridge=NAME` (`bridge=none` and `bridge=linear` to compar
 
 from configs import common, quickstart
 
-# (most codes, side of the bridge's groups, training steps)
-SIZES = ((4096, 2, 2000), (16384, 4, 3000), (65536, 8, 5000), (262144, 8, 4000), (1048576, 16, 1200))
+# (most codes, side of the bridge's groups, training steps, restart_after). The steps are for an hour on two cores, or
+# two hours from 65,536 codes on. Of the 4,096 tokens of a step a code gets less and less, so it must be found sooner.
+SIZES = (
+    (4096, 2, 2000, 8.0),
+    (16384, 4, 3000, 8.0),
+    (65536, 8, 5000, 8.0),
+    (262144, 8, 4000, 4.0),
+    (1048576, 16, 1200, 1.0),
+)
 
 
 def get_config(arg=""):
     """The quickstart with less network and more codes."""
     args = common.parse_arg(arg, codes=16384, bridge="", smoke=False, batch=0)
-    _, patch, steps = next((size for size in SIZES if args["codes"] <= size[0]), SIZES[-1])
+    _, patch, steps, restart_after = next((size for size in SIZES if args["codes"] <= size[0]), SIZES[-1])
     config = quickstart.get_config(f"bridge={args['bridge'] or f'S/{patch}'}")
     config.steps, config.optim.warmup_steps = steps, steps // 10
     config.batch_size = config.eval.batch_size = 16
@@ -30,7 +37,7 @@ def get_config(arg=""):
     config.tokenizer.z_channels = 32
     config.tokenizer.quantizer.codebook_size = args["codes"]
     config.tokenizer.quantizer.code_dim = 8
-    config.tokenizer.quantizer.restart_after = 16.0
+    config.tokenizer.quantizer.restart_after = restart_after
     config.data.source = "folder"
     config.data.image_size = 64
     config.data.resize_min, config.data.resize_max = 96, 192

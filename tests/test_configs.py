@@ -207,12 +207,13 @@ def test_photographs_sweeps_over_the_bridge_alone():
 
 
 @pytest.mark.parametrize(
-    ("codes", "bridge"), [(4096, "S/2"), (16384, "S/4"), (65536, "S/8"), (262144, "S/8"), (1048576, "S/16")]
+    ("codes", "bridge", "restart_after"),
+    [(4096, "S/2", 8), (16384, "S/4", 8), (65536, "S/8", 8), (262144, "S/8", 4), (1048576, "S/16", 1)],
 )
-def test_the_groups_of_a_full_codebook_grow_with_it(codes, bridge):
+def test_the_groups_of_a_full_codebook_grow_with_it(codes, bridge, restart_after):
     config = get_config("full_codebook", f"codes={codes}")
     quantizer = config.tokenizer.quantizer
-    assert (quantizer.codebook_size, quantizer.bridge, quantizer.restart_after) == (codes, bridge, 16.0)
+    assert (quantizer.codebook_size, quantizer.bridge, quantizer.restart_after) == (codes, bridge, restart_after)
     config.data.train_dir, config.data.eval_dir = "train", "eval"
     check(config, 8)
     other = get_config("full_codebook", f"codes={codes},bridge=linear")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fvq_jax.inference.saved import SavedTokenizer
+from fvq_jax.models.quantizers.placement import Placement
 from fvq_jax.training.checkpoint import Checkpoints
 from fvq_jax.training.state import NetworkState, TrainState
 from tests.helpers.random_tokenizer import random_tokenizer
@@ -26,9 +27,12 @@ def trained_workdir(
     config.tokenizer.quantizer.restart_after = restart_after
     params = jax.tree.map(jnp.asarray, saved.params)
     zero = jnp.zeros((), jnp.int32)
-    state = {"offset": jnp.ones_like(params["quantizer"]["codebook"]), "next_row": zero}
-    state["unused"] = jnp.zeros(len(state["offset"]), jnp.int32)
-    variables = {"restart": {"quantizer": state}} if restart_after else {}
+    variables = {}
+    if restart_after:
+        codes, dim = params["quantizer"]["codebook"].shape
+        state = Placement(codes, dim, restart_after).init(jax.random.key(0), jnp.zeros((codes, dim)))
+        state = state["placement"] | {"offset": jnp.ones((codes, dim))}
+        variables = {"placement": {"quantizer": {"placement": state}}}
     network = NetworkState(params, {"count": zero}, variables)
     average = jax.tree.map(lambda leaf: 2 * leaf, params) if ema_decay else {}
     with Checkpoints(path) as checkpoints:

@@ -12,23 +12,17 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from fvq_jax.models.quantizers.base import Quantizer
 from fvq_jax.models.quantizers.bridge import group_positions, make_bridge, parse_bridge, rows_of_groups
+from fvq_jax.models.quantizers.placement import RULES as PLACEMENT_RULES
+from fvq_jax.models.quantizers.placement import Placement
 from fvq_jax.models.quantizers.table import TableQuantizer
-from fvq_jax.ops.code_tokens import code_sums, random_tokens
 from fvq_jax.runtime.fields import setting
 from fvq_jax.runtime.mesh import Rules
-
-NEVER_PLACED = -1  # in `unused`: the code has not been put onto a latent yet
 
 
 class BridgedQuantizer(TableQuantizer):
     """Search in bridge(codebook). Codebook and bridge are trained.
 
-    The published start has all codes at zero. With `restart_after`, the table is bridge(codebook) + offset, where the
-    offsets are state: training puts every code onto a latent of its own in the first steps, and onto another whenever
-    it has not been chosen for so long. Between that, the bridge moves all codes as ever. State, divided by rows:
-    `offset`, and `unused`, the steps since a code was last chosen; and `next_row`, where the rows begin whose turn it
-    is. The time is counted in tokens per code, so that one value suits all batches and codebooks: codes that are chosen
-    evenly are missed for 16 with probability exp(-16).
+    In the published start all codes lie at zero. With `restart_after` they start on latents, see `Placement`.
     """
 
     bridge: str = setting(
@@ -46,7 +40,6 @@ class BridgedQuantizer(TableQuantizer):
     init_std: float = setting(
         0.0, "Standard deviation of a fresh codebook, which is normal then; 0: uniform in +-1/k, as published."
     )
-
     restart_after: float = setting(
         0.0,
         "Training tokens, as a multiple of the codes, after which a code that none of them chose is put onto a random "
@@ -54,10 +47,7 @@ class BridgedQuantizer(TableQuantizer):
         stays=True,
     )
 
-    rules: ClassVar[Rules] = (
-        (r"(codebook|offset|unused)$", P("codebook")),
-        (r"bridge_net/|next_row$", P()),
-    )
+    rules: ClassVar[Rules] = ((r"codebook$", P("codebook")), (r"bridge_net/", P()), *PLACEMENT_RULES)
 
     def setup(self) -> None:
         """Makes the codebook and the bridge."""
@@ -70,10 +60,7 @@ class BridgedQuantizer(TableQuantizer):
         self.codebook = self.param("codebook", fresh, (self.codebook_size, self.code_dim))
         self.bridge_net = make_bridge(self.bridge, self.bridge_groups, self.dtype)
         if self.restart_after > 0:
-            rows = (self.codebook_size,)
-            self.offset = self.variable("restart", "offset", jnp.zeros, (*rows, self.code_dim), jnp.float32)
-            self.unused = self.variable("restart", "unused", jnp.full, rows, NEVER_PLACED, jnp.int32)
-            self.next_row = self.variable("restart", "next_row", jnp.zeros, (), jnp.int32)
+            self.placement = Placement(self.codebook_size, self.code_dim, self.restart_after, self.mesh)
 
     @property
     def classes(self) -> int:
@@ -115,58 +102,38 @@ class BridgedQuantizer(TableQuantizer):
         squares = " or ".join(str((n * patch) ** 2) for n in (side, side + 1) if n)
         return f"use {squares} codes, or any multiple of {patch**2} with bridge_groups=1d"
 
-    def table(self, condition: Int[Array, ""] | int | None = None) -> Float[Array, "k d"]:
-        """The bridged codebook, if the bridge has classes that of one."""
+    def bridged(self, condition: Int[Array, ""] | int | None = None) -> Float[Array, "k d"]:
+        """The codebook after the bridge, if the bridge has classes that of one."""
         self.refuse(condition)
         given = () if condition is None else (condition,)
-        table = self.codebook if self.bridge_net is None else self.bridge_net(self.codebook, *given)
-        return table + self.offset.value if self.restart_after > 0 else table
+        return self.codebook if self.bridge_net is None else self.bridge_net(self.codebook, *given)
 
-    def restart(
+    def placed(self, bridged: Float[Array, "k d"]) -> Float[Array, "k d"]:
+        """The bridged codes at their places in the frame of the latents, if there is one."""
+        return self.placement(bridged) if self.restart_after > 0 else bridged
+
+    def table(self, condition: Int[Array, ""] | int | None = None) -> Float[Array, "k d"]:
+        """The bridged and placed codebook, if the bridge has classes that of one."""
+        return self.placed(self.bridged(condition))
+
+    def place(
         self,
-        table: Float[Array, "k d"],
+        bridged: Float[Array, "k d"],
         tokens: Float[Array, "n d"],
-        codes: Int[Array, "m"],
+        codes: Int[Array, "..."],
         train: bool,
         key: Shaped[Array, ""] | None,
     ) -> None:
-        """Puts codes that have not been chosen for a long time onto random tokens; see `restart_after`.
-
-        Rows take turns, at most n of them in a step, so no two get the same token. All rows have had a turn in half the
-        time of `restart_after`: codes that start together would only know the pictures of a few batches.
-
-        Args:
-          table: of the call.
-          tokens: what codes are searched for.
-          codes: all that were chosen.
-          train: whether state may change.
-          key: for choosing tokens. ValueError if it is missing in training.
-        """
-        if not (self.restart_after > 0 and train and self.is_mutable_collection("restart")):
-            return
-        if key is None:
-            raise ValueError("training with restart_after > 0 draws random latents: give a key")
-        rows = self.codebook_size
-        hits, _ = code_sums(jnp.zeros((len(codes), 1)), codes, rows, self.mesh)
-        patience = math.ceil(self.restart_after * rows / len(codes))
-        placed = self.unused.value != NEVER_PLACED
-        unused = jnp.where(hits > 0, 0, self.unused.value + 1)
-        at_once = min(len(tokens), math.ceil(2 * len(codes) / self.restart_after))
-        first = self.next_row.value
-        turn = (jnp.arange(rows) - first) % rows < at_once
-        again = turn & (~placed | (unused > patience))
-        moved = random_tokens(tokens, key, rows, self.mesh, start=first) - jax.lax.stop_gradient(table)
-        self.offset.value += jnp.where(again[:, None], moved, 0)
-        unused = jnp.where(placed, jnp.minimum(unused, patience), NEVER_PLACED)
-        self.unused.value = jnp.where(again, 0, unused)
-        self.next_row.value = (first + at_once) % rows
+        """With `train` and `restart_after`, moves the places of codes after a step; see `Placement.move`."""
+        if self.restart_after > 0 and train and self.is_mutable_collection("placement"):
+            self.placement.move(bridged, tokens, codes.reshape(-1), key)
 
     def state_of_trained(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Codes that were trained keep their places: they start again only if they are not chosen for long."""
         if self.restart_after == 0:
             return dict(state)
-        restart = state["restart"]
-        return {**state, "restart": {**restart, "unused": jnp.zeros_like(restart["unused"])}}
+        inner = state["placement"]["placement"]
+        return {**state, "placement": {"placement": {**inner, "unused": jnp.zeros_like(inner["unused"])}}}
 
     def positions(self) -> Int[np.ndarray, "k"]:
         """The position of every code in the bridge's groups; all 0 if the bridge has none."""
@@ -179,9 +146,9 @@ class BridgedQuantizer(TableQuantizer):
 
     @property
     def foldable(self) -> bool:
-        """Whether there is a bridge, or codes have offsets."""
+        """Whether there is a bridge, or codes have places."""
         return self.bridge != "none" or self.restart_after > 0
 
     def folded(self) -> "Quantizer":
-        """The same without bridge and offsets: its parameter `codebook` is the `table` of this one."""
+        """The same without bridge and places: its parameter `codebook` is the `table` of this one."""
         return self.clone(bridge="none", restart_after=0.0)

@@ -51,7 +51,8 @@ class IBQuantizer(BridgedQuantizer):
         self, latent: Float[Array, "b h w d"], *, train: bool = False, key: Shaped[Array, ""] | None = None
     ) -> Quantized:
         """Quantizes, with the loss terms. The codebook is bridged once. `key` is for `restart_after`."""
-        table = self.table()
+        bridged = self.bridged()
+        table = self.placed(bridged)
         codes = self.nearest(latent, table, inner_product=True)
         chosen, z = self.rows(table, codes).reshape(-1, self.code_dim), latent.reshape(-1, self.code_dim)
         vectors = index_gradient.with_index_gradient(chosen, z, table, mesh=self.mesh)
@@ -64,7 +65,7 @@ class IBQuantizer(BridgedQuantizer):
             losses["entropy"] = entropy.entropy_loss(
                 z, table, temperature=self.entropy_temperature, inner_product=True, mesh=self.mesh
             )
-        self.restart(table, z, codes.reshape(-1), train, key)
+        self.place(bridged, z, codes, train, key)
         return Quantized(vectors.reshape(latent.shape), codes, losses)
 
     def encode(self, latent: Float[Array, "b h w d"]) -> Int[Array, "b h w"]:
@@ -72,5 +73,5 @@ class IBQuantizer(BridgedQuantizer):
         return self.nearest(latent, self.table(), inner_product=True)
 
     def folded(self) -> "IBQuantizer":
-        """The same without bridge, offsets and entropy term: its parameter `codebook` is the `table` of this one."""
+        """The same without bridge, places and entropy term: its parameter `codebook` is the `table` of this one."""
         return self.clone(bridge="none", entropy_weight=0.0, restart_after=0.0)

@@ -49,7 +49,8 @@ class LevelQuantizer(BridgedQuantizer):
         self, latent: Float[Array, "b h w d"], *, train: bool = False, key: Shaped[Array, ""] | None = None
     ) -> Quantized:
         """Quantizes, with the loss terms. The codebook is bridged once. `key` is for `restart_after`."""
-        table = self.table()
+        bridged = self.bridged()
+        table = self.placed(bridged)
         codes = self._chosen(latent, table)
         # The rows are looked up a second time, for all levels at once: their gradients reach the table in a single
         # scatter-add, and are summed over the devices once, not once per level.
@@ -58,7 +59,7 @@ class LevelQuantizer(BridgedQuantizer):
         losses = {"codebook": codebook_loss(wanted, sums), "commitment": commitment_loss(wanted, sums)}
         if self.restart_after > 0:
             rest = wanted - jnp.concatenate([jnp.zeros_like(sums[..., :1, :]), sums[..., :-1, :]], axis=-2)
-            self.restart(table, rest.reshape(-1, self.code_dim), codes.reshape(-1), train, key)
+            self.place(bridged, rest.reshape(-1, self.code_dim), codes, train, key)
         return Quantized(ESTIMATORS[self.estimator](latent, sums[..., -1, :]), codes, losses)
 
     def encode(self, latent: Float[Array, "b h w d"]) -> Int[Array, "b ..."]:

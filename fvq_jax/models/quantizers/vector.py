@@ -69,8 +69,8 @@ class VectorQuantizer(BridgedQuantizer):
         self, latent: Float[Array, "b h w d"], *, train: bool = False, key: Shaped[Array, ""] | None = None
     ) -> Quantized:
         """Quantizes, with the loss terms. The codebook is bridged once. `key` is for `restart_after`."""
-        bridged = super().table()
-        table = self._scaled(bridged)
+        bridged = self.bridged()
+        table = self._scaled(self.placed(bridged))
         z = self.compared(latent)
         codes = self.nearest(z, table)
         chosen = self.rows(table, codes)
@@ -82,7 +82,7 @@ class VectorQuantizer(BridgedQuantizer):
         if self.entropy_weight > 0:
             tokens, temperature = z.reshape(-1, self.code_dim), self.entropy_temperature
             losses["entropy"] = entropy.entropy_loss(tokens, table, temperature=temperature, mesh=self.mesh)
-        self.restart(bridged, z.reshape(-1, self.code_dim), codes.reshape(-1), train, key)
+        self.place(bridged, z.reshape(-1, self.code_dim), codes, train, key)
         return Quantized(self.estimated(self.estimator, z, chosen, codes), codes, losses)
 
     def _region_loss(self, table: Any, z: Any, codes: Any, train: bool) -> Any:
@@ -108,11 +108,11 @@ class VectorQuantizer(BridgedQuantizer):
 
     @property
     def foldable(self) -> bool:
-        """Whether there is a bridge or offsets, or state that only training needs."""
+        """Whether there is a bridge or places, or state that only training needs."""
         return super().foldable or self.region_window > 0
 
     def folded(self) -> "VectorQuantizer":
-        """Without bridge, offsets, region and entropy loss: its `codebook` is the `table` of this one."""
+        """Without bridge, places, region and entropy loss: its `codebook` is the `table` of this one."""
         return self.clone(bridge="none", entropy_weight=0.0, region_window=0, restart_after=0.0)
 
     def compared(self, latent: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:

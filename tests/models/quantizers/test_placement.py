@@ -1,4 +1,4 @@
-"""Codes that are put onto latents: at the start, and when they are not chosen for some steps."""
+"""Codes that are put onto latents, at the start and when they are not chosen for some steps, and follow them."""
 
 import functools
 import itertools
@@ -40,18 +40,18 @@ def steps(name, images=2):
     """[(latents, table before, output, state after)] of six training steps whose parameters stay as they are."""
     quantizer = make(name, **KINDS[name])
     variables = jax.jit(quantizer.init)(jax.random.key(0), latents(0, images))
-    state, found = {"restart": variables["restart"]}, []
+    state, found = {"placement": variables["placement"]}, []
 
     @jax.jit
     def step(latent, state, key):
         variables_now = {"params": variables["params"], **state}
         table = quantizer.apply(variables_now, method="table")
-        return table, *quantizer.apply(variables_now, latent, train=True, key=key, mutable=["restart"])
+        return table, *quantizer.apply(variables_now, latent, train=True, key=key, mutable=["placement"])
 
     for number in range(6):
         latent = latents(number, images)
         table, output, state = step(latent, state, jax.random.key(number))
-        found.append((np.asarray(latent), np.asarray(table), output, jax.device_get(state["restart"])))
+        found.append((np.asarray(latent), np.asarray(table), output, jax.device_get(state["placement"]["placement"])))
     return found
 
 
@@ -77,21 +77,22 @@ def test_with_more_patience_fewer_codes_have_their_turn_in_a_step():
     """All 64 in half the time, that is, in 4 tokens per code, which are 8 steps."""
     quantizer = make("vector", bridge="none", restart_after=8.0)
     variables = quantizer.init(jax.random.key(0), latents(0))
-    _, state = quantizer.apply(variables, latents(0), train=True, key=jax.random.key(0), mutable=["restart"])
-    np.testing.assert_array_equal(np.any(state["restart"]["offset"], axis=1), np.arange(K) < 8)
-    assert state["restart"]["next_row"] == 8
+    _, state = quantizer.apply(variables, latents(0), train=True, key=jax.random.key(0), mutable=["placement"])
+    np.testing.assert_array_equal(np.any(state["placement"]["placement"]["offset"], axis=1), np.arange(K) < 8)
+    assert state["placement"]["placement"]["next_row"] == 8
 
 
 def test_later_only_codes_move_that_were_not_chosen_for_some_steps_and_whose_turn_it_is():
-    unused, row, moved = np.full(K, -1), 0, []
-    for (latent, table, output, state), (_, after, _, _) in itertools.pairwise(steps("vector")):
+    unused, row, moved, offset = np.full(K, -1), 0, [], np.zeros((K, D))
+    for (latent, _, output, state), (_, after, _, _) in itertools.pairwise(steps("vector")):
         hit = np.bincount(np.ravel(output.codes), minlength=K) > 0
         again = ((np.arange(K) - row) % K < 32) & ((unused == -1) | (~hit & (unused >= AFTER)))
         unused = np.where(again, 0, np.where(unused == -1, -1, np.where(hit, 0, np.minimum(unused + 1, AFTER))))
         row = (row + 32) % K
         np.testing.assert_array_equal(state["unused"], unused)
         assert state["next_row"] == row
-        np.testing.assert_allclose(after[~again], table[~again], atol=1e-6)
+        np.testing.assert_array_equal(state["offset"][~again], offset[~again])
+        offset = state["offset"]
         assert distances(after[again], latent)[0].max(initial=0) < 1e-5
         moved.append(int(again.sum()))
     assert moved[:2] == [32, 32]
@@ -106,6 +107,34 @@ def test_with_levels_codes_start_on_what_the_levels_before_have_left(name):
     assert len(np.unique(rows.round(1), axis=0)) > 16
 
 
+def test_codes_move_and_spread_as_the_latents_do():
+    """By the mean and the symmetric root of the covariance, averaged over 1, then 9 of 10, then 9 of 11 shares."""
+    mean, covariance = np.zeros(D), np.eye(D)
+    for number, (latent, _, _, state) in enumerate(steps("vector")):
+        tokens = np.float64(latent).reshape(-1, D)
+        share = 9 / (number + 9)
+        mean = mean + share * (tokens.mean(axis=0) - mean)
+        covariance = covariance + share * (np.cov(tokens.T, bias=True) - covariance)
+        np.testing.assert_allclose(state["mean"], mean[None], atol=1e-5)
+        np.testing.assert_allclose(state["covariance"], covariance, atol=1e-5)
+        np.testing.assert_allclose(state["root"] @ state["root"], covariance, atol=1e-5)
+        np.testing.assert_allclose(state["root"], state["root"].T, atol=1e-6)
+    quantizer = make("vector", **KINDS["vector"])
+    variables = quantizer.init(jax.random.key(0), latents(0))
+    bridged = quantizer.apply({"params": variables["params"]} | {"placement": {"placement": state}}, method="bridged")
+    table = quantizer.apply({"params": variables["params"]} | {"placement": {"placement": state}}, method="table")
+    np.testing.assert_allclose(table, mean[None] + (bridged + state["offset"]) @ state["root"], atol=1e-4)
+
+
+def test_latents_of_a_plane_are_no_problem():
+    quantizer = make("vector", bridge="none")
+    variables = quantizer.init(jax.random.key(0), latents(0))
+    flat = latents(0).at[..., 2:].set(3.0)
+    _, state = quantizer.apply(variables, flat, train=True, key=jax.random.key(0), mutable=["placement"])
+    rows = quantizer.apply(variables | state, method="table")[:32]
+    assert distances(np.asarray(rows), np.asarray(flat))[0].max() < 1e-4
+
+
 def test_without_it_there_is_no_state_and_codes_start_as_published():
     quantizer = make("vector", bridge="XS/2-d1", restart_after=0.0)
     variables = quantizer.init(jax.random.key(0), latents(0))
@@ -117,13 +146,13 @@ def test_training_needs_a_key():
     quantizer = make("vector", bridge="none")
     variables = quantizer.init(jax.random.key(0), latents(0))
     with pytest.raises(ValueError, match="restart_after > 0 draws random latents: give a key"):
-        quantizer.apply(variables, latents(0), train=True, mutable=["restart"])
+        quantizer.apply(variables, latents(0), train=True, mutable=["placement"])
 
 
 def test_unit_length_codes_start_on_unit_length_latents():
     quantizer = make("vector", bridge="none", l2_normalize=True)
     variables = quantizer.init(jax.random.key(0), latents(0, 4))
-    _, state = quantizer.apply(variables, latents(0, 4), train=True, key=jax.random.key(0), mutable=["restart"])
+    _, state = quantizer.apply(variables, latents(0, 4), train=True, key=jax.random.key(0), mutable=["placement"])
     table = quantizer.apply(variables | state, method="table")
     unit = np.asarray(latents(0, 4)) / np.linalg.norm(latents(0, 4), axis=-1, keepdims=True)
     assert distances(np.asarray(table), unit)[0].max() < 1e-5
@@ -135,18 +164,21 @@ def test_codes_of_a_trained_tokenizer_keep_their_places():
 
     def unused(**changes):
         variables = TokenizerTask(tiny_config(**settings, **changes), mesh_of(1, 1)).init(jax.random.key(0))
-        return np.unique(variables["tokenizer"]["restart"]["quantizer"]["unused"])
+        return np.unique(variables["tokenizer"]["placement"]["quantizer"]["placement"]["unused"])
 
     assert unused() == [-1]
     assert unused(init_from="trained.safetensors") == [0]
     quantizer = make("vector", bridge="none", init_std=1.0)
     fresh = quantizer.init(jax.random.key(0), latents(0))
-    state = quantizer.state_of_trained({"restart": fresh["restart"]})
+    state = quantizer.state_of_trained({"placement": fresh["placement"]})
+    codebook = fresh["params"]["codebook"]
     for number in range(4):
-        latent = fresh["params"]["codebook"].reshape(4, 4, 4, D)
+        latent = codebook.reshape(4, 4, 4, D)
         key = jax.random.key(number)
-        _, state = quantizer.apply({**fresh, **state}, latent, train=True, key=key, mutable=["restart"])
-    assert not np.any(state["restart"]["offset"])
+        _, state = quantizer.apply({**fresh, **state}, latent, train=True, key=key, mutable=["placement"])
+    table = quantizer.apply({**fresh, **state}, method="table")
+    np.testing.assert_allclose(table, codebook, atol=1e-4)
+    assert np.any(state["placement"]["placement"]["mean"])  # the frame is there
 
 
 def test_a_run_resumes_bit_for_bit(tmp_path):
@@ -166,4 +198,4 @@ def test_a_run_resumes_bit_for_bit(tmp_path):
         restored = checkpoints.restore(step.abstract()).state
     whole, parts = after(state, 2), after(restored, 2)
     assert_same_bits(whole, parts)
-    assert np.any(whole.networks["tokenizer"].variables["restart"]["quantizer"]["offset"])
+    assert np.any(whole.networks["tokenizer"].variables["placement"]["quantizer"]["placement"]["offset"])
