@@ -6,7 +6,7 @@
 
 For two CPU cores: 4,096 codes, the network and the 32 x 32 crops of photographs.py, 1,000 steps of 32 crops. What the
 rivals publish about their quantizer is kept (loss weights, start of the codebook); what they publish about network
-and schedule is not, since the quantizer is compared. docs/results.md has the table.
+and schedule is not, since the quantizer is compared.
 Arguments: `rival=NAME` (one of RIVALS), `seeds=N` (the sweep takes seeds 0 to N - 1; 1), `smoke` (seconds), `batch=N`
 (rate 1e-3 x N / 32).
 """

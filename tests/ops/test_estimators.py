@@ -57,14 +57,15 @@ def test_rotation_is_finite_where_nothing_can_be_turned():
 def test_dynamic_passes_the_whole_gradient_to_the_nearest_latent_of_a_code_and_less_to_others():
     table = np.array([[0.0, 0.0], [10.0, 0.0], [20.0, 0.0]], np.float32)
     codes = np.array([0, 0, 1, 1, 2])
-    z = table[codes] + np.array([[0.0, 1.0], [2.0, 0.0], [0.0, 0.0], [0.0, 3.0], [1.0, 1.0]], np.float32)
+    off = np.array([[0.0, 1.0], [2.0, 0.0], [0.0, 0.0], [0.0, 3.0], [1.0, 1.0]], np.float32)
+    z, chosen = jnp.asarray(table[codes] + off), jnp.asarray(table[codes])
     weights = jnp.arange(1.0, 11.0).reshape(5, 2)
 
     def passed(z, z_q):
         return dynamic(z, z_q, lambda values: smallest_of_code(values, jnp.asarray(codes), 3))
 
-    np.testing.assert_array_equal(passed(z, table[codes]), table[codes])
-    to_z, to_code = jax.grad(lambda z, q: jnp.sum(weights * passed(z, q)), argnums=(0, 1))(z, table[codes])
+    np.testing.assert_array_equal(passed(z, chosen), chosen)
+    to_z, to_code = jax.grad(lambda z, q: jnp.sum(weights * passed(z, q)), argnums=(0, 1))(z, chosen)
     assert not np.any(to_code)
     # Squared distances 1, 4; 0, 9; 2. The one at its code is the nearest of code 1, so that the other gets nothing.
     np.testing.assert_allclose(to_z, np.array([1, 0.25, 1, 0, 1])[:, None] * weights, rtol=1e-6)

@@ -38,12 +38,12 @@ EVERYTHING = {"adversarial.weight": 0.5, "adversarial.layers": 2, "optim.ema_dec
 
 
 @functools.cache
-def announced(codebook_rate=0.0, bridge="XS/2-d1"):
-    """The abstract state with all that a run can have (discriminator, moving average, separate codebook rate), and
-    the rules of its layout."""
-    config = tiny_config(
-        **EVERYTHING | {"optim.codebook_learning_rate": codebook_rate, "tokenizer.quantizer.bridge": bridge}
-    )
+def announced(codebook_rate=0.0, bridge="XS/2-d1", kept=False):
+    """The abstract state with all that a run can have (discriminator, moving average, separate codebook rate, and with
+    `kept` all that the quantizer can keep), and the rules of its layout."""
+    own = {"restart_after": 1.0, "region_window": 2} if kept else {}
+    changes = {"optim.codebook_learning_rate": codebook_rate, "tokenizer.quantizer.bridge": bridge}
+    config = tiny_config(**EVERYTHING | changes | {f"tokenizer.quantizer.{name}": value for name, value in own.items()})
     step = make_step(config, make_mesh(2, 4))
     return step.abstract(), (*RULES, *step.task.rules)
 
@@ -63,8 +63,10 @@ def test_every_array_of_the_state_matches_exactly_one_rule(codebook_rate, bridge
 
 
 def test_every_rule_is_needed():
-    state, rules = announced()
+    state, rules = announced(kept=True)
     paths = names(state)
+    for name in paths:
+        assert sum(bool(re.search(pattern, name)) for pattern, _ in rules) == 1, name
     for pattern, _ in rules:
         assert [name for name in paths if re.search(pattern, name)], pattern
 

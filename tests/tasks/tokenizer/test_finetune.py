@@ -97,7 +97,7 @@ def test_what_does_not_train_has_no_gradient():
 
 def test_a_decoder_learns_codes_that_stay():
     states = [state.networks["tokenizer"].variables for state in run("decoder")[:2]]
-    assert "restart/quantizer/offset" in flatten(states[0])
+    assert "placement/quantizer/placement/offset" in flatten(states[0])
     assert not changed(*states)
 
 
