@@ -20,14 +20,21 @@ def test_every_quantizer_takes_part_with_as_many_codes():
         assert make_quantizer({"name": name, **settings}).size == rivals.CODES
 
 
-@pytest.mark.parametrize("size", ["", "smoke,"])
-def test_the_sweep_takes_every_rival_with_every_seed_and_all_can_run(size, tmp_path):
+def on_folder(module, size, folder):
+    """What makes the config of a point, with a folder that exists where it trains on one."""
+
     def with_argument(argument):
-        config = rivals.get_config(size + argument)
+        config = module.get_config(size + argument)
         if config.data.source == "folder":
-            config.data.train_dir = config.data.eval_dir = str(tmp_path)
+            config.data.train_dir = config.data.eval_dir = str(folder)
         return config
 
+    return with_argument
+
+
+@pytest.mark.parametrize("size", ["", "smoke,"])
+def test_the_sweep_takes_every_rival_with_every_seed_and_all_can_run(size, tmp_path):
+    with_argument = on_folder(rivals, size, tmp_path)
     sweep = read_sweep(f"{FILE}:seeds=2")
     points = make_points(rivals.get_config(), sweep, pathlib.Path("sweep"), None, with_argument)
     assert [point.refused for point in points] == [""] * 2 * len(rivals.RIVALS)
@@ -50,12 +57,7 @@ def test_an_unknown_rival_is_refused_with_those_that_there_are():
 
 @pytest.mark.parametrize("size", ["", "smoke,"])
 def test_usage_recovery_takes_every_quantizer_at_every_scale(size, tmp_path):
-    def with_argument(argument):
-        config = usage_recovery.get_config(size + argument)
-        if config.data.source == "folder":
-            config.data.train_dir = config.data.eval_dir = str(tmp_path)
-        return config
-
+    with_argument = on_folder(usage_recovery, size, tmp_path)
     sweep = read_sweep(usage_recovery.__file__)
     points = make_points(usage_recovery.get_config(), sweep, pathlib.Path("sweep"), None, with_argument)
     assert [point.refused for point in points] == [""] * 15
