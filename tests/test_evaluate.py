@@ -21,6 +21,7 @@ from fvq_jax.evals import reconstruction
 from fvq_jax.evals.frechet import frechet_distance
 from fvq_jax.evals.networks import Networks
 from fvq_jax.evals.protocol import as_scored
+from fvq_jax.evaluate.options import parse
 from fvq_jax.inference.tokenizer import Tokenizer
 from fvq_jax.models.frozen.inception import CLASSES
 from fvq_jax.report.tokenizer import page, write_report
@@ -314,7 +315,7 @@ def test_two_hosts_share_the_pictures_and_find_what_one_finds(saved, with_incept
 
     def arguments(out):
         options = [f"--tokenizer={saved}", f"--data={folder}", f"--out={out}", f"--size={SIZE}", "--batch=8"]
-        return evaluate._parse([*options, *with_inception, "--save-npz"])
+        return parse([*options, *with_inception, "--save-npz"])
 
     reports = {}
     monkeypatch.setattr(evaluate, "write_report", lambda folder, report: reports.update({folder.name: report}))

@@ -15,6 +15,7 @@ from fvq_jax.evals import reference as reference_module
 from fvq_jax.evals.frechet import frechet_distance
 from fvq_jax.evals.precision_recall import precision_recall
 from fvq_jax.evaluate import samples as samples_module
+from fvq_jax.evaluate.options import parse
 from fvq_jax.inference.generator import Generator
 from fvq_jax.inference.saved_generator import Provenance, SavedGenerator
 from fvq_jax.inference.tokenizer import Tokenizer
@@ -185,7 +186,7 @@ def test_samples_are_drawn_while_they_are_scored(drawn, files, tmp_path, capsys)
 def test_two_hosts_find_what_one_finds(files, tmp_path, monkeypatch):
     def arguments(out):
         options = [f"--samples={files / 'a.npz'},{files / 'a'}", f"--reference={files / 'real.npz'}", f"--out={out}"]
-        return evaluate._parse([*options, "--inception=weights.pth", "--batch=8"])
+        return parse([*options, "--inception=weights.pth", "--batch=8"])
 
     reports = {}
     monkeypatch.setattr(
@@ -250,7 +251,7 @@ def test_without_weights_nothing_is_scored(files, tmp_path, capsys):
 )
 def test_options_that_would_be_ignored_are_refused(options, message, capsys):
     with pytest.raises(SystemExit) as ended:
-        evaluate._parse([*options, "--out=x"])
+        parse([*options, "--out=x"])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
 

@@ -27,7 +27,6 @@ import copy
 import dataclasses
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,12 +41,12 @@ from fvq_jax.data.crops import RandomCrops
 from fvq_jax.data.npz_rows import ImageWriter
 from fvq_jax.data.record import Source
 from fvq_jax.data.sources import kind_of, make_source
-from fvq_jax.evals.networks import FILES, Networks, load_networks, option
+from fvq_jax.evals.networks import FILES, Networks, load_networks
 from fvq_jax.evals.projection import principal_plane
-from fvq_jax.evals.protocol import PROTOCOLS
 from fvq_jax.evals.reconstruction import Found, Reconstructed, collect, conditions, not_computed, summarise
 from fvq_jax.evals.reference import Moments, Reference
-from fvq_jax.evaluate.samples import OF_DRAWING, OF_SAMPLES, add_arguments, evaluate_samples
+from fvq_jax.evaluate.options import NPZ, SIZE, parse
+from fvq_jax.evaluate.samples import evaluate_samples
 from fvq_jax.inference.class_tables import condition_of, labels_for
 from fvq_jax.inference.tokenizer import Tokenizer
 from fvq_jax.models.quantizers import Quantizer, make_quantizer
@@ -55,7 +54,7 @@ from fvq_jax.ops.code_usage import usage_by_position
 from fvq_jax.report.tokenizer import Compared, Report, Trained, write_report
 from fvq_jax.runtime import exits
 from fvq_jax.runtime.agreement import check_same, everywhere
-from fvq_jax.runtime.arguments import Parser, add_place, place, true_or_false
+from fvq_jax.runtime.arguments import place
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.files import make_folder, write_whole
 from fvq_jax.runtime.hosts import rows_of_all_hosts
@@ -66,18 +65,12 @@ from fvq_jax.tasks.tokenizer.fields import QUANTIZER, upgraded, use_quantizer
 from fvq_jax.tasks.tokenizer.pictures import data_name, source_of
 from fvq_jax.training.metric_files import read_metrics
 
-METRICS, NPZ = "metrics.json", "reconstructions.npz"
-_SCORED = {"tokenizer": "a tokenizer", "samples": "stored samples", "generator": "a generator"}
-_OF_RECONSTRUCTIONS = (  # options that only the scoring of a tokenizer has
-    *("compare", "l2_norm", "data", "protocol", "size", "images", "crops", "save_npz"),
-    *(name for name in FILES if name != "inception"),
-)
-SIZE = 256  # of the crops, unless a workdir says on which size it was trained
+METRICS = "metrics.json"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluates; returns the exit code."""
-    args = _parse(argv)
+    args = parse(argv)
     where = place(args)
     return exits.run(lambda: _evaluate(args), where.join if where else None)
 
@@ -302,86 +295,6 @@ def _load(path: Path, size: int, l2_norm: bool | None) -> Tokenizer:
     except InputError as error:
         raise InputError(f"--size {size}: {error}") from None
     return tokenizer
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="fvq_jax.evaluate", description="Scores a trained tokenizer, or samples of a generator.")
-    tokenizer = parser.add_mutually_exclusive_group(required=True)
-    tokenizer.add_argument("--workdir", metavar="DIR", type=Path, help="of a training run: its newest checkpoint")
-    tokenizer.add_argument("--tokenizer", metavar="PATH", type=Path, help="checkpoint file or saved tokenizer")
-    tokenizer.add_argument(
-        "--samples",
-        metavar="PATHS",
-        help="generated pictures instead of a tokenizer: .npz files with arr_0, or folders of pictures, with commas "
-        "between them",
-    )
-    parser.add_argument(
-        "--compare",
-        metavar="PATHS",
-        type=lambda text: [Path(part) for part in text.split(",") if part],
-        default=[],
-        help="further tokenizers (workdirs, folders or files, with commas between them) that are scored on the same "
-        "pictures and shown side by side with the first",
-    )
-    parser.add_argument("--l2_norm", type=true_or_false, help="whether codes have unit length, if a file does not say")
-    parser.add_argument(
-        "--data",
-        help="folder of pictures or of prepared ArrayRecord files, or photos: the bundled ones (for a folder of that "
-        "name: ./photos); not needed with --workdir",
-    )
-    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="where metrics.json and report/ go")
-    parser.add_argument(
-        "--protocol",
-        choices=PROTOCOLS,
-        default="direct",
-        help="; ".join(f"{name}: {meaning}" for name, meaning in PROTOCOLS.items()) + " (default: direct)",
-    )
-    parser.add_argument("--size", type=int, help=f"side of the crops (default: as trained, or else {SIZE})")
-    parser.add_argument("--batch", type=int, default=64, help="pictures at a time, of all processes (default: 64)")
-    parser.add_argument("--images", type=int, default=0, help="how many, evenly spaced (default: 0, all)")
-    parser.add_argument(
-        "--crops",
-        type=int,
-        default=0,
-        help="score this many random crops, resized and placed as in training, instead of one crop of every picture",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of --crops, or of samples (default: 0)")
-    for name, what in FILES.items():
-        parser.add_argument(option(name), metavar="FILE", type=Path, help=what)
-    parser.add_argument(
-        "--condition",
-        choices=("label", "null"),
-        help="which table of a tokenizer with one per class: that of the label of each picture, or that of no class; "
-        "with --generator the default is that of the generator's codes",
-    )
-    parser.add_argument("--save-npz", action="store_true", help=f"also write DIR/{NPZ} for ADM's evaluation suite")
-    parser.add_argument(
-        "--reference-cache",
-        metavar="DIR",
-        type=Path,
-        default=Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fvq_jax",
-        help="where statistics of real pictures are kept (default: %(default)s)",
-    )
-    add_arguments(parser)
-    add_place(parser)
-    args = parser.parse_args(argv)
-    _check_belongs(parser, args)
-    return args
-
-
-def _check_belongs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends the program with one line if an option was given that would be ignored."""
-    kind = "generator" if args.generator is not None else "samples" if args.samples is not None else "tokenizer"
-    if kind == "generator" and args.tokenizer is None:
-        parser.error("--generator needs --tokenizer=PATH, the tokenizer of its codes")
-    ignored = {
-        "tokenizer": (*OF_SAMPLES, *OF_DRAWING),
-        "samples": (*_OF_RECONSTRUCTIONS, *OF_DRAWING, "seed", "condition"),
-        "generator": _OF_RECONSTRUCTIONS,
-    }[kind]
-    for name in ignored:
-        if getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name} says nothing about the scoring of {_SCORED[kind]}: leave it out")
 
 
 def _source(given: str | None, size: int, images: int, trained: ConfigDict | None) -> tuple[Source, str]:
