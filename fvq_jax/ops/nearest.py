@@ -42,7 +42,8 @@ def nearest_code(
       l2_normalize: compare directions: both sides are scaled to unit length first.
       inner_product: find the code with the largest z.e instead. The scores are -z.(e - m).
       precision: of the products z.e; everything else is float32.
-        highest: float32. Picks another code than exact arithmetic only where two distances agree to 7 digits.
+        highest: float32, on a GPU made of six bfloat16 products. Picks another code than exact arithmetic only
+        where two distances agree to about 7 digits.
         bf16_3x: three bfloat16 products, about 16 bits.
         bf16: one bfloat16 product. About one token in a hundred gets a nearly nearest code, see docs/results.md.
         bf16_rescored: as bf16, and then the best 8 of 128 or more candidates are scored again in float32.
@@ -118,7 +119,7 @@ def search(
         return lowest
 
     scan = best(nearest_xla, classes=classes, block_size=block_size)
-    on_tpu, on_gpu = best(nearest_tpu), best(nearest_gpu)
+    on_tpu, on_gpu = best(nearest_tpu), best(nearest_gpu, classes=classes)
     if inner_product:
         query, bias = -_compared(z, l2_normalize), jnp.zeros(len(codebook), jnp.float32)
     else:

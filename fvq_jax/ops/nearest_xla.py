@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fvq_jax.ops.split_matmul import multiply_parts, split
+from fvq_jax.ops.split_matmul import join, multiply_parts
 from fvq_jax.ops.vectors import l2_normalize
 
 BLOCK_SIZE = 512  # codes per block: 16 MiB of scores for 8,192 tokens
@@ -34,9 +34,8 @@ def candidates(
     classes = min(classes, block_size)
     block_size -= block_size % classes
     exact = precision == "highest"
-    if exact:  # the bias as one more dimension: product and sum in one pass over the scores
-        query = _with_column(query, jnp.ones(query.shape[0]))
-    left = _join(split(query, precision), (0, 0, 1))
+    # If exact, the bias is one more dimension: product and sum in one pass over the scores.
+    left = _with_column(query, jnp.ones(query.shape[0])) if exact else join(query, precision, "left")
     # On a CPU, XLA vectorises only minima of floating-point numbers: argmin or minima of integers take far longer.
     chunk = jnp.arange(0, block_size, classes, dtype=jnp.float32)
 
@@ -47,7 +46,7 @@ def candidates(
         if exact:
             score = multiply_parts(left, _with_column(codes, block_bias))
         else:
-            score = multiply_parts(left, _join(split(codes, precision), (0, 1, 0))) + block_bias[None]
+            score = multiply_parts(left, join(codes, precision, "right")) + block_bias[None]
         score = score.reshape(-1, block_size // classes, classes)
         low = score.min(axis=1)
         first = jnp.where(score == low[:, None], chunk[None, :, None], chunk[-1]).min(axis=1)
@@ -69,8 +68,3 @@ def candidates(
 
 def _with_column(x, column):
     return jnp.concatenate([x, column[:, None]], axis=1)
-
-
-def _join(parts, order):
-    """Puts parts side by side, so that a single product gives the sum of the products of the parts."""
-    return parts[0] if len(parts) == 1 else jnp.concatenate([parts[i] for i in order], axis=1)

@@ -32,8 +32,9 @@ def best(candidates):
     return low, np.where(score == low[:, None], index, np.iinfo(np.int32).max).min(axis=1)
 
 
-def interpreted(kernel, *arrays, normalize=False, precision="highest"):
-    return kernel.candidates(*arrays, normalize=normalize, precision=precision, interpret=True)
+def interpreted(kernel, *arrays, normalize=False, precision="highest", classes=1):
+    more = {"classes": classes} if kernel is nearest_gpu else {}  # the TPU's always has 128
+    return kernel.candidates(*arrays, normalize=normalize, precision=precision, interpret=True, **more)
 
 
 def scanned(*arrays, normalize=False, precision="highest"):
@@ -80,7 +81,7 @@ def test_few_and_many_dimensions(kernel, d):
 @KERNELS
 def test_candidates_are_the_best_of_disjoint_sets_that_cover_all_codes(kernel):
     query, codebook, center, bias = problem(6, 300, 8)
-    score, index = interpreted(kernel, query, codebook, center, bias)
+    score, index = interpreted(kernel, query, codebook, center, bias, classes=128)
     all_scores = bias[None] + query @ (codebook - center[None]).T
     np.testing.assert_allclose(
         np.take_along_axis(np.asarray(all_scores), np.asarray(index), axis=1)[np.isfinite(score)],
@@ -119,8 +120,10 @@ def test_compiles_for_tpu_at_any_size(n, k, d, dtype, l2_normalize):
 @needs_cuda
 @pytest.mark.parametrize("precision", nearest.PASSES)
 def test_compiles_for_gpu(precision):
+    """The parts of the codebook are the only large temporary."""
+    parts_mib = 262144 * 256 * 2 * nearest.PASSES[precision] / 2**20
     for n, k, d in ((8192, 262144, 256), (65, 1000, 40)):
-        compile_for(gpu_devices(), n, k, d, precision=precision)
+        compile_for(gpu_devices(), n, k, d, precision=precision, most_mib=64 + parts_mib)
 
 
 def compile_for(devices, n, k, d, dtype=jnp.float32, most_mib=64, **options):
