@@ -247,7 +247,8 @@ def test_the_peer_decodes_with_its_cache_what_it_computes_without():
         inputs = peer.inputs(torch.tensor([0, 4, 5]), codes)
         expected = peer.llama(inputs_embeds=inputs, use_cache=False).logits
         cache = transformers.StaticCache(config=peer.config, max_cache_len=9)
-        steps = [peer.llama(inputs_embeds=each, cache=cache, use_cache=True).logits for each in inputs.split(1, 1)]
+        named = {peer.cache_argument: cache}
+        steps = [peer.llama(inputs_embeds=each, use_cache=True, **named).logits for each in inputs.split(1, 1)]
     torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-5, atol=1e-5)
     sampled = llama.load_sampling(shape, "float32", False, [4], 2.0)()["4"]()
     assert sampled.shape == (4, 9)
