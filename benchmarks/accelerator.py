@@ -52,10 +52,11 @@ def run_part(part: Part, seconds: float, environment: dict[str, str], found: Cal
     )
 
     def read() -> None:
-        for line in process.stdout or ():
-            with contextlib.suppress(ValueError):
-                if line.startswith("{"):
-                    found(json.loads(line))
+        with process.stdout as lines:
+            for line in lines:
+                with contextlib.suppress(ValueError):
+                    if line.startswith("{"):
+                        found(json.loads(line))
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
@@ -98,13 +99,17 @@ def run(args: argparse.Namespace, out: Path, scratch: Path) -> None:
                 sys.stdout.write(json.dumps(rows[-1]) + "\n")
                 sys.stdout.flush()
 
+        def end(part: str, why: str, seconds: float) -> None:
+            write(part, {"ended": why, "seconds": seconds})
+            (out / TABLE).write_text(tables(rows))
+
         for part in parts(args, out, rows):
             left, started = args.budget - (time.monotonic() - began), time.monotonic()
             if left < min(LEAST, part.limit):
-                write(part.name, {"ended": f"not started: {max(0, left):.0f} s were left", "seconds": 0})
+                end(part.name, f"not started: {max(0, left):.0f} s were left", 0)
                 continue
             errors = scratch / "stderr"
-            why = "failed to start"
+            why = "interrupted"
             try:
                 with errors.open("w") as log:
                     why = run_part(part, min(left, part.limit), environment, lambda r, p=part: write(p.name, r), log)
@@ -116,8 +121,7 @@ def run(args: argparse.Namespace, out: Path, scratch: Path) -> None:
                     log.write("\n".join([f"== {part.name}: {why}", *lines, ""]))
                 if why.startswith("failed") and lines:
                     why += f": {lines[-1][:300]}"
-                write(part.name, {"ended": why, "seconds": round(time.monotonic() - started, 1)})
-                (out / TABLE).write_text(tables(rows))
+                end(part.name, why, round(time.monotonic() - started, 1))
 
 
 def read_rows(out: Path) -> list[dict[str, Any]]:

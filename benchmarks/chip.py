@@ -34,8 +34,8 @@ def describe() -> dict[str, object]:
     device = jax.devices()[0]
     row = {"device": device.device_kind, "platform": device.platform, "devices": jax.device_count(), **machine()}
     row |= {"memory_gib": round(chips.memory_bytes(device) / GIB, 1), "python": platform.python_version()}
-    row |= {"runtime": " ".join(device.client.platform_version.split()), "peak_tflops": 0.0}
     row["peak_tflops"] = round(chips.peak_flops(device) / 1e12, 2)
+    row["runtime"] = " ".join(getattr(device.client, "platform_version", "").split())
     for package in PACKAGES:
         try:
             row[package] = importlib.metadata.version(package)

@@ -50,7 +50,7 @@ PATIENCE = 10  # seconds that a run gets to end by itself
 
 def command(args: argparse.Namespace, workdir: Path, steps: int) -> list[str]:
     """The run with that many steps."""
-    fields = {
+    fields: dict[str, Any] = {
         "steps": steps,
         "epochs": 0.0,
         "optim.warmup_steps": max(1, steps // 20),
@@ -71,6 +71,8 @@ def command(args: argparse.Namespace, workdir: Path, steps: int) -> list[str]:
         "log.every_steps": max(1, steps // 40),
         "checkpoint.every_steps": steps + 1,
     }
+    if args.search:
+        fields["tokenizer.quantizer.search_implementation"] = args.search
     if args.train:
         fields |= {"data.train_dir": args.train, "data.eval_dir": args.val}
     else:  # the tiles of the photographs are small already
@@ -185,6 +187,7 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=6, help="about how many (default: %(default)s)")
     parser.add_argument("--expect", type=float, default=0.0, help="images per second; 0: a first run measures them")
     parser.add_argument("--start", type=float, default=60, help="seconds without steps (default: %(default)s)")
+    parser.add_argument("--search", help="implementation of the search: auto or xla (default: the config's)")
     parser.add_argument("--plot", help="picture to write")
     parser.add_argument("--markdown", action="store_true", help="a table after the rows")
     args = parser.parse_args()

@@ -60,6 +60,7 @@ LOSSES = ("reconstruction", "codebook", "commitment", "perceptual")  # compared 
 COLUMNS = {
     "method": "method",
     "codes": "codes",
+    "search": "search",
     "batch": "batch",
     "seconds": "seconds per step",
     "images_per_second": "images / s",
@@ -210,6 +211,8 @@ class Step:
         quantizer = config.tokenizer.quantizer
         self.row = {"method": method, "status": "", "codes": quantizer.codebook_size, "dim": quantizer.code_dim}
         self.row |= {"batch": config.batch_size, "image_size": config.data.image_size, **machine()}
+        if method == "fvq_jax":
+            self.row["search"] = f"{quantizer.search_precision}, {quantizer.search_implementation}"
         if method != "fvq_jax" and find_spec("torch") is None:
             self.row["status"] = "torch is not installed"
             return
