@@ -12,6 +12,7 @@ import argparse
 import math
 import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import llama
 from benchmarks.comparison import add_shape, finish, missing, shape_of, write
 from benchmarks.processes import DoesNotFitError, Worker, alternate, machine, median_ratio
+from fvq_jax.runtime.allocation import has_accelerator
 
 COLUMNS = {
     "method": "method",
@@ -77,8 +79,8 @@ def load_jax(shape: llama.Shape, dtype: str, labels: np.ndarray, codes: np.ndarr
     return build
 
 
-def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row per method, the methods alternating."""
+def compare(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One row per method: the methods alternate or, with `args.alone`, run one after the other."""
     shape, rng = shape_of(args), np.random.default_rng(0)
     batch = rng.integers(0, shape.classes, args.batch), rng.integers(0, shape.vocab, (args.batch, shape.tokens))
     programs = {
@@ -88,34 +90,45 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
     }
     shared = {"size": shape.size, "vocab": shape.vocab, "tokens": shape.tokens, "parameters": shape.parameters}
     shared |= {"dtype": args.dtype, "batch": args.batch, **machine()}
-    rows, workers = {method: {"method": method, **shared} for method in args.methods}, {}
-    for method, row in rows.items():
-        row["status"] = "" if method == "fvq_jax" else missing()
-        if row["status"]:
-            continue
-        try:
-            worker = Worker(*programs[method], *batch)
-            first = worker.run("step")
-            row["first_loss"], row["first_seconds"] = round(first.answer, 4), round(first.seconds, 2)
-            workers[method] = worker
-        except DoesNotFitError as error:
-            row["status"] = str(error)
-    seconds = alternate(workers, ["step"], args.rounds, args.budget)
-    for method, worker in workers.items():
-        mine, row = seconds[method, "step"], rows[method]
-        row["seconds"] = round(statistics.median(mine), 4)
-        row["tokens_per_second"] = round(args.batch * shape.tokens / statistics.median(mine), 1)
-        if "fvq_jax" in workers:
-            row["speedup"] = round(median_ratio(mine, seconds["fvq_jax", "step"]), 3)
-        row["held_mib"], row["peak_mib"] = round(worker.held), round(worker.peak())
-        worker.close()
-    return list(rows.values())
+    ours = None  # seconds of every round
+    for group in [[method] for method in args.methods] if args.alone else [args.methods]:
+        rows, workers = {method: {"method": method, **shared} for method in group}, {}
+        for method, row in rows.items():
+            row["status"] = "" if method == "fvq_jax" else missing()
+            if row["status"]:
+                continue
+            try:
+                worker = Worker(*programs[method], *batch)
+                first = worker.run("step")
+                row["first_loss"], row["first_seconds"] = round(first.answer, 4), round(first.seconds, 2)
+                workers[method] = worker
+            except DoesNotFitError as error:
+                row["status"] = str(error)
+            except RuntimeError as error:
+                row["status"] = f"failed: {error}"
+        seconds = alternate(workers, ["step"], args.rounds, args.budget)
+        ours = seconds.get(("fvq_jax", "step"), ours)
+        for method, worker in workers.items():
+            mine, row = seconds[method, "step"], rows[method]
+            row["seconds"] = round(statistics.median(mine), 4)
+            row["tokens_per_second"] = round(args.batch * shape.tokens / statistics.median(mine), 1)
+            if ours:
+                row["speedup"] = round(median_ratio(mine, ours), 3)
+            row["held_mib"], row["peak_mib"] = round(worker.held), round(worker.peak())
+            worker.close()
+        yield from rows.values()
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measures and writes the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=2, help="images in a step (default: %(default)s)")
+    parser.add_argument(
+        "--alone",
+        action=argparse.BooleanOptionalAction,
+        default=has_accelerator(),
+        help="one program after the other, each with all memory (default: on a GPU or TPU)",
+    )
     add_shape(parser)
     args = finish(parser, argv)
     write(compare(args), COLUMNS, args.markdown)

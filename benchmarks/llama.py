@@ -6,6 +6,7 @@ as one batch against the package's static cache, guides in float32 and draws fro
 cross-entropy, clipping and the fused AdamW. Each program is PyTorch's eager one, or compiled by `torch.compile`.
 """
 
+import inspect
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -69,6 +70,12 @@ class Peer:
         if found != shape.parameters:
             raise ValueError(f"the peer has {found} parameters, and ours {shape.parameters}")
 
+    @property
+    def cache_argument(self) -> str:
+        """How the installed version of transformers names the cache; it ignores other names."""
+        known = inspect.signature(type(self.llama).forward).parameters
+        return "cache" if "cache" in known else "past_key_values"
+
     def parameters(self) -> list[Any]:
         """Of both modules."""
         return [*self.llama.parameters(), *self.classes.parameters()]
@@ -88,11 +95,12 @@ def load_sampling(shape: Shape, dtype: str, compiled: bool, batches: list[int], 
 
     peer = Peer(shape, dtype)
     peer.llama.to(peer.dtype).eval(), peer.classes.to(peer.dtype)
+    name = peer.cache_argument
     rows = 2 if guidance > 1 else 1  # of an image
 
     def draw(inputs: Any, cache: Any) -> Any:
         """Inputs [rows x b, 1, d] to the next codes [b]."""
-        logits = peer.llama(inputs_embeds=inputs, cache=cache, use_cache=True).logits[:, -1].float()
+        logits = peer.llama(inputs_embeds=inputs, use_cache=True, **{name: cache}).logits[:, -1].float()
         if rows == 2:
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + guidance * (conditional - unconditional)
@@ -121,6 +129,8 @@ def load_sampling(shape: Shape, dtype: str, compiled: bool, batches: list[int], 
                     torch.compiler.cudagraph_mark_step_begin()
                 codes.append(draw(inputs, caches[0]).clone())
                 inputs = peer.llama.get_input_embeddings()(codes[-1].repeat(rows))[:, None]
+            if caches[0].get_seq_length() != shape.tokens:
+                raise ValueError("the peer did not fill its cache: this version of transformers takes it otherwise")
             return torch.stack(codes, 1).cpu().numpy()
 
         return run

@@ -6,6 +6,7 @@ inputs (an index, a network) and returns {name: function without arguments}, whi
 from before `build`. Linux only: the memory of a process is read from /proc.
 """
 
+import contextlib
 import ctypes
 import math
 import multiprocessing
@@ -19,11 +20,18 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fvq_jax.runtime.allocation import has_accelerator
+
 MIB, GIB = 2**20, 2**30
 PAUSE = 0.3  # seconds before a run: idle threads of the program before it spin for up to 0.2
 OUT_OF_MEMORY = re.compile(
     "out of memory|not enough memory|allocate memory|bad_alloc|RESOURCE_EXHAUSTED", re.IGNORECASE
 )
+
+# JAX takes memory of a GPU as it needs it, since programs share it, and as much as the others may: nearly all.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name, and JAX refuses to have both
+    os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.92")
 
 
 class DoesNotFitError(Exception):
@@ -56,6 +64,9 @@ class HostMemory:
         """The most since `now`."""
         return self._read("VmHWM") - self.before
 
+    def settle(self) -> None:
+        """The first run is over; it counts."""
+
     def _read(self, name):
         return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
@@ -78,6 +89,9 @@ class JaxMemory:
         """The most so far."""
         return (self.device.memory_stats()["peak_bytes_in_use"] - self.before) / MIB
 
+    def settle(self) -> None:
+        """The first run is over; it counts."""
+
 
 class TorchMemory:
     """Memory of the first GPU, as PyTorch counts it."""
@@ -97,6 +111,10 @@ class TorchMemory:
     def peak(self) -> float:
         """The most since `now`."""
         return (self.cuda.max_memory_allocated() - self.before) / MIB
+
+    def settle(self) -> None:
+        """The first run is over; forgets what compiling and the choice of algorithms took in it."""
+        self.cuda.reset_peak_memory_stats()
 
 
 def _memory_of(framework: str) -> HostMemory | JaxMemory | TorchMemory:
@@ -120,7 +138,7 @@ class Worker:
     """
 
     def __init__(self, framework: str, load: Callable, *arguments: Any):
-        self.limit = f"{_free_bytes() / GIB:.1f} GiB"
+        self.limit = "the memory of the GPU or TPU" if has_accelerator() else f"{_free_bytes() / GIB:.1f} GiB"
         context = multiprocessing.get_context("spawn")
         self._pipe, end = context.Pipe()
         self._process = context.Process(target=_serve, args=(end, framework, load, arguments), daemon=True)
@@ -160,8 +178,8 @@ class Worker:
 
 def _serve(pipe, framework, load, arguments):
     """The process of a `Worker`."""
-    Path("/proc/self/oom_score_adj").write_text("1000")  # should memory run out all the same, this process goes first
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several programs share an accelerator
+    with contextlib.suppress(OSError):  # should memory run out all the same, this process goes first
+        Path("/proc/self/oom_score_adj").write_text("1000")
     try:
         build = load(*arguments)
         memory = _memory_of(framework)
@@ -169,6 +187,7 @@ def _serve(pipe, framework, load, arguments):
         runs = build()
         held = memory.now()
         next(iter(runs.values()))()
+        memory.settle()
         pipe.send(held)
         for name in iter(pipe.recv, None):
             if name == "peak":
@@ -200,7 +219,12 @@ def alternate(workers: dict[str, Worker], runs: Iterable[str], rounds: int, budg
 
 
 def median_ratio(a: list[float], b: list[float]) -> float:
-    """The median over rounds of a / b: within a round, a machine whose speed drifts is equally fast for both."""
+    """The median over rounds of a / b: within a round, a machine whose speed drifts is equally fast for both.
+
+    If one of them had fewer rounds, since it ran alone, the ratio of the medians.
+    """
+    if len(a) != len(b):
+        return statistics.median(a) / statistics.median(b)
     return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 

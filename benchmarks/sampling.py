@@ -117,6 +117,8 @@ def compare(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
             workers[method] = Worker(*programs[method])
         except DoesNotFitError as error:
             status[method] = str(error)
+        except RuntimeError as error:
+            status[method] = f"failed: {error}"
     for batch in args.batches:
         mine = {}
         for method in list(workers):
@@ -125,6 +127,9 @@ def compare(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
             except DoesNotFitError as error:
                 workers.pop(method).close()
                 status[method] = str(error)
+            except RuntimeError as error:
+                workers.pop(method).close()
+                status[method] = f"failed: {error}"
         seconds = alternate(workers, [str(batch)], args.rounds, args.budget)
         rates.measure()
         found = rates.highest()

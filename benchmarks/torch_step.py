@@ -2,7 +2,8 @@
 
 The network is the one of `tests/helpers/torch_reference.py`, which loads the weights that `fvq_jax` exports; here are
 LPIPS, PatchGAN, the losses and both updates. The whole distance matrix is built, in float32. On a GPU encoder, decoder,
-bridge, LPIPS and discriminator run under bfloat16 autocast and are compiled; on a CPU everything is float32.
+bridge, LPIPS and discriminator run under bfloat16 autocast and, unless told otherwise, are compiled, and cuDNN tries
+its algorithms first; on a CPU everything is float32.
 """
 
 from typing import Any
@@ -103,7 +104,8 @@ class PatchGAN(nn.Sequential):
 class TorchStep:
     """Networks, optimizers and one training step; `step` takes uint8 images [b, H, W, 3] on the device."""
 
-    def __init__(self, config: ConfigDict, folder: str, device: str):
+    def __init__(self, config: ConfigDict, folder: str, device: str, compiled: bool):
+        torch.backends.cudnn.benchmark = True
         self.loss, self.settings = config.loss, config.tokenizer.quantizer
         self.weight, self.clip = config.adversarial.weight, config.optim.clip_norm
         self.device, self.codes, self.usage = device, self.settings.codebook_size, None
@@ -124,7 +126,7 @@ class TorchStep:
             for network in networks
         ]
         self.tokenizer_loss, self.critic_loss = self._tokenizer_loss, self._critic_loss
-        if device == "cuda":
+        if compiled and device == "cuda":
             self.tokenizer_loss, self.critic_loss = (
                 torch.compile(self._tokenizer_loss),
                 torch.compile(self._critic_loss),
@@ -205,14 +207,17 @@ class TorchStep:
         optimizer.step()
 
 
-def load(config: ConfigDict, folder: str, images: np.ndarray, latent: np.ndarray) -> Any:
-    """The program for `train_step.py`, which says what the arrays are; see `processes.py` for what is returned."""
+def load(config: ConfigDict, folder: str, images: np.ndarray, latent: np.ndarray, compiled: bool) -> Any:
+    """The program for `train_step.py`, which says what the arrays are; see `processes.py` for what is returned.
+
+    `compiled` is for a GPU; on a CPU the step is never compiled.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images = torch.from_numpy(images).to(device)
     latent = torch.from_numpy(latent).permute(0, 3, 1, 2).to(device).requires_grad_()
 
     def build():
-        trainer, first = TorchStep(config, folder, device), {}
+        trainer, first = TorchStep(config, folder, device, compiled), {}
 
         def finished():
             if device == "cuda":

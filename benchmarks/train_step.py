@@ -4,8 +4,15 @@
       --batch=8 --config.tokenizer.ch=32 --config.data.image_size=128
 
 A step is encoder, bridge, search, decoder, LPIPS (random weights of the true shapes), discriminator and both updates,
-on one device, and every field of the config can be overridden. Without --batch an accelerator gets the largest power
-of two times the config's batch at which our step fits, a CPU the config's batch. A CPU computes in float32.
+on one device, and every field of the config can be overridden. A CPU computes in float32.
+
+On a GPU or TPU the programs run one after the other, each alone with its memory, and each at half the batch, and half
+of that, as long as it does not fit (--alone); elsewhere they alternate. PyTorch's step is compiled on a GPU;
+`torch_eager` is the same step uncompiled.
+
+`mfu` is the share of the device's peak (`fvq_jax/runtime/chips.py`) that the products of the step reach, as they are
+written in our step (`runtime/products.py`), for all programs. `peak_mib` of ours on a GPU includes what compiling and
+the choice of algorithms took; `program_mib` is what XLA planned for the step.
 
 `quantizer_share` is the time of a second compiled function, the quantizer alone (bridge, search, look-up, losses and
 their gradients, on random latents; not its share of the update), over the time of the step in the same round. The
@@ -17,6 +24,8 @@ import json
 import statistics
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,9 +37,10 @@ from ml_collections import ConfigDict, config_flags
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.processes import DoesNotFitError, Worker, alternate, machine, markdown_table, median_ratio
+from benchmarks.processes import MIB, DoesNotFitError, Worker, alternate, machine, markdown_table, median_ratio
 from fvq_jax.config.checks import validate
 from fvq_jax.models.frozen.lpips import STAGES, WIDTHS
+from fvq_jax.runtime.allocation import has_accelerator
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.tasks import task_of
 from fvq_jax.tasks.tokenizer.fields import downsampling
@@ -38,22 +48,27 @@ from fvq_jax.tasks.tokenizer.fields import downsampling
 FLAGS = flags.FlagValues()  # not absl's own: the program fvq_jax.main has flags of the same names
 own = {"flag_values": FLAGS}
 config_flags.DEFINE_config_file("config", **own)
-flags.DEFINE_integer("batch", 0, "images per step; 0: see above", **own)
-flags.DEFINE_list("methods", ["fvq_jax", "torch"], "which to run", **own)
+flags.DEFINE_integer("batch", 0, "images per step; 0: the config's batch", **own)
+flags.DEFINE_list("methods", ["fvq_jax", "torch"], "which to run, of fvq_jax, torch, torch_eager", **own)
+flags.DEFINE_bool("alone", has_accelerator(), "one program after the other, at the largest batch that fits", **own)
 flags.DEFINE_integer("rounds", 7, "timed rounds", **own)
 flags.DEFINE_float("budget", 240, "seconds for them; at least two rounds are run", **own)
 flags.DEFINE_bool("help", False, "this text", **own)
 flags.DEFINE_bool("markdown", False, "a table after the rows", **own)
+METHODS = ("fvq_jax", "torch", "torch_eager")
 LOSSES = ("reconstruction", "codebook", "commitment", "perceptual")  # compared between the programs
 COLUMNS = {
     "method": "method",
     "codes": "codes",
+    "search": "search",
     "batch": "batch",
     "seconds": "seconds per step",
     "images_per_second": "images / s",
     "ours_over_this": "ours / this",
+    "mfu": "MFU",
     "quantizer_share": "quantizer and bridge",
     "peak_mib": "peak MiB",
+    "program_mib": "planned MiB",
     "status": "",
 }
 
@@ -65,8 +80,10 @@ def load_jax(config: ConfigDict, folder: str) -> Any:
     from jax.sharding import AxisType
 
     from fvq_jax.interop.tokenizer_checkpoint import write_checkpoint
+    from fvq_jax.runtime import chips, compiled_cost
     from fvq_jax.runtime.allocation import keep_memory
     from fvq_jax.runtime.mesh import global_batch
+    from fvq_jax.runtime.products import product_flops
     from fvq_jax.training.step import TrainStep
 
     keep_memory()  # as fvq_jax.main does
@@ -86,9 +103,17 @@ def load_jax(config: ConfigDict, folder: str) -> Any:
     abstract = train_step.abstract()
     key, layout = jax.random.key(config.seed), jax.tree.map(lambda leaf: leaf.sharding, abstract)
     init = jax.jit(train_step.init, out_shardings=layout).lower(key).compile()
-    step = train_step.jitted(abstract).lower(abstract, batch, task.frozen).compile()
+    traced = train_step.jitted(abstract).trace(abstract, batch, task.frozen)
+    began = time.monotonic()
+    step = traced.lower().compile()
+    compile_seconds = time.monotonic() - began
+    needed, there = compiled_cost.total_bytes(step), chips.memory_bytes(jax.devices()[0])
+    if needed > there:
+        raise MemoryError(f"the step needs {needed} bytes of {there}")
     quantizer = jax.jit(jax.grad(quantizer_loss, argnums=(0, 1)))
     quantizer = quantizer.lower(abstract.networks["tokenizer"].params["quantizer"], latent).compile()
+    counted = {"flops": product_flops(traced.jaxpr), "peak_flops": chips.peak_flops(jax.devices()[0], task.dtype)}
+    counted |= {"program_mib": round(needed / MIB), "compile_seconds": round(compile_seconds, 1)}
     parameters = {name: _size(network.params) for name, network in abstract.networks.items()}
     parameters |= {name: _size(weights) for name, weights in task.frozen.items()}
 
@@ -114,17 +139,18 @@ def load_jax(config: ConfigDict, folder: str) -> Any:
             "quantizer": run_quantizer,
             "losses": lambda: first,
             "parameters": lambda: parameters,
+            "counted": lambda: counted,
             "device": lambda: jax.devices()[0].device_kind,
         }
 
     return build
 
 
-def load_torch(config: ConfigDict, folder: str) -> Any:
+def load_torch(config: ConfigDict, folder: str, compiled: bool) -> Any:
     """The PyTorch step."""
     from benchmarks import torch_step
 
-    return torch_step.load(config, folder, *inputs(config))
+    return torch_step.load(config, folder, *inputs(config), compiled)
 
 
 def inputs(config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
@@ -148,28 +174,6 @@ def write_lpips(path: Path) -> None:
     safetensors.numpy.save_file(tensors, path)
 
 
-def largest_batch(config: ConfigDict, folder: str) -> int:
-    """The largest power of two times the config's batch at which our step runs; on a CPU the config's batch."""
-
-    def fits(batch):
-        try:
-            worker = Worker("jax", load_jax, with_batch(config, batch), folder)
-        except DoesNotFitError:
-            return False
-        devices.add(worker.run("device").answer)
-        worker.close()
-        return True
-
-    devices, batch = set(), config.batch_size
-    if fits(batch):
-        while "cpu" not in devices and fits(2 * batch):
-            batch *= 2
-        return batch
-    while batch > 1 and not fits(batch := batch // 2):
-        pass
-    return batch
-
-
 def with_batch(config: ConfigDict, batch: int) -> ConfigDict:
     """A copy with another batch."""
     config = copy.deepcopy(config)
@@ -177,65 +181,103 @@ def with_batch(config: ConfigDict, batch: int) -> ConfigDict:
     return config
 
 
-def compare(config: ConfigDict, folder: str, methods: list[str], rounds: int, budget: float) -> list[dict]:
-    """One row per method, the methods alternating; the first is the one the others are compared with.
+def compare(
+    config: ConfigDict, folder: str, methods: list[str], rounds: int, budget: float, alone: bool = False
+) -> Iterator[dict]:
+    """One row per method, the first being the one the others are compared with: the methods alternate.
 
-    ValueError if the programs are not the same network on the same data.
+    With `alone`, one runs after the other at the largest batch that fits, and each row comes as soon as it is known. A
+    row whose network is not that of the first row says so in its `status`.
     """
-    shared = {
-        "codes": config.tokenizer.quantizer.codebook_size,
-        "dim": config.tokenizer.quantizer.code_dim,
-        "batch": config.batch_size,
-    }
-    shared |= {"image_size": config.data.image_size, **machine()}
-    rows, workers = {method: {"method": method, "status": "", **shared} for method in methods}, {}
-    for method, row in rows.items():
-        if method == "torch" and find_spec("torch") is None:
-            row["status"] = "torch is not installed"
-            continue
-        try:
-            load = {"fvq_jax": load_jax, "torch": load_torch}[method]
-            workers[method] = Worker("torch" if method == "torch" else "jax", load, config, folder)
-        except DoesNotFitError as error:
-            row["status"] = str(error)
-    seconds = alternate(workers, ["step", "quantizer"], rounds, budget)
-    for method, worker in workers.items():
-        mine, row = seconds[method, "step"], rows[method]
-        for name in ("device", "parameters", "losses"):
+    first: Step | None = None
+    for group in [[method] for method in methods] if alone else [methods]:
+        steps = [Step(method, config, folder, halve=alone) for method in group]
+        seconds = alternate({s.method: s.worker for s in steps if s.worker}, ["step", "quantizer"], rounds, budget)
+        for step in steps:
+            if step.worker:
+                mine = {run: seconds[step.method, run] for run in ("step", "quantizer")}
+                first = step.measured(mine, first or (step if step.method == methods[0] else None))
+            yield step.row
+
+
+class Step:
+    """A step of one method in a process of its own, and its row; `worker` is None if it could not be started.
+
+    With `halve` the batch is halved while it does not fit, and a program that fails is a row too.
+    """
+
+    def __init__(self, method: str, config: ConfigDict, folder: str, halve: bool):
+        self.method, self.worker, self.seconds = method, None, {}
+        quantizer = config.tokenizer.quantizer
+        self.row = {"method": method, "status": "", "codes": quantizer.codebook_size, "dim": quantizer.code_dim}
+        self.row |= {"batch": config.batch_size, "image_size": config.data.image_size, **machine()}
+        if method == "fvq_jax":
+            self.row["search"] = f"{quantizer.search_precision}, {quantizer.search_implementation}"
+        if method != "fvq_jax" and find_spec("torch") is None:
+            self.row["status"] = "torch is not installed"
+            return
+        while self.worker is None:
+            sized = with_batch(config, self.row["batch"])
+            try:
+                if method == "fvq_jax":
+                    self.worker = Worker("jax", load_jax, sized, folder)
+                else:
+                    self.worker = Worker("torch", load_torch, sized, folder, method == "torch")
+            except DoesNotFitError as error:
+                if not halve or self.row["batch"] == 1:
+                    self.row["status"] = str(error)
+                    return
+                self.row["batch"] //= 2
+            except RuntimeError as error:
+                if not halve:
+                    raise
+                self.row["status"] = f"failed: {error}"
+                return
+
+    def measured(self, seconds: dict[str, list[float]], first: "Step | None") -> "Step | None":
+        """Completes the row from the seconds of every run, beside those of the first method; ends the process."""
+        row, worker, self.seconds = self.row, self.worker, seconds
+        for name in ("device", "parameters", "losses", *(["counted"] if self.method == "fvq_jax" else [])):
             row[name] = worker.run(name).answer
-        row["seconds"] = round(statistics.median(mine), 4)
-        row["images_per_second"] = round(config.batch_size / row["seconds"], 2)
-        if methods[0] in workers:
-            row["ours_over_this"] = round(median_ratio(seconds[methods[0], "step"], mine), 3)
-        row["quantizer_share"] = round(median_ratio(seconds[method, "quantizer"], mine), 3)
+        row |= row.pop("counted", {})
+        row["seconds"] = round(statistics.median(seconds["step"]), 4)
+        row["images_per_second"] = round(row["batch"] / row["seconds"], 2)
+        row["quantizer_share"] = round(median_ratio(seconds["quantizer"], seconds["step"]), 3)
         row["held_mib"], row["peak_mib"] = round(worker.held), round(worker.peak())
         worker.close()
-    _check_same(*(rows[method] for method in workers))
-    return list(rows.values())
+        if first is not None:
+            per_image = median_ratio(first.seconds["step"], seconds["step"]) * row["batch"] / first.row["batch"]
+            row["ours_over_this"] = round(per_image, 3)
+            row["status"] = _difference(first.row, row)
+            if "flops" in first.row:
+                rate = first.row["flops"] / first.row["batch"] * row["images_per_second"]
+                row["mfu"] = round(rate / first.row["peak_flops"], 4)
+        return first
 
 
-def _check_same(ours: dict, *others: dict) -> None:
-    """ValueError unless parameter counts agree, and the losses of the first step nearly."""
+def _difference(ours: dict, other: dict) -> str:
+    """Empty if parameter counts agree, and the losses of the first step nearly; else what differs."""
+    if ours["parameters"] != other["parameters"]:
+        return f"another network: {ours['parameters']} and {other['parameters']} parameters"
     tolerance = 1e-3 if ours["device"] == "cpu" else 5e-2  # float32, bfloat16
-    for other in others:
-        if ours["parameters"] != other["parameters"]:
-            raise ValueError(f"other networks: {ours['parameters']} and {other['parameters']} parameters")
-        for name, mine in ours["losses"].items():
-            theirs = other["losses"][name]
-            if abs(mine - theirs) > tolerance * abs(mine):
-                raise ValueError(f"other networks: the {name} loss of the first step is {mine} and {theirs}")
+    for name, mine in ours["losses"].items() if ours["batch"] == other["batch"] else ():
+        theirs = other["losses"][name]
+        if abs(mine - theirs) > tolerance * abs(mine):
+            return f"another network: the {name} loss of the first step is {mine} and {theirs}"
+    return ""
 
 
 def main() -> None:
     """Reads config and options and writes the rows."""
     try:
-        unknown = [*FLAGS(sys.argv)[1:], *(set(FLAGS.methods) - {"fvq_jax", "torch"})]
+        unknown = [*FLAGS(sys.argv)[1:], *(set(FLAGS.methods) - set(METHODS))]
     except (flags.Error, InputError, AttributeError, KeyError) as error:
         sys.exit(f"{error} (see --help)")
     if unknown:
-        sys.exit(f"unknown argument or method {unknown[0]!r}: options start with --, methods are fvq_jax and torch")
+        sys.exit(f"unknown argument or method {unknown[0]!r}: options start with --, methods are {', '.join(METHODS)}")
     if FLAGS.help or FLAGS.config is None:
         sys.exit(f"{__doc__}\n{FLAGS.get_help()}")
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         write_lpips(Path(folder) / "lpips.safetensors")
         config = FLAGS.config
@@ -246,13 +288,16 @@ def main() -> None:
             validate(config, task_of(config), devices=1)
         except InputError as error:
             sys.exit(str(error))
-        config = with_batch(config, FLAGS.batch or largest_batch(config, folder))
-        rows = compare(config, folder, FLAGS.methods, FLAGS.rounds, FLAGS.budget)
-    for row in rows:
-        sys.stdout.write(json.dumps(row) + "\n")
+        config = with_batch(config, FLAGS.batch or config.batch_size)
+        for row in compare(config, folder, FLAGS.methods, FLAGS.rounds, FLAGS.budget, FLAGS.alone):
+            sys.stdout.write(json.dumps(row) + "\n")
+            sys.stdout.flush()
+            rows.append(row)
     if FLAGS.markdown:
         used = {key: text for key, text in COLUMNS.items() if any(row.get(key) not in (None, "") for row in rows)}
         sys.stdout.write("\n" + markdown_table(rows, used))
+    if different := [row["status"] for row in rows if row["status"].startswith("another network")]:
+        sys.exit(different[0])
 
 
 def _spread(quantizer):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import cost_growth, limits, llama
+from benchmarks import accelerator, accelerator_parts, cost_growth, limits, llama
 from benchmarks.processes import DoesNotFitError, Worker
 from fvq_jax.config.checks import validate
 from fvq_jax.data.decode import open_image
@@ -153,6 +153,93 @@ def test_growth_measures_and_draws(monkeypatch, tmp_path):
     assert width > 2 * height > 400
 
 
+@pytest.mark.slow
+def test_the_search_on_one_chip():
+    sizes = ["--codes=100", "--dim=8", "--tokens=16", "--rounds=2", "--least=0.001"]
+    rows, table = run("chip_search", *sizes, "--markdown")
+    precisions = ("bf16", "bf16_rescored", "bf16_3x", "highest")
+    searches = [f"{kind}:{name}" for name in precisions for kind in ("scan", "fvq_jax")]
+    assert [row["method"] for row in rows] == ["matmul", *searches, "torch_addmm"]
+    for row in rows:
+        assert (row["codes"], row["dim"], row["tokens"]) == (100, 8, 16)
+        if row["method"] == "torch_addmm" and find_spec("torch") is None:
+            assert row["status"] == "torch is not installed"
+            continue
+        assert row["status"] == ""
+        assert row["milliseconds"] > 0
+        assert row.get("agreement", 1) >= (0.8 if row["method"].endswith(":bf16") else 1)
+        assert ("over_scan" in row) == row["method"].startswith("fvq_jax:")
+        assert ("matmul_rate" in row) == (row["method"] in searches)
+    assert len(table) == 1 + 2 + len(rows)
+
+
+@pytest.mark.slow
+def test_everything_for_an_accelerator_is_tried(tmp_path):
+    """In parts, one of which has no time left; a second call adds to the first."""
+    parts = ["versions", "search_262144", "step_fvq16k"]
+    rows, _ = run("accelerator", f"--out={tmp_path}", "--tiny", "--budget=280", f"--parts={','.join(parts)}")
+    assert [row["part"] for row in rows if row.get("ended") == "done"] == parts
+    step = next(row for row in rows if row["part"] == "step_fvq16k")
+    assert step["search"] == "highest, auto"
+    assert step["images_per_second"] > 0
+    assert step["mfu"] > 0
+    assert step["program_mib"] > 0
+    late, table = run("accelerator", f"--out={tmp_path}", "--tiny", "--budget=1", "--parts=training", "--markdown")
+    assert [row["ended"] for row in late] == ["not started: 1 s were left"]
+    assert [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()] == rows + late
+    assert [line for line in table if line.startswith("## ")] == [f"## {name}" for name in [*parts, "training"]]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.slow
+def test_a_training_run_of_a_given_time(tmp_path):
+    sizes = ["--size=32", "--batch=4", "--images=8", "--evaluations=2", "--expect=4", "--start=45", "--seconds=75"]
+    config = "--config=configs/fvq16k.py:smoke"
+    rows, table = run("short_training", config, *sizes, f"--plot={tmp_path}/plot.png", "--markdown")
+    assert rows[-1]["step"] == rows[-1]["of_steps"] >= 2
+    for row in rows:
+        assert 0 < row["usage"] <= 1
+        assert row["psnr"] > 0
+        assert row["images_per_second"] > 0
+        assert row["seconds"] < 75
+    assert len(table) == 1 + 2 + len(rows)
+    with Image.open(tmp_path / "plot.png") as picture:
+        assert picture.size[0] > 400
+
+
+def program_of(text):
+    """A part of the benchmark for accelerators that runs this program."""
+    return accelerator_parts.Part("search_262144", 60, lambda seconds: ["-c", text])
+
+
+def test_a_part_that_hangs_or_fails_costs_only_itself(tmp_path, capfd):
+    child = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    row = "print('{\"codes\": 8}', flush=True); print('not JSON', flush=True)"
+    ends = {
+        "stopped after 2 s": f"{child}; {row}; import time; time.sleep(60)",
+        "failed with exit code 3": f"{row}; sys.exit(3)".replace("print", "import sys; print", 1),
+        "done": row,
+    }
+    for ended, program in ends.items():
+        found = []
+        with (tmp_path / "log").open("w") as log:
+            assert accelerator.run_part(program_of(program), 2, dict(os.environ), found.append, log) == ended
+        assert found == [{"codes": 8}]
+
+
+def test_the_step_avoids_a_kernel_that_failed():
+    kernel = {"part": "search_262144", "method": "fvq_jax:highest"}
+    scan = {"part": "search_262144", "method": "scan:highest", "agreement": 1.0}
+    assert accelerator_parts.kernel_works([])
+    assert accelerator_parts.kernel_works([scan, kernel | {"agreement": 1.0}])
+    assert not accelerator_parts.kernel_works([scan])  # its time was over before the kernel was tried
+    assert not accelerator_parts.kernel_works([scan, kernel | {"status": "failed: of a kernel"}])
+    assert not accelerator_parts.kernel_works([scan, kernel | {"agreement": 0.5}])
+    memory = {"part": "versions", "memory_gib": 73.5}
+    assert accelerator_parts.batch_for([memory]) == accelerator_parts.batch_for([]) == 64
+    assert accelerator_parts.batch_for([memory | {"memory_gib": 130}]) == 128
+
+
 TINY = ["--size=tiny", "--vocab=64", "--classes=5", "--grid=4", "--rounds=2", "--methods=fvq_jax,transformers"]
 
 
@@ -247,7 +334,8 @@ def test_the_peer_decodes_with_its_cache_what_it_computes_without():
         inputs = peer.inputs(torch.tensor([0, 4, 5]), codes)
         expected = peer.llama(inputs_embeds=inputs, use_cache=False).logits
         cache = transformers.StaticCache(config=peer.config, max_cache_len=9)
-        steps = [peer.llama(inputs_embeds=each, cache=cache, use_cache=True).logits for each in inputs.split(1, 1)]
+        named = {peer.cache_argument: cache}
+        steps = [peer.llama(inputs_embeds=each, use_cache=True, **named).logits for each in inputs.split(1, 1)]
     torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-5, atol=1e-5)
     sampled = llama.load_sampling(shape, "float32", False, [4], 2.0)()["4"]()
     assert sampled.shape == (4, 9)

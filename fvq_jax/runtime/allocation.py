@@ -15,6 +15,11 @@ _GROW_BY = 2**28  # bytes
 _ACCELERATORS = ("/dev/nvidiactl", "/dev/dxg", "/dev/accel0", "/dev/vfio/0", "/dev/kfd")
 
 
+def has_accelerator() -> bool:
+    """Whether this machine has a GPU or TPU, according to its device files: JAX is not started."""
+    return any(Path(device).exists() for device in _ACCELERATORS)
+
+
 def keep_memory() -> bool:
     """Makes the C library keep freed memory for the next step; returns whether it does.
 
@@ -23,7 +28,7 @@ def keep_memory() -> bool:
     another C library than glibc. The process takes more memory, since it never gives any back: 4.2 GB instead of 3.2
     for the step above.
     """
-    if any(Path(device).exists() for device in _ACCELERATORS):
+    if has_accelerator():
         return False
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):

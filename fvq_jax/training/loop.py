@@ -27,6 +27,7 @@ from fvq_jax.runtime.hosts import rows_of_all_hosts
 from fvq_jax.runtime.interrupt import Interrupt
 from fvq_jax.runtime.logs import host_log
 from fvq_jax.runtime.mesh import global_batch
+from fvq_jax.runtime.products import product_flops
 from fvq_jax.runtime.storage import storage_errors
 from fvq_jax.training.checkpoint import Checkpoints
 from fvq_jax.training.metric_files import MetricWriter
@@ -222,10 +223,14 @@ class _Loop:
         run = self._run
         began = time.monotonic()
         self._heartbeat.beat(self.step, "compiling")
-        compiled = run.step.jitted(self.state).lower(self.state, batch, run.task.frozen).compile()
-        counted = compiled.cost_analysis() or {}
-        flops = counted.get("flops", 0.0) * run.mesh.size * self._config.optim.accumulate
-        self._flops = flops + run.task.uncounted_flops(run.mesh.devices.flat[0].platform)[0]
+        traced = run.step.jitted(self.state).trace(self.state, batch, run.task.frozen)
+        compiled, platform = traced.lower().compile(), run.mesh.devices.flat[0].platform
+        if platform == "gpu":  # XLA does not count what its libraries do there
+            self._flops = product_flops(traced.jaxpr)
+        else:
+            counted = compiled.cost_analysis() or {}
+            flops = counted.get("flops", 0.0) * run.mesh.size * self._config.optim.accumulate
+            self._flops = flops + run.task.uncounted_flops(platform)[0]
         logging.info("compiled the step in %.1f s: %.3g flops", time.monotonic() - began, self._flops)
         return compiled
 
