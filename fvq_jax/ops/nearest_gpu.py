@@ -17,22 +17,24 @@ from fvq_jax.ops.vectors import l2_normalize
 
 
 class Tile(NamedTuple):
-    """What one program works on at a time, and how many programs are wanted at least.
+    """What one program works on at a time, its warps, and how many programs are wanted at least.
 
     More programs than a GPU has multiprocessors fill it more evenly, but each leaves candidates in memory.
     """
 
     tokens: int
     codes: int
+    warps: int
     programs: int
 
 
-# The fastest of those tried on an H100 (docs/results.md). Programs that keep a set for every column have fewer columns,
-# since the sets stay in registers.
-ONE_SET = Tile(tokens=128, codes=256, programs=2048)
-MANY_SETS = Tile(tokens=128, codes=128, programs=256)
 CHUNK = 64  # dimensions multiplied at a time, at most
 LEAST_CHUNK = 16  # of a matrix unit
+# The fastest of those tried on an H100 (docs/results.md). A program that keeps a set for every column has few columns,
+# since the sets stay in registers.
+ONE_SET = Tile(tokens=128, codes=256, warps=8, programs=2048)
+ONE_SET_ONE_CHUNK = Tile(tokens=128, codes=128, warps=4, programs=2048)
+MANY_SETS = Tile(tokens=128, codes=128, warps=8, programs=256)
 
 
 def candidates(
@@ -56,15 +58,15 @@ def candidates(
     the k x d numbers at precision bf16, bf16_3x, highest. A kernel that made them itself was 2 to 3 times slower.
     """
     n, k = query.shape[0], codebook.shape[0]
-    tile = ONE_SET if classes == 1 else MANY_SETS
+    codes = codebook.astype(jnp.float32)
+    codes = (l2_normalize(codes) if normalize else codes) - center[None]
+    left, right = join(query, precision, "left"), join(codes, precision, "right")
+    tile = MANY_SETS if classes > 1 else ONE_SET if left.shape[1] > CHUNK else ONE_SET_ONE_CHUNK
     token_blocks, code_blocks = pl.cdiv(n, tile.tokens), pl.cdiv(k, tile.codes)
     parts_wanted = min(pl.cdiv(tile.programs, token_blocks), code_blocks)
     blocks = pl.cdiv(code_blocks, parts_wanted)  # blocks of codes that one program visits
     parts = pl.cdiv(code_blocks, blocks)
 
-    codes = codebook.astype(jnp.float32)
-    codes = (l2_normalize(codes) if normalize else codes) - center[None]
-    left, right = join(query, precision, "left"), join(codes, precision, "right")
     chunk = min(CHUNK, max(LEAST_CHUNK, pl.next_power_of_2(left.shape[1])))
     chunks, rows = pl.cdiv(left.shape[1], chunk), parts * blocks * tile.codes
     left = _padded(left, token_blocks * tile.tokens, chunks * chunk)
@@ -82,7 +84,7 @@ def candidates(
         in_specs=[whole] * 3,
         out_specs=[whole] * 2,
         out_shape=[out(dtype=jnp.float32), out(dtype=jnp.int32)],
-        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=3),
+        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=3),
         interpret=interpret,
         name="nearest_code",
     )(left, right, bias)
