@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--val", help="folder of pictures to evaluate on")
     parser.add_argument("--size", type=int, default=128, help="pixels (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=64, help="default: %(default)s")
-    parser.add_argument("--rate", type=float, default=4e-4, help="learning rate (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=2e-4, help="learning rate (default: %(default)s)")
     parser.add_argument("--images", type=int, default=1024, help="in an evaluation (default: %(default)s)")
     parser.add_argument("--evaluations", type=int, default=6, help="about how many (default: %(default)s)")
     parser.add_argument("--expect", type=float, default=0.0, help="images per second; 0: a first run measures them")

@@ -24,7 +24,6 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,13 +36,13 @@ from ml_collections import ConfigDict, config_flags
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.processes import MIB, DoesNotFitError, Worker, alternate, machine, markdown_table, median_ratio
+from benchmarks import jax_step
+from benchmarks.processes import DoesNotFitError, Worker, alternate, machine, markdown_table, median_ratio
 from fvq_jax.config.checks import validate
 from fvq_jax.models.frozen.lpips import STAGES, WIDTHS
 from fvq_jax.runtime.allocation import has_accelerator
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.tasks import task_of
-from fvq_jax.tasks.tokenizer.fields import downsampling
 
 FLAGS = flags.FlagValues()  # not absl's own: the program fvq_jax.main has flags of the same names
 own = {"flag_values": FLAGS}
@@ -56,7 +55,6 @@ flags.DEFINE_float("budget", 240, "seconds for them; at least two rounds are run
 flags.DEFINE_bool("help", False, "this text", **own)
 flags.DEFINE_bool("markdown", False, "a table after the rows", **own)
 METHODS = ("fvq_jax", "torch", "torch_eager")
-LOSSES = ("reconstruction", "codebook", "commitment", "perceptual")  # compared between the programs
 COLUMNS = {
     "method": "method",
     "codes": "codes",
@@ -73,92 +71,11 @@ COLUMNS = {
 }
 
 
-def load_jax(config: ConfigDict, folder: str) -> Any:
-    """Our step; see `processes.py` for what is returned. Leaves its first tokenizer in `folder`, for the other step."""
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import AxisType
-
-    from fvq_jax.interop.tokenizer_checkpoint import write_checkpoint
-    from fvq_jax.runtime import chips, compiled_cost
-    from fvq_jax.runtime.allocation import keep_memory
-    from fvq_jax.runtime.mesh import global_batch
-    from fvq_jax.runtime.products import product_flops
-    from fvq_jax.training.step import TrainStep
-
-    keep_memory()  # as fvq_jax.main does
-    if jax.default_backend() == "cpu":
-        config.tokenizer.dtype = "float32"
-    mesh = jax.make_mesh((1, 1), ("data", "codebook"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
-    task = task_of(config)(config, mesh)
-    train_step = TrainStep.of(task, config, mesh, total_steps=1000, warmup_steps=100)
-    images, latent = inputs(config)
-    batch, latent = global_batch({"image": images}, mesh), jax.device_put(latent)
-
-    def quantizer_loss(params, latent):
-        found = task.net.apply({"params": {"quantizer": params}}, latent, method=lambda net, x: net.quantizer(x))
-        weighted = sum(weight * found.losses[name] for name, weight in task.net.quantizer.loss_weights.items())
-        return weighted + jnp.sum(found.vectors)  # the sum stands for what the decoder makes of the vectors
-
-    abstract = train_step.abstract()
-    key, layout = jax.random.key(config.seed), jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    init = jax.jit(train_step.init, out_shardings=layout).lower(key).compile()
-    traced = train_step.jitted(abstract).trace(abstract, batch, task.frozen)
-    began = time.monotonic()
-    step = traced.lower().compile()
-    compile_seconds = time.monotonic() - began
-    needed, there = compiled_cost.total_bytes(step), chips.memory_bytes(jax.devices()[0])
-    if needed > there:
-        raise MemoryError(f"the step needs {needed} bytes of {there}")
-    quantizer = jax.jit(jax.grad(quantizer_loss, argnums=(0, 1)))
-    quantizer = quantizer.lower(abstract.networks["tokenizer"].params["quantizer"], latent).compile()
-    counted = {"flops": product_flops(traced.jaxpr), "peak_flops": chips.peak_flops(jax.devices()[0], task.dtype)}
-    counted |= {"program_mib": round(needed / MIB), "compile_seconds": round(compile_seconds, 1)}
-    parameters = {name: _size(network.params) for name, network in abstract.networks.items()}
-    parameters |= {name: _size(weights) for name, weights in task.frozen.items()}
-
-    def build():
-        state, first = init(key), {}
-        params = state.networks["tokenizer"].params
-        params["quantizer"] = _spread(params["quantizer"])
-        if folder:
-            write_checkpoint(f"{folder}/tokenizer.safetensors", "fvq", task.net, params)
-
-        def run_step():
-            nonlocal state
-            state, metrics = jax.block_until_ready(step(state, batch, task.frozen))
-            for name in LOSSES:
-                if f"loss/{name}" in metrics.scalars:
-                    first.setdefault(name, float(metrics.scalars[f"loss/{name}"]))
-
-        def run_quantizer():
-            jax.block_until_ready(quantizer(state.networks["tokenizer"].params["quantizer"], latent))
-
-        return {
-            "step": run_step,
-            "quantizer": run_quantizer,
-            "losses": lambda: first,
-            "parameters": lambda: parameters,
-            "counted": lambda: counted,
-            "device": lambda: jax.devices()[0].device_kind,
-        }
-
-    return build
-
-
 def load_torch(config: ConfigDict, folder: str, compiled: bool) -> Any:
     """The PyTorch step."""
     from benchmarks import torch_step
 
-    return torch_step.load(config, folder, *inputs(config), compiled)
-
-
-def inputs(config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
-    """Random images, uint8 [b, H, W, 3], and latents for the quantizer alone, float32 [b, h, w, d]."""
-    rng, size = np.random.default_rng(0), config.data.image_size
-    grid = size // downsampling(config)
-    images = rng.integers(0, 256, (config.batch_size, size, size, 3), np.uint8)
-    return images, rng.standard_normal((config.batch_size, grid, grid, config.tokenizer.quantizer.code_dim), np.float32)
+    return torch_step.load(config, folder, *jax_step.inputs(config), compiled)
 
 
 def write_lpips(path: Path) -> None:
@@ -220,7 +137,7 @@ class Step:
             sized = with_batch(config, self.row["batch"])
             try:
                 if method == "fvq_jax":
-                    self.worker = Worker("jax", load_jax, sized, folder)
+                    self.worker = Worker("jax", jax_step.load, sized, folder)
                 else:
                     self.worker = Worker("torch", load_torch, sized, folder, method == "torch")
             except DoesNotFitError as error:
@@ -298,23 +215,6 @@ def main() -> None:
         sys.stdout.write("\n" + markdown_table(rows, used))
     if different := [row["status"] for row in rows if row["status"].startswith("another network")]:
         sys.exit(different[0])
-
-
-def _spread(quantizer):
-    """Makes bridged codes differ, as they do after a few steps: at first all of them are zero."""
-    import jax
-
-    def spread(path, leaf):
-        is_last = "recover" in jax.tree_util.keystr(path) and leaf.ndim == 2
-        return leaf + 0.02 * jax.random.normal(jax.random.key(0), leaf.shape) if is_last else leaf
-
-    return jax.tree.map_with_path(spread, quantizer)
-
-
-def _size(tree):
-    import jax
-
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 if __name__ == "__main__":
