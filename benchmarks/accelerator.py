@@ -81,13 +81,13 @@ def last_lines(path: Path, count: int) -> list[str]:
 def run(args: argparse.Namespace, out: Path, scratch: Path) -> None:
     """Runs the parts while the budget lasts."""
     began, rows = time.monotonic(), read_rows(out)
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(scratch / "jax"),  # programs that several parts compile
+    caches = {  # programs that several parts compile
+        "JAX_COMPILATION_CACHE_DIR": str(scratch / "jax"),
         "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
         "TRITON_CACHE_DIR": str(scratch / "triton"),
-        "PYTHONPATH": str(ROOT),
-        "PYTHONUNBUFFERED": "1",
     }
+    paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    environment = caches | os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     with (out / RESULTS).open("a") as results:
         lock = threading.Lock()
 

@@ -4,9 +4,10 @@
       --config.data.train_dir=PHOTOS/train --config.data.eval_dir=PHOTOS/val
   python -m fvq_jax.evaluate --workdir=DIR --data=PHOTOS/val --crops=4096 --out=DIR/val
 
-64 x 64 crops of pictures whose shorter side was resized to 96..192 pixels, 4x down-sampling, 256 tokens a crop, 8
-dimensions, no LPIPS and no discriminator. The bridge's groups grow with the codebook, as in the paper: S/4 for 16,384
-codes, S/8 up to 262,144, S/16 above. Codes start on latents, and so do again those that are not chosen for long;
+64 x 64 crops of pictures whose shorter side was resized to 96..192 pixels, 8 dimensions, no LPIPS and no discriminator.
+Down-sampling is 4x, 256 tokens a crop, and 2x, 1,024 tokens, for the largest codebooks, which need so many. The
+bridge's groups grow with the codebook, as in the paper: S/4 for 16,384 codes, S/8 up to 262,144, S/16 above. Codes
+start on latents, and so do again those that are not chosen for long;
 `--config.tokenizer.quantizer.restart_after=0` is the published start. Usage means little below some ten tokens for
 every code: the second command counts 1,048,576, and its page says how much of the codebook even use would show.
 Arguments: `codes=N`, `bridge=NAME` (`bridge=none` and `bridge=linear` to compare with), `smoke` (seconds),
@@ -15,29 +16,28 @@ Arguments: `codes=N`, `bridge=NAME` (`bridge=none` and `bridge=linear` to compar
 
 from configs import common, quickstart
 
-# (most codes, side of the bridge's groups, training steps, restart_after). The steps are for an hour on two cores, or
-# two hours from 65,536 codes on. Of the 4,096 tokens of a step a code gets less and less, so it must be found sooner.
+# (most codes, side of the bridge's groups, widths of the network, one a resolution, training steps)
 SIZES = (
-    (4096, 2, 2000, 8.0),
-    (16384, 4, 3000, 8.0),
-    (65536, 8, 5000, 8.0),
-    (262144, 8, 4000, 4.0),
-    (1048576, 16, 1200, 1.0),
+    (4096, 2, (1, 1, 1), 2000),
+    (16384, 4, (1, 1, 1), 3000),
+    (65536, 8, (1, 1, 1), 5000),
+    (262144, 8, (1, 1), 4000),
+    (1048576, 16, (1, 1), 4000),
 )
 
 
 def get_config(arg=""):
     """The quickstart with less network and more codes."""
     args = common.parse_arg(arg, codes=16384, bridge="", smoke=False, batch=0)
-    _, patch, steps, restart_after = next((size for size in SIZES if args["codes"] <= size[0]), SIZES[-1])
+    _, patch, ch_mult, steps = next((size for size in SIZES if args["codes"] <= size[0]), SIZES[-1])
     config = quickstart.get_config(f"bridge={args['bridge'] or f'S/{patch}'}")
     config.steps, config.optim.warmup_steps = steps, steps // 10
     config.batch_size = config.eval.batch_size = 16
-    config.tokenizer.ch_mult = (1, 1, 1)
+    config.tokenizer.ch_mult = ch_mult
     config.tokenizer.z_channels = 32
     config.tokenizer.quantizer.codebook_size = args["codes"]
     config.tokenizer.quantizer.code_dim = 8
-    config.tokenizer.quantizer.restart_after = restart_after
+    config.tokenizer.quantizer.restart_after = 2.0
     config.data.source = "folder"
     config.data.image_size = 64
     config.data.resize_min, config.data.resize_max = 96, 192
