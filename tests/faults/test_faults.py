@@ -128,6 +128,7 @@ def test_killed_at_any_moment_a_run_goes_on_from_a_complete_checkpoint(prepared,
     kill_and_go_on(prepared, uninterrupted, tmp_path, table, "`kill -9` at a random moment", 20 if ALL else 3)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_the_training_of_a_generator_goes_on(tmp_path_factory, table):
     """With its moving average, and codes whose order and crops follow from the step."""
     folder = tmp_path_factory.mktemp("generator")

@@ -128,6 +128,7 @@ def test_an_evaluation_uses_it_and_does_not_touch_it(sizes):
     assert points.shape == (64, 2)
 
 
+@pytest.mark.slow
 def test_a_run_with_it_resumes_bit_for_bit(tmp_path):
     config = ema_config(steps=3, **{"checkpoint.every_steps": 2})
     train(TokenizerTask, config, tmp_path / "whole")

@@ -181,6 +181,7 @@ def test_codes_of_a_trained_tokenizer_keep_their_places():
     assert np.any(state["placement"]["placement"]["mean"])  # the frame is there
 
 
+@pytest.mark.slow
 def test_a_run_resumes_bit_for_bit(tmp_path):
     config = tiny_config(**{"tokenizer.ch_mult": (1,), "data.image_size": 8, "tokenizer.quantizer.restart_after": 1})
     mesh = mesh_of(1, 1)

@@ -72,6 +72,7 @@ def test_the_result_line_has_the_scores_of_the_best_guidance(finished):
     json.dumps(result)
 
 
+@pytest.mark.slow
 def test_the_page_and_tensorboard_show_samples_of_every_class(finished):
     workdir, _ = finished
     page = (workdir / "report" / "index.html").read_text()

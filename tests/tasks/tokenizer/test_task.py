@@ -191,6 +191,7 @@ def test_the_adversarial_terms_wait_for_their_step():
     assert largest_difference(before, state.networks["discriminator"].params) > 0
 
 
+@pytest.mark.slow
 def test_micro_batches_give_the_gradient_of_the_whole_batch():
     """Of the tokenizer, before the discriminator takes part: its BatchNorm sees micro-batches by definition."""
     whole, split = (first_step(**CRITIC, **{"optim.accumulate": n})[-1] for n in (1, 4))
