@@ -209,13 +209,14 @@ def test_prepared_pictures_score_as_their_folder(saved, folder, tmp_path, capsys
 def test_other_tokenizers_are_scored_on_the_same_pictures(saved, folder, tmp_path, capsys, monkeypatch):
     written = []
     monkeypatch.setattr(evaluate, "write_report", lambda folder, report: written.append(report))
-    other = tmp_path / "other"
+    other, namesake = tmp_path / "other", tmp_path / "again/other"
     Tokenizer(random_tokenizer(1, bridge="none", codebook_size=16)).save_pretrained(other)
+    shutil.copytree(other, namesake)
     options = [f"--size={SIZE}", f"--data={folder}", f"--out={tmp_path / 'out'}"]
     alone, _ = run(capsys, f"--tokenizer={other}", *options)
-    both, _ = run(capsys, f"--tokenizer={saved}", f"--compare={other},{saved}", *options)
-    (second, third) = both["compared"]
-    assert [second["path"], third["path"]] == [str(other), str(saved)]
+    both, _ = run(capsys, f"--tokenizer={saved}", f"--compare={other},{saved},{namesake}", *options)
+    second, third, fourth = both["compared"]
+    assert [second["path"], third["path"], fourth["path"]] == [str(other), str(saved), str(namesake)]
     for name in ("psnr", "usage", "quantization_error", "perplexity"):
         assert second[name] == pytest.approx(alone[name], rel=1e-6)
         assert third[name] == pytest.approx(both[name], rel=1e-6)
@@ -223,7 +224,8 @@ def test_other_tokenizers_are_scored_on_the_same_pictures(saved, folder, tmp_pat
     report = written[-1]
     text = page(report)
     assert text.count(f'<td title="{saved}">') == 1  # the first is "this one"
-    assert f'<td title="{other}">other</td><td class="text">16 ' in text
+    for path in (other, namesake):  # as much of the path as tells them from each other
+        assert f'<td title="{path}">{path.parent.name}/other</td><td class="text">16 ' in text
     shown = [example.position for example in report.found.examples.spread]
     assert [example.position for example in report.compared[0].spread] == shown
     assert written[0].compared == []
@@ -255,7 +257,8 @@ def test_a_missing_weight_file_is_named_and_the_rest_computed(saved, folder, tmp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--size=15"], "--size 15: images of 15 x 15 pixels do not fit the down-sampling of 2"),
+        (["--size=15"], "tok: images of 15 x 15 pixels do not fit the down-sampling of 2"),
+        (["--size=16", "--compare=,"], "argument --compare: names no tokenizer"),
         (["--size=16", "--batch=0"], "--batch must be at least 1"),
         (["--size=16", "--images=-1"], "--images, --crops and --seed at least 0"),
         (["--size=16", "--inception=PICTURE"], "is damaged or not written by torch.save"),

@@ -293,7 +293,7 @@ def _load(path: Path, size: int, l2_norm: bool | None) -> Tokenizer:
     try:
         tokenizer.code_shape(size, size)
     except InputError as error:
-        raise InputError(f"--size {size}: {error}") from None
+        raise InputError(f"--size {size}: {path}: {error}") from None
     return tokenizer
 
 

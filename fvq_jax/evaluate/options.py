@@ -18,6 +18,14 @@ _OF_RECONSTRUCTIONS = (  # options that only the scoring of a tokenizer has
 SIZE = 256  # of the crops, unless a workdir says on which size it was trained
 
 
+def _paths(text: str) -> list[Path]:
+    """The paths between the commas; an error of the option if there are none."""
+    paths = [Path(part) for part in text.split(",") if part]
+    if not paths:
+        raise argparse.ArgumentTypeError("names no tokenizer")
+    return paths
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options; ends the program with one line if they do not fit each other."""
     parser = Parser(prog="fvq_jax.evaluate", description="Scores a trained tokenizer, or samples of a generator.")
@@ -33,7 +41,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--compare",
         metavar="PATHS",
-        type=lambda text: [Path(part) for part in text.split(",") if part],
+        type=_paths,
         default=[],
         help="further tokenizers (workdirs, folders or files, with commas between them) that are scored on the same "
         "pictures and shown side by side with the first",

@@ -19,6 +19,7 @@ import numpy as np
 from fvq_jax.interop.named_tensors import abstract_params, abstract_variables, check_tensors, write_safetensors
 from fvq_jax.interop.tokenizer_checkpoint import read_checkpoint
 from fvq_jax.interop.torch_file import read_tensors
+from fvq_jax.models.layers import levels_from_zero
 from fvq_jax.models.quantizers import make_quantizer, quantizer_settings
 from fvq_jax.models.tokenizer import TokenizerNet, fold
 from fvq_jax.runtime.errors import InputError, require
@@ -163,8 +164,10 @@ def _settings(net: TokenizerNet) -> dict[str, Any]:
 def _architecture(net: TokenizerNet) -> dict[str, Any]:
     """What decides the names and shapes of the parameters and what they mean, by the names of a config."""
     kind = {"name": quantizer_settings(net.quantizer)["name"]}
+    levels = sorted(levels_from_zero(net.attention_levels, len(net.ch_mult)))  # -1 is another name of the lowest
     return {
         **{name: getattr(net, name) for name in (*FIELDS, *LATER_FIELDS)},
+        "attention_levels": tuple(levels),
         **{f"quantizer.{name}": value for name, value in {**kind, **net.quantizer.architecture()}.items()},
     }
 

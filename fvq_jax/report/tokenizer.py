@@ -130,17 +130,19 @@ def _side_by_side(report: Report) -> str:
         return ""
     first = Compared("this one", report.tokenizer, report.metrics, report.found.examples.spread)
     tokenizers = (first, *report.compared)
+    labels = _labels([other.name for other in tokenizers])
     shown = [name for name in _SIDE_BY_SIDE if any(name in other.metrics for other in tokenizers)]
     head = "".join(f"<th>{METRICS[name].heading_with_unit}</th>" for name in shown)
     lines = "".join(
-        f'<tr class="{"own" if other is first else ""}"><td title="{escape(other.name)}">{escape(_short(other.name))}'
+        f'<tr class="{"own" if other is first else ""}"><td title="{escape(other.name)}">{escape(label)}'
         f'</td><td class="text">{escape(other.tokenizer.title)}</td>'
         + "".join(f"<td>{METRICS[name].text(other.metrics.get(name), NONE)}</td>" for name in shown)
         + "</tr>"
-        for other in tokenizers
+        for other, label in zip(tokenizers, labels, strict=True)
     )
     pictures = [("original", [example.original for example in first.spread])]
-    pictures += [(_short(other.name), [example.reconstruction for example in other.spread]) for other in tokenizers]
+    reconstructed = ([example.reconstruction for example in other.spread] for other in tokenizers)
+    pictures += zip(labels, reconstructed, strict=True)
     grid = "".join(
         f'<tr><td class="text">{escape(name)}</td>'
         + "".join(
@@ -159,9 +161,15 @@ def _side_by_side(report: Report) -> str:
     )
 
 
-def _short(name: str) -> str:
-    """The last part of a path."""
-    return Path(name).name or name
+def _labels(names: Sequence[str]) -> list[str]:
+    """The last part of every path, with as many parts before it as tell the paths from each other."""
+    parts = [Path(name).parts or (name,) for name in names]
+    longest = max(map(len, parts))
+    for count in range(1, longest + 1):
+        labels = ["/".join(of[-count:]) for of in parts]
+        if len(set(labels)) == len(set(names)):
+            break
+    return labels
 
 
 def _header(report: Report) -> str:

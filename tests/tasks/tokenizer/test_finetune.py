@@ -211,6 +211,7 @@ def test_every_kind_of_saved_tokenizer_can_be_started_from(name, saved):
         return TokenizerTask(config, one_device()).load(str(saved / name))
 
     assert not changed(loaded(), load(saved / name).params)
+    assert not changed(loaded(**{"tokenizer.attention_levels": (len(config_of().tokenizer.ch_mult) - 1,)}), loaded())
     # Where there are no groups, the kind of groups is nothing that could differ.
     groups = {"tokenizer.quantizer.bridge_groups": "1d"}
     if bridge == "none":
