@@ -252,8 +252,9 @@ class Generator:
         Raises:
           InputError: the layout is unknown, or it cannot be written to `path`.
         """
+        path = Path(path).expanduser()
         if layout is None:
-            if Path(path).suffix in ENDINGS or Path(path).is_file():
+            if path.suffix in ENDINGS or path.is_file():
                 raise InputError(f"without a layout a folder is written, and {path} is a file: use layout={LAYOUT!r}")
             save_generator_folder(path, self._saved)
         elif layout == LAYOUT:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -60,4 +61,4 @@ def load_quantizer(path: str | os.PathLike[str], name: str, **settings: Any) -> 
       InputError: the file cannot be read, its tensors are not exactly those of such a quantizer (the message names
         them), or there is no such kind or setting.
     """
-    return LoadedQuantizer(*read_quantizer(path, name, settings))
+    return LoadedQuantizer(*read_quantizer(Path(path).expanduser(), name, settings))

@@ -75,7 +75,7 @@ def load(
     Raises:
       InputError: there is no tokenizer at `path`, it is damaged or incomplete, or a keyword contradicts it.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.exists():
         raise InputError(f"there is no tokenizer at {path}: the path does not exist")
     if not path.is_dir():

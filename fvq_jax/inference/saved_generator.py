@@ -81,7 +81,7 @@ def load_generator(
     Raises:
       InputError: there is no generator at `path`, it is damaged or incomplete, or a keyword contradicts it.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     require(path.exists(), f"there is no generator at {path}: the path does not exist")
     workdir = (path / CHECKPOINTS).is_dir() and (path / CONFIG).exists()
     require(use_ema is None or workdir, f"{path} is no training workdir, so use_ema does nothing: leave it out")
@@ -107,7 +107,7 @@ def is_generator(path: str | os.PathLike[str]) -> bool:
 
     Looks at names of tensors and at config.json only. InputError if these are damaged.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_file():
         return is_gpt_file(path)
     config = read_json(path / CONFIG) if (path / CONFIG).exists() else {}

@@ -333,8 +333,9 @@ class Tokenizer:
                 f'the layout "{layout}" holds a single table, and this tokenizer has one for each of {self.classes} '
                 f'classes: give condition, a label in 0..{self.classes - 1}, or "{NULL}" for no class'
             )
+        path = Path(path).expanduser()
         if layout is None:
-            if Path(path).suffix in ENDINGS or Path(path).is_file():
+            if path.suffix in ENDINGS or path.is_file():
                 raise InputError(f"without a layout a folder is written, and {path} is a file: {_layouts()}")
             save_folder(path, self._saved)
         elif single:

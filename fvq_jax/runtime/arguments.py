@@ -3,15 +3,20 @@
 import argparse
 import re
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.exits import fail
+from fvq_jax.runtime.paths import with_home
 from fvq_jax.runtime.processes import OPTIONS, TIMEOUT, Place
 
 
 class Parser(argparse.ArgumentParser):
     """argparse, with bad arguments reported by `fail` instead of in several lines."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parses, with `~` standing for the home directory."""
+        return super().parse_known_args(with_home(sys.argv[1:] if args is None else args), namespace)
 
     def error(self, message: str) -> NoReturn:
         """Writes the message in one line and ends the program with exit code 2."""

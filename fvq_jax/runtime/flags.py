@@ -12,6 +12,7 @@ from ml_collections import config_flags
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.exits import BAD_INPUT, fail
 from fvq_jax.runtime.names import did_you_mean, dotted
+from fvq_jax.runtime.paths import with_home
 from fvq_jax.runtime.processes import OPTIONS, TIMEOUT, Place
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, report")
@@ -33,7 +34,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     --help ends it with exit code 0.
     """
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(with_home(argv))
         if CONFIG.value is not None:
             CONFIG.value.keys()  # a file that could not be read raises only at this access
         return rest

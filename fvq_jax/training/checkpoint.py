@@ -21,11 +21,13 @@ from fvq_jax.runtime.agreement import gather_texts
 from fvq_jax.runtime.checksums import find_damage, write_checksums
 from fvq_jax.runtime.errors import InputError, RunError, StorageError
 from fvq_jax.runtime.names import path_name
+from fvq_jax.runtime.paths import require_no_pattern
 from fvq_jax.runtime.storage import CHECKPOINTS, brief, saving_errors
 from fvq_jax.training.state import TrainState
 
 DAMAGED = "checkpoints_damaged"  # damaged checkpoints are moved there, so that their steps can be saved again
 STAMP = "_CHECKPOINT_METADATA"  # Orbax notes the time in this file when it renames the folder; nothing in it is needed
+MERGED = "manifest.ocdbt"  # the index of all arrays, which Orbax makes of what each process wrote
 UNFINISHED = ".orbax-checkpoint-tmp"  # part of the name of a folder until its checkpoint is complete
 # A replicated array is written in parts, one by each device that holds it, if a part has at least so many bytes.
 # Cutting small arrays costs more than it saves: a program is compiled for every part.
@@ -58,6 +60,7 @@ class Checkpoints:
         self, workdir: str | os.PathLike[str], *, keep_last: int = 2, keep_every: int = 0, read_only: bool = False
     ):
         self._workdir = Path(workdir).absolute()
+        require_no_pattern(self._workdir)
         self._folder = self._workdir / CHECKPOINTS
         self._read_only = read_only
         self._saving: int | None = None
@@ -230,6 +233,8 @@ class Checkpoints:
         """
         name = f"step_{self._saving}"
         (folder,) = (path for path in self._folder.iterdir() if path.name.split(".")[0] == name)
+        if not (folder / "state" / MERGED).exists():
+            raise RuntimeError("Orbax merged nothing, so the arrays could not be read")
         write_checksums(folder, leave_out={STAMP})
 
     def _storage_errors(self) -> AbstractContextManager[None]:

@@ -72,7 +72,7 @@ def train(
     keep = {"keep_last": config.checkpoint.keep_last, "keep_every": config.checkpoint.keep_every}
     with contextlib.ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())  # first: a signal during preparation is not lost
-        stack.enter_context(storage_errors(Path(workdir).absolute()))
+        stack.enter_context(storage_errors(Path(workdir).expanduser().absolute()))
         check_same({"config": config.to_dict()})
         run = everywhere(lambda: prepare(task_class, config, workdir, stack))
         stack.enter_context(host_log(run.workdir, jax.process_index()))

@@ -22,6 +22,7 @@ from fvq_jax.config.resume import check_continues
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.files import replace_whole
 from fvq_jax.runtime.mesh import make_mesh
+from fvq_jax.runtime.paths import require_no_pattern
 from fvq_jax.runtime.storage import CONFIG, PROVENANCE, complete_steps
 from fvq_jax.runtime.workdir_lock import hold
 from fvq_jax.training.metric_files import read_metrics
@@ -77,7 +78,7 @@ def prepare(
     mesh = make_mesh(config.mesh.data, config.mesh.codebook)
     if config.batch_size % jax.process_count():
         raise InputError(f"batch_size {config.batch_size} is not divisible by {jax.process_count()} processes")
-    workdir = Path(workdir).absolute()
+    workdir = Path(workdir).expanduser().absolute()
     first = jax.process_index() == 0
     _check_workdir(workdir, task_class, config)
     if first:
@@ -120,6 +121,7 @@ def _check_workdir(workdir: Path, task_class: type[Task], config: ConfigDict) ->
     path = workdir / CONFIG
     if ":/" in str(workdir):
         raise InputError(f"workdir {workdir} is not a local path: mount the bucket and give the mounted folder")
+    require_no_pattern(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if path.exists():

@@ -1,0 +1,28 @@
+"""Paths as people give them: `~` for the home directory, and characters that a library takes for a pattern."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from fvq_jax.runtime.errors import InputError
+
+_HOME = re.compile(r"(^|[=,])(~[\w.-]*)(?=/|,|$)")
+_PATTERN = re.compile(r"[*?\[\]\\]")
+
+
+def with_home(arguments: Sequence[str]) -> list[str]:
+    """Replaces `~` and `~user` at the start of arguments, of their values and after commas.
+
+    A shell does so at the start of a word only: it leaves `--workdir=~/runs` as it is.
+    """
+    return [_HOME.sub(lambda found: found[1] + os.path.expanduser(found[2]), text) for text in arguments]
+
+
+def require_no_pattern(folder: Path) -> None:
+    """InputError if the path, made absolute, has a character by which Orbax, which globs, would not find its files."""
+    if found := _PATTERN.search(str(folder.absolute())):
+        raise InputError(
+            f"the path {folder} has a {found.group()!r}, with which checkpoints could not be read: "
+            f"use another folder, or rename this one"
+        )
