@@ -5,7 +5,6 @@ config is printed with its value, its default and what it means. Exit codes: 0 t
 75 interrupted and saved (start me again), 1 anything else.
 """
 
-import json
 import sys
 
 import jax
@@ -16,6 +15,7 @@ from fvq_jax.config.explain import explain
 from fvq_jax.runtime import exits
 from fvq_jax.runtime.allocation import keep_memory
 from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.files import json_text
 from fvq_jax.runtime.flags import CONFIG, ONE_RUN, PROFILE_STEPS, WORKDIR, keep_compiled, parse_flags, place
 from fvq_jax.runtime.logs import set_up_logging
 from fvq_jax.tasks import task_of
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     if result.interrupted:
         return exits.INTERRUPTED
     if jax.process_index() == 0:
-        sys.stdout.write(json.dumps(result.summary) + "\n")
+        sys.stdout.write(json_text(result.summary) + "\n")
         sys.stdout.flush()
     return 0
 

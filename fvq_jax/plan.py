@@ -8,7 +8,6 @@ With `--json` standard output is one JSON object. Exit codes: 0 (also when the r
 
 import dataclasses
 import importlib.util
-import json
 import os
 import sys
 import time
@@ -22,6 +21,7 @@ from ml_collections import ConfigDict
 
 from fvq_jax.runtime import chips, exits
 from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.files import json_text
 from fvq_jax.runtime.flags import CONFIG, parse_flags
 from fvq_jax.runtime.mesh import mesh_shape
 from fvq_jax.tasks import task_of
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
     result = dataclasses.asdict(plan)
     if FIT_BATCH.value:
         result["largest_batch"] = _fit_batch(task_class, config, devices, plan)
-    text = json.dumps(result) if JSON.value else _table(result, task_class.unit, config, devices)
+    text = json_text(result) if JSON.value else _table(result, task_class.unit, config, devices)
     sys.stdout.write(text + "\n")
     return 0
 

@@ -19,7 +19,6 @@ import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import sys
@@ -48,7 +47,7 @@ from fvq_jax.runtime import exits
 from fvq_jax.runtime.agreement import check_same, everywhere
 from fvq_jax.runtime.arguments import Parser, add_place, grid_sides, place, true_or_false
 from fvq_jax.runtime.errors import InputError, require
-from fvq_jax.runtime.files import replace_whole
+from fvq_jax.runtime.files import json_text, replace_whole
 from fvq_jax.runtime.hosts import rows_of_all_hosts
 from fvq_jax.runtime.names import did_you_mean
 
@@ -67,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 def _sample(args: argparse.Namespace) -> int:
     result = sample(args)
     if jax.process_index() == 0:
-        sys.stdout.write(json.dumps(result) + "\n")
+        sys.stdout.write(json_text(result) + "\n")
         sys.stdout.flush()
     return 0
 

@@ -23,7 +23,9 @@ SHARED: dict[str, Field] = {
     "epochs": Field(40.0, "Length of the run in epochs; 0: the field steps gives it."),
     "init_from": Field("", "Where the main network of a new run starts: checkpoint, saved network or workdir."),
     "on_nan": Field(
-        "stop", "If a loss or gradient is not finite: stop, or skip and count the step.", choices=("stop", "skip")
+        "stop",
+        "If a loss or gradient is not finite: stop, or skip and count the step; after 100 in a row stop too.",
+        choices=("stop", "skip"),
     ),
     "mesh.data": Field(-1, "Size of the mesh's data axis; -1: all devices that are left.", least=None),
     "mesh.codebook": Field(1, "Size of the mesh's codebook axis, which divides rows of the codebook.", least=None),

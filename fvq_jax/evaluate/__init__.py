@@ -56,7 +56,7 @@ from fvq_jax.runtime import exits
 from fvq_jax.runtime.agreement import check_same, everywhere
 from fvq_jax.runtime.arguments import place
 from fvq_jax.runtime.errors import InputError
-from fvq_jax.runtime.files import make_folder, write_whole
+from fvq_jax.runtime.files import json_text, make_folder, write_whole
 from fvq_jax.runtime.hosts import rows_of_all_hosts
 from fvq_jax.runtime.names import dotted
 from fvq_jax.runtime.storage import CONFIG
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     report = evaluate(args) if args.samples is None and args.generator is None else evaluate_samples(args)
     if jax.process_index() == 0:
-        sys.stdout.write(json.dumps(report) + "\n")
+        sys.stdout.write(json_text(report) + "\n")
         sys.stdout.flush()
     return 0
 
@@ -153,7 +153,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "not_computed": report.not_computed,
         "compared": [{"path": other.name, **other.metrics} for other in report.compared],
     }
-    write_whole(args.out / METRICS, json.dumps(metrics, indent=2) + "\n")  # first: the page only shows it
+    write_whole(args.out / METRICS, json_text(metrics, indent=2) + "\n")  # first: the page only shows it
     write_report(args.out, report)
     return metrics
 

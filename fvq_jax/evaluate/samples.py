@@ -5,7 +5,6 @@
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +31,7 @@ from fvq_jax.ops.sampling import SCHEDULES
 from fvq_jax.report.generator import GeneratorReport, SampleSet, best_of, first_of_classes, write_generator_report
 from fvq_jax.runtime.agreement import everywhere
 from fvq_jax.runtime.errors import InputError, require
-from fvq_jax.runtime.files import make_folder, write_whole
+from fvq_jax.runtime.files import json_text, make_folder, write_whole
 from fvq_jax.runtime.hosts import sum_over_hosts
 
 METRICS = "metrics.json"
@@ -128,7 +127,7 @@ def evaluate_samples(args: argparse.Namespace) -> dict[str, Any]:
     metrics = facts | _figures(best, reference) | {"not_computed": missing}
     if len(scored) > 1:
         metrics |= {"best": best.name, "sets": [{"name": one.name, **_figures(one, reference)} for one in scored]}
-    write_whole(args.out / METRICS, json.dumps(metrics, indent=2) + "\n")  # first: the page only shows it
+    write_whole(args.out / METRICS, json_text(metrics, indent=2) + "\n")  # first: the page only shows it
     title = _title(args, sets)
     write_generator_report(args.out, GeneratorReport(title, facts, samples=scored, not_computed=missing))
     return metrics

@@ -56,9 +56,25 @@ def run(program: Callable[[], int], join: Callable[[], None] | None = None) -> i
     except RunError as error:
         _leave(str(error), together=error.shared)
     except Exception as error:
+        if missing := missing_platform():
+            return fail(missing, BAD_INPUT)
         if jax.process_count() == 1 or not _OTHERS.search(str(error)):
             raise
         _leave(f"lost another process of this run: {str(error).strip().splitlines()[0]}; start all of them again")
+
+
+def missing_platform() -> str:
+    """Why JAX cannot start on the platform that was asked for, in one line; empty if it can."""
+    try:
+        jax.devices()
+    except (AssertionError, RuntimeError) as error:
+        asked = jax.config.values["jax_platforms"]
+        said = next(iter(str(error).splitlines()), "") or "this installation of JAX has none of them"
+        return (
+            f"JAX cannot start on JAX_PLATFORMS={asked}: {said}; unset it to take what is there, or install JAX for "
+            f"that platform (README.md)"
+        )
+    return ""
 
 
 def fail(message: str, code: int = BAD_INPUT) -> int:

@@ -1,7 +1,8 @@
-"""Writing a file so that no reader ever sees half of it, making the folder that it goes to, and reading JSON."""
+"""Writing a file so that no reader ever sees half of it, making the folder that it goes to; JSON, written and read."""
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,19 @@ def write_whole(path: Path, text: str) -> None:
             unfinished.write_text(text)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON of dicts, lists and scalars; numbers that are not finite, of which JSON has none, are null."""
+
+    def strict(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: strict(inner) for name, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [strict(inner) for inner in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(strict(value), indent=indent, allow_nan=False)
 
 
 def read_json(path: Path) -> dict[str, Any]:

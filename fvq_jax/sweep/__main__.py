@@ -10,7 +10,6 @@ run, 2 bad input (also if points were refused, and none failed), 75 interrupted 
 failed. docs/sweeps.md says more.
 """
 
-import json
 import re
 import runpy
 import shlex
@@ -26,6 +25,7 @@ from fvq_jax.runtime import exits
 from fvq_jax.runtime.arguments import Parser
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.exits import BAD_INPUT, FAILED, INTERRUPTED
+from fvq_jax.runtime.files import json_text
 from fvq_jax.runtime.flags import CONFIG, ONE_RUN, WORKDIR, parse_flags
 from fvq_jax.sweep.page import write_report
 from fvq_jax.sweep.points import Point, command, joined_argument, make_points, read_sweep
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     else:
         outcomes = run_points(chosen, command_of, PARALLEL.value)
         result, code = summary(outcomes) | {"workdir": WORKDIR.value}, exit_code(outcomes)
-    sys.stdout.write(json.dumps(result) + "\n")
+    sys.stdout.write(json_text(result) + "\n")
     sys.stdout.flush()
     return code
 
@@ -134,7 +134,7 @@ def _report(argv: list[str]) -> int:
     parser = Parser(prog="fvq_jax.sweep report", description="Gathers the points of a sweep, finished or not.")
     parser.add_argument("workdir", metavar="DIR", type=Path, help="--workdir of the sweep")
     result = write_report(parser.parse_args(argv).workdir)
-    sys.stdout.write(json.dumps(result) + "\n")
+    sys.stdout.write(json_text(result) + "\n")
     return 0
 
 

@@ -39,6 +39,7 @@ from fvq_jax.training.step_timer import StepTimer
 from fvq_jax.training.task import Evaluation, Task
 from fvq_jax.training.trace import Trace
 
+MOST_SKIPPED = 100  # steps in a row that `on_nan=skip` passes over; then the run would only go on to its end in vain
 AGREE_EVERY = 5  # steps between two checks whether any process was told to stop; each check waits for all of them
 
 
@@ -64,7 +65,8 @@ def train(
     Raises:
       InputError: before anything compiles, if config, data, weights or workdir cannot work; later, if over 1 %
         of the files turn out to be unreadable.
-      NonFiniteError: a loss or gradient norm is not finite and `on_nan` is "stop". Nothing of that step is kept.
+      NonFiniteError: a loss or gradient norm is not finite and `on_nan` is "stop", or so many steps in a row were
+        skipped that no later one is likely to be finite. Nothing of these steps is kept.
       StorageError: a checkpoint or a log could not be written.
       DataError: no batch came for `data.timeout` seconds, or a data worker has died.
     """
@@ -139,6 +141,7 @@ class _Loop:
         self._timed = record.get("timed", {"steps": 0, "seconds": 0.0})
         self._timer = StepTimer(self._config.batch_size)
         self._unchecked: tuple[int, dict[str, jax.Array]] | None = None
+        self._skipped_in_a_row = 0
 
     def run(self) -> Evaluation:
         """Does all steps that are left, then the final checkpoint and evaluation."""
@@ -287,12 +290,18 @@ class _Loop:
         step, scalars = self._unchecked
         self._unchecked = None
         bad = [f"{name} is {value}" for name, value in jax.device_get(scalars).items() if not math.isfinite(value)]
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if bad else 0
         if not bad:
             return
         message = f"step {step}: {', '.join(bad)}"
         if self._config.on_nan == "stop":
             raise NonFiniteError(f"{message}; the update was not applied and nothing was saved after it")
         logging.warning("%s; the update was skipped", message)
+        if self._skipped_in_a_row == MOST_SKIPPED:
+            raise NonFiniteError(
+                f"{message}; {MOST_SKIPPED} steps in a row were skipped, so no later one is likely to be finite: lower "
+                f"optim.learning_rate, or look at the data"
+            )
 
     def _interrupted(self) -> bool:
         """Whether to stop now; several processes agree on it every few steps."""

@@ -5,7 +5,6 @@ What is measured is left to the loop and the task.
 
 import errno
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from fvq_jax.runtime.files import replace_whole
+from fvq_jax.runtime.files import json_text, replace_whole
 
 METRICS_FILE = "metrics.jsonl"
 _HISTOGRAM_BUCKETS = 512
@@ -53,7 +52,7 @@ class MetricWriter:
         workdir.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(workdir) if start_step > 0 and row["step"] <= start_step]
         with replace_whole(workdir / METRICS_FILE) as unfinished:
-            unfinished.write_text("".join(_json_line(row) for row in kept))
+            unfinished.write_text("".join(json_text(row) + "\n" for row in kept))
         self._lines = (workdir / METRICS_FILE).open("a")
         self._tensorboard = SummaryWriter(
             str(workdir / "tensorboard"),
@@ -77,7 +76,7 @@ class MetricWriter:
             # TensorBoard's thread ends at its first error; adding anything after that would wait for ever.
             raise OSError(errno.EIO, "TensorBoard's files could not be written")
         row = {name: float(value) for name, value in values.items()}
-        self._lines.write(_json_line({"step": int(step), **row}))
+        self._lines.write(json_text({"step": int(step), **row}) + "\n")
         self._lines.flush()
         for name, value in row.items():
             self._tensorboard.add_scalar(name, value, step)
@@ -120,8 +119,3 @@ class MetricWriter:
             self._lines.close()
             self._tensorboard.close()
             self._tensorboard = None
-
-
-def _json_line(row: Mapping[str, Any]) -> str:
-    strict = {name: value if value is not None and math.isfinite(value) else None for name, value in row.items()}
-    return json.dumps(strict, allow_nan=False) + "\n"

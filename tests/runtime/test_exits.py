@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import textwrap
@@ -111,3 +112,19 @@ def test_a_process_of_several_that_is_killed_has_a_last_line():
     (line,) = ended.stderr.splitlines()
     assert line.startswith("fvq_jax: process 0 on ")
     assert line.endswith("was killed; start all of them again")
+
+
+@pytest.mark.parametrize("platform", ["cuda", "nothing"])
+def test_a_platform_that_is_not_there_is_one_line(platform):
+    program = """
+        import os, sys
+        from fvq_jax.runtime import exits
+        import jax
+        sys.exit(exits.run(lambda: len(jax.devices())))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    environment = os.environ | {"JAX_PLATFORMS": platform}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert result.returncode == exits.BAD_INPUT
+    assert f"fvq_jax: JAX cannot start on JAX_PLATFORMS={platform}: " in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr

@@ -1,9 +1,15 @@
+import json
 import os
 
 import pytest
 
 from fvq_jax.runtime.errors import InputError
-from fvq_jax.runtime.files import make_folder, replace_whole, write_whole
+from fvq_jax.runtime.files import json_text, make_folder, replace_whole, write_whole
+
+
+def test_json_has_no_numbers_that_are_not_finite():
+    value = {"a": float("nan"), "b": [1.5, float("inf")], "c": (True, None, "x", 3)}
+    assert json.loads(json_text(value)) == {"a": None, "b": [1.5, None], "c": [True, None, "x", 3]}
 
 
 def test_the_new_file_takes_the_place_of_the_old_when_it_is_whole(tmp_path):

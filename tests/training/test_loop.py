@@ -13,6 +13,7 @@ import pytest
 from fvq_jax.data.prefetch import Prefetch
 from fvq_jax.runtime.errors import NonFiniteError
 from fvq_jax.runtime.mesh import make_mesh
+from fvq_jax.training import loop
 from fvq_jax.training.checkpoint import Checkpoints
 from fvq_jax.training.loop import train
 from fvq_jax.training.metric_files import read_metrics
@@ -147,7 +148,7 @@ def test_keeps_the_last_checkpoints_and_every_so_many_steps(five_steps):
 
 def breaks_after_one_step(**changes):
     """The first update is so large that nothing is finite afterwards."""
-    return regression_config(steps=3, **{"optim.learning_rate": 1e38, "optim.warmup_steps": 0, **changes})
+    return regression_config(**{"steps": 3, "optim.learning_rate": 1e38, "optim.warmup_steps": 0, **changes})
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
@@ -165,3 +166,10 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
     assert int(state.skipped) == 2
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     assert [row["skipped_steps"] for row in read_metrics(tmp_path) if "skipped_steps" in row] == [0, 1, 2]
+
+
+def test_a_run_that_skips_step_after_step_gives_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "MOST_SKIPPED", 3)
+    config = breaks_after_one_step(on_nan="skip", **{"eval.every_steps": 0, "steps": 9, "checkpoint.every_steps": 1})
+    with pytest.raises(NonFiniteError, match=r"step 4: .*; 3 steps in a row were skipped, so no later one is likely"):
+        train(RegressionTask, config, tmp_path)
