@@ -7,6 +7,7 @@ tokenizer that has one per class.
 import functools
 import hashlib
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -195,13 +196,21 @@ class Tokenizer:
         table: Any = jax.jit(functools.partial(self.net.apply, method="table"))({"params": self.params})
         return None if table is None else np.asarray(table)
 
-    def encode(self, images: ArrayLike, labels: ArrayLike | str | None = None) -> Int[np.ndarray, "b ..."]:
+    def encode(
+        self,
+        images: ArrayLike,
+        labels: ArrayLike | str | None = None,
+        *,
+        value_range: tuple[float | int, float | int] | None = None,
+    ) -> Int[np.ndarray, "b ..."]:
         """Images to codes: a numpy array, int32 [b, h, w], in [0, k).
 
         A quantizer with levels has more codes per image: residual [b, h, w, depth], multi-scale [b, codes].
 
         Args:
-          images: [b, H, W, 3], uint8, or floating-point in [-1, 1]; any b, H and W multiples of `downsampling`.
+          images: [b, H, W, 3], uint8, or floating-point in `value_range`; any b, H and W multiples of `downsampling`.
+          value_range: black and white of floating-point images, such as (0, 1). None stands for (-1, 1), with a
+            warning if no value of the images is below 0, since pictures in [0, 1] are often meant then.
           labels: with `classes`, the classes of the images, whole numbers [b] in [0, classes), or "null", which takes
             the table of no class for all of them; otherwise None.
 
@@ -209,19 +218,25 @@ class Tokenizer:
           InputError: another shape, type or range; labels are missing, or not needed; the quantizer takes images of
             another size only.
         """
-        images, grid = self._checked(images)
+        images, grid = self._checked(images, value_range)
         numbers = self._numbers(labels, len(images))
         nothing = np.zeros((0, *self.net.quantizer.code_shape(*grid)), np.int32)
         if numbers is None:
             return self._in_parts(self._encode, images, nothing)
         return self._by_class(self._search, self._all_latents(images, grid), numbers, nothing)
 
-    def reconstruct(self, images: ArrayLike, labels: ArrayLike | str | None = None) -> Reconstruction:
+    def reconstruct(
+        self,
+        images: ArrayLike,
+        labels: ArrayLike | str | None = None,
+        *,
+        value_range: tuple[float | int, float | int] | None = None,
+    ) -> Reconstruction:
         """Encodes and decodes, and says how far the latents are from the vectors that their codes stand for.
 
-        Arguments and errors are those of `encode`.
+        Arguments and errors are those of `encode`. What comes out is in [-1, 1], whatever `value_range` is.
         """
-        images, grid = self._checked(images)
+        images, grid = self._checked(images, value_range)
         numbers, quantizer = self._numbers(labels, len(images)), self.net.quantizer
         latents, codes = self._all_latents(images, grid), np.zeros((0, *quantizer.code_shape(*grid)), np.int32)
         vectors, params = np.zeros((0, *grid, quantizer.latent_dim), np.float32), self._on_devices.get("quantizer", {})
@@ -235,24 +250,21 @@ class Tokenizer:
         error, power = quantization_error(quantizer.compared(jnp.asarray(latents)), jnp.asarray(vectors))
         return Reconstruction(pixels, codes, np.asarray(error), np.asarray(power))
 
-    def _checked(self, images: ArrayLike) -> tuple[np.ndarray, tuple[int, int]]:
+    def _checked(
+        self, images: ArrayLike, value_range: tuple[float | int, float | int] | None
+    ) -> tuple[np.ndarray, tuple[int, int]]:
         """The images, uint8 or float32 in [-1, 1], and their grid. InputError for what is no image or does not fit."""
         images = np.asarray(images)
         factor = self.downsampling
         if images.ndim != 4 or images.shape[-1] != 3:
-            raise InputError(f"images must be [b, H, W, 3], not {list(images.shape)}")
+            first = " (the channels come last)" if images.ndim == 4 and images.shape[1] == 3 else ""
+            raise InputError(f"images must be [b, H, W, 3], not {list(images.shape)}{first}")
         height, width = images.shape[1:3]
         self.code_shape(height, width)
         if images.dtype != np.uint8:
             if not jnp.issubdtype(images.dtype, jnp.floating):
                 raise InputError(f"images must be uint8, or floating-point in [-1, 1], not {images.dtype}")
-            images = images.astype(np.float32)
-            # Resizing and networks may go a little beyond [-1, 1]; values far beyond it were never scaled.
-            if images.size and not np.abs(images).max() <= 2:
-                raise InputError(
-                    f"floating-point images must be in [-1, 1], not from {images.min():g} to {images.max():g} "
-                    "(uint8 images are scaled here)"
-                )
+            images = _centred(images.astype(np.float32), value_range)
         return images, (height // factor, width // factor)
 
     def _all_latents(self, images: np.ndarray, grid: tuple[int, int]) -> Float[np.ndarray, "b h w d"]:
@@ -423,3 +435,25 @@ def _folded_codebook(net: TokenizerNet, params: dict[str, Any]) -> np.ndarray:
 
 def _layouts() -> str:
     return f"use layout={' or layout='.join(repr(name) for name in LAYOUTS)} for a file, and no layout for a folder"
+
+
+def _centred(images: np.ndarray, value_range: tuple[float | int, float | int] | None) -> np.ndarray:
+    """Floating-point images in [-1, 1]. InputError for values far beyond their range, a warning for an unlikely one."""
+    black, white = value_range or (-1, 1)
+    if not black < white:
+        raise InputError(f"value_range must be black and white, such as (0, 1), not {value_range}")
+    low, high = (images.min(), images.max()) if images.size else (black, white)
+    images = images if (black, white) == (-1, 1) else (images - black) * (2 / (white - black)) - 1
+    # Resizing and networks may go a little beyond the range; values far beyond it were never scaled.
+    if images.size and not np.abs(images).max() <= 2:
+        raise InputError(
+            f"floating-point images must be in [{black:g}, {white:g}], not from {low:g} to {high:g} "
+            "(value_range=(black, white) says what theirs is; uint8 images are scaled here)"
+        )
+    if value_range is None and images.size and low >= 0:
+        warnings.warn(
+            f"no value of these images is below 0 (they are from {low:g} to {high:g}), and they are taken for [-1, 1]: "
+            "give value_range=(0, 1) if that is meant, or (-1, 1) to say so",
+            stacklevel=4,
+        )
+    return images

@@ -131,6 +131,23 @@ def test_images_that_cannot_be_encoded_are_refused_in_one_line(images, message):
         tokenizer().encode(images)
 
 
+def test_the_range_of_floating_point_images_is_said_or_doubted():
+    tok, pixels = tokenizer(), pictures(2)
+    codes = tok.encode(pixels)
+    for low, high in ((0.0, 1.0), (0.0, 255.0), (-1.0, 1.0), (-0.5, 0.5)):
+        images = np.asarray(pixels, np.float64) / 255 * (high - low) + low
+        for found in (tok.encode, lambda *args, **how: tok.reconstruct(*args, **how).codes):
+            assert np.mean(found(images, value_range=(low, high)) == codes) > 0.98  # ties are broken by rounding
+    with pytest.warns(UserWarning, match=r"no value .* below 0 .*give value_range=\(0, 1\) if that is meant"):
+        tok.encode(pixels / np.float32(255))
+    with pytest.raises(InputError, match=r"must be in \[0, 1\], not from 0 to 255 .*value_range"):
+        tok.encode(np.linspace(0, 255, 768).reshape(1, 16, 16, 3), value_range=(0, 1))
+    with pytest.raises(InputError, match=r"value_range must be black and white, such as \(0, 1\), not \(1, 0\)"):
+        tok.encode(pixels / np.float32(255), value_range=(1, 0))
+    with pytest.raises(InputError, match=r"\(the channels come last\)"):
+        tok.encode(pixels.transpose(0, 3, 1, 2))
+
+
 @pytest.mark.parametrize(
     ("codes", "message"),
     [
