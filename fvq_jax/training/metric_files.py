@@ -60,7 +60,11 @@ class MetricWriter:
             # A file is named after the second in which it is opened; the suffix protects it from a quick restart.
             filename_suffix=f".from{start_step}",
             flush_secs=20,
+            # Without a limit: if the disk fails and TensorBoard's thread dies, adding to a full queue waits for ever.
+            max_queue=0,
         )
+        # Nor may the end of the program wait for what that thread will never take.
+        self._tensorboard.file_writer.event_writer._event_queue.cancel_join_thread()
 
     def __enter__(self) -> "MetricWriter":
         return self

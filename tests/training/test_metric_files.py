@@ -1,5 +1,8 @@
 import json
 import math
+import subprocess
+import sys
+import textwrap
 
 import jax.numpy as jnp
 import numpy as np
@@ -141,3 +144,30 @@ def test_after_tensorboards_thread_has_ended_writing_is_an_error_and_does_not_wa
         writer._tensorboard.file_writer.event_writer._worker.stop()  # as it does at the first error of the disk
         with pytest.raises(OSError, match="TensorBoard's files could not be written"):
             writer.scalars(1, {"loss": 1.0})
+
+
+def test_a_thread_that_dies_while_a_step_is_logged_holds_nothing_up(tmp_path):
+    """Neither what is added before that is noticed, more than its queue and a pipe hold, nor the end of the program."""
+    program = f"""
+        import sys, threading
+        from fvq_jax.training.metric_files import MetricWriter
+        threading.excepthook = lambda failed: None
+        writer = MetricWriter({str(tmp_path)!r}, start_step=0, active=True)
+        inner = writer._tensorboard.file_writer.event_writer
+
+        def full(event):
+            raise OSError(28, "No space left on device")
+
+        inner._ev_writer.write_event = full
+        for step in range(300):
+            writer.histogram(step, "codes", range(1, 513))
+        inner._worker.join()
+        try:
+            writer.scalars(1, {{"x": 1.0}})
+        except OSError as error:
+            print(error.strerror)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.stdout == "TensorBoard's files could not be written\n"
+    assert result.returncode == 0, result.stderr
