@@ -17,6 +17,7 @@ from fvq_jax.runtime.mesh import make_mesh
 from fvq_jax.runtime.names import dotted
 from fvq_jax.sweep.points import make_points, read_sweep
 from fvq_jax.tasks import task_of
+from fvq_jax.tasks.tokenizer.fields import downsampling
 from fvq_jax.training.optim import Annealing
 from tests.helpers.tiny import make_step
 
@@ -207,13 +208,14 @@ def test_photographs_sweeps_over_the_bridge_alone():
 
 
 @pytest.mark.parametrize(
-    ("codes", "bridge", "restart_after"),
-    [(4096, "S/2", 8), (16384, "S/4", 8), (65536, "S/8", 8), (262144, "S/8", 4), (1048576, "S/16", 1)],
+    ("codes", "bridge", "tokens"),
+    [(4096, "S/2", 256), (16384, "S/4", 256), (65536, "S/8", 256), (262144, "S/8", 1024), (1048576, "S/16", 1024)],
 )
-def test_the_groups_of_a_full_codebook_grow_with_it(codes, bridge, restart_after):
+def test_groups_and_tokens_of_a_full_codebook_grow_with_it(codes, bridge, tokens):
     config = get_config("full_codebook", f"codes={codes}")
     quantizer = config.tokenizer.quantizer
-    assert (quantizer.codebook_size, quantizer.bridge, quantizer.restart_after) == (codes, bridge, restart_after)
+    assert (quantizer.codebook_size, quantizer.bridge, quantizer.restart_after) == (codes, bridge, 2)
+    assert (config.data.image_size // downsampling(config)) ** 2 == tokens
     config.data.train_dir, config.data.eval_dir = "train", "eval"
     check(config, 8)
     other = get_config("full_codebook", f"codes={codes},bridge=linear")
