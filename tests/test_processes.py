@@ -33,6 +33,7 @@ from tests.helpers.tiny import make_step, random_images
 from tests.helpers.two_hosts import free_port
 
 ROOT = pathlib.Path(__file__).parents[1]
+pytestmark = pytest.mark.slow  # test_coordination.py has two processes in every run of the suite
 TRAIN, EVAL = 400, 24  # pictures: an epoch is longer than all that is read ahead
 SECONDS = 1200  # after which a run that hangs is ended
 CHANGES = {

@@ -99,6 +99,7 @@ def test_its_workdir_is_a_generator_that_knows_where_its_codes_come_from(finishe
     assert generator.nll_bits(labels, codes).mean() == pytest.approx(result.summary["nll_bits"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_stopped_and_started_again_it_gives_the_same_bits(finished, folder, tmp_path, monkeypatch):
     config = tiny_config(folder, **CHANGES)
     evaluate = GeneratorTask.evaluate
