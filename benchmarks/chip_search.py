@@ -14,7 +14,6 @@ arithmetic on the host also picks; `program_mib` is what XLA planned beyond the 
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -30,7 +29,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import nearest_code
-from benchmarks.processes import MIB, DoesNotFitError, Worker, alternate, machine, markdown_table, median_ratio
+from benchmarks.processes import MIB, DoesNotFitError, Worker, alternate, machine, median_ratio, write_rows
 
 # Our kernel after the scan at the same precision; at `highest` it comes last, since compiling it may take longest.
 PRECISIONS = ("bf16", "bf16_rescored", "bf16_3x", "highest")
@@ -179,14 +178,7 @@ def main() -> None:
     parser.add_argument("--least", type=float, default=0.1, help="seconds of a round (default: %(default)s)")
     parser.add_argument("--markdown", action="store_true", help="a table after the rows")
     args = parser.parse_args()
-    rows = []
-    for row in compare(args.tokens, args.codes, args.dim, args.rounds, args.least):
-        sys.stdout.write(json.dumps(row) + "\n")
-        sys.stdout.flush()
-        rows.append(row)
-    if args.markdown:
-        used = {key: text for key, text in COLUMNS.items() if any(row.get(key) not in (None, "") for row in rows)}
-        sys.stdout.write("\n" + markdown_table(rows, used))
+    write_rows(compare(args.tokens, args.codes, args.dim, args.rounds, args.least), COLUMNS, args.markdown)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,9 @@
 """What the benchmarks of generators share: their options, the network that these name, and the rows they write."""
 
 import argparse
-import json
-import sys
-from collections.abc import Iterable
 from importlib.util import find_spec
-from typing import Any
 
 from benchmarks import limits, llama
-from benchmarks.processes import markdown_table
 from fvq_jax.models.gpt import SIZES, Size, hidden_width
 
 METHODS = ("fvq_jax", "transformers", "transformers_compiled")
@@ -52,15 +47,3 @@ def missing() -> str:
     """Why the peer cannot run; empty if it can."""
     names = [name for name in ("torch", "transformers") if find_spec(name) is None]
     return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} not installed" if names else ""
-
-
-def write(rows: Iterable[dict[str, Any]], columns: dict[str, str], markdown: bool) -> None:
-    """The rows as JSON objects, each as soon as it is known, then as a table if wanted."""
-    written = []
-    for row in rows:
-        sys.stdout.write(json.dumps(row) + "\n")
-        sys.stdout.flush()
-        written.append(row)
-    if markdown:
-        used = {key: text for key, text in columns.items() if any(row.get(key) not in (None, "") for row in written)}
-        sys.stdout.write("\n" + markdown_table(written, used))

@@ -9,7 +9,6 @@ limited to as many cores, which its main process shares; figures per core are di
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import random
@@ -27,7 +26,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.processes import Worker, alternate, machine, markdown_table, median_ratio
+from benchmarks.processes import Worker, alternate, machine, median_ratio, write_rows
 
 METHODS = ("folder", "array_record", "torch")
 COLUMNS = {
@@ -212,11 +211,7 @@ def main() -> None:
     args = parse()
     with tempfile.TemporaryDirectory() as folder:
         rows = compare(args, Path(folder))
-    for row in rows:
-        sys.stdout.write(json.dumps(row) + "\n")
-    if args.markdown:
-        used = {key: text for key, text in COLUMNS.items() if any(row.get(key) not in (None, "") for row in rows)}
-        sys.stdout.write("\n" + markdown_table(rows, used))
+    write_rows(rows, COLUMNS, args.markdown)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import llama
-from benchmarks.comparison import add_shape, finish, missing, shape_of, write
-from benchmarks.processes import DoesNotFitError, Worker, alternate, machine, median_ratio
+from benchmarks.comparison import add_shape, finish, missing, shape_of
+from benchmarks.processes import DoesNotFitError, Worker, alternate, machine, median_ratio, write_rows
 from fvq_jax.runtime.allocation import has_accelerator
 
 COLUMNS = {
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     add_shape(parser)
     args = finish(parser, argv)
-    write(compare(args), COLUMNS, args.markdown)
+    write_rows(compare(args), COLUMNS, args.markdown)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ memory taken beyond latents and codebook; the share of the tokens whose code flo
 """
 
 import argparse
-import json
+import itertools
 import statistics
 import sys
 import tempfile
@@ -26,7 +26,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.processes import DoesNotFitError, Worker, alternate, machine, markdown_table, median_ratio
+from benchmarks.processes import DoesNotFitError, Worker, alternate, machine, median_ratio, write_rows
 
 # method -> the framework it runs in, the package it needs
 METHODS = {
@@ -209,16 +209,9 @@ def main() -> None:
     if unknown := set(args.methods.split(",")) - set(METHODS):
         parser.error(f"unknown methods {', '.join(unknown)}: choose from {', '.join(METHODS)}")
     methods = args.methods.split(",") + [f"fvq_jax:{name}" for name in filter(None, args.precisions.split(","))]
-    rows = []
-    for dim in map(int, args.dims.split(",")):
-        for codes in map(int, args.codes.split(",")):
-            for row in compare(methods, args.tokens, codes, dim, args.rounds, args.budget):
-                sys.stdout.write(json.dumps(row) + "\n")
-                sys.stdout.flush()
-                rows.append(row)
-    if args.markdown:
-        used = {key: text for key, text in COLUMNS.items() if any(row.get(key) not in (None, "") for row in rows)}
-        sys.stdout.write("\n" + markdown_table(rows, used))
+    sizes = [(codes, dim) for dim in map(int, args.dims.split(",")) for codes in map(int, args.codes.split(","))]
+    found = (compare(methods, args.tokens, *size, args.rounds, args.budget) for size in sizes)
+    write_rows(itertools.chain.from_iterable(found), COLUMNS, args.markdown)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from before `build`. Linux only: the memory of a process is read from /proc.
 
 import contextlib
 import ctypes
+import json
 import math
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import re
 import resource
 import signal
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -244,6 +246,22 @@ def markdown_table(rows: list[dict], columns: dict[str, str]) -> str:
 
     body = (line("" if row.get(key) is None else str(row[key]) for key in columns) for row in rows)
     return line(columns.values()) + line("---" for _ in columns) + "".join(body)
+
+
+def write_rows(rows: Iterable[dict], columns: dict[str, str], markdown: bool) -> list[dict]:
+    """Writes the rows as JSON objects, each as soon as it is known, then as a table if wanted; returns them.
+
+    The table leaves out columns that no row has.
+    """
+    written = []
+    for row in rows:
+        sys.stdout.write(json.dumps(row) + "\n")
+        sys.stdout.flush()
+        written.append(row)
+    if markdown:
+        used = {key: text for key, text in columns.items() if any(row.get(key) not in (None, "") for row in written)}
+        sys.stdout.write("\n" + markdown_table(written, used))
+    return written
 
 
 def _free_bytes() -> int:

@@ -24,8 +24,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import limits, llama
-from benchmarks.comparison import add_shape, finish, missing, shape_of, write
-from benchmarks.processes import DoesNotFitError, Worker, alternate, machine, median_ratio
+from benchmarks.comparison import add_shape, finish, missing, shape_of
+from benchmarks.processes import DoesNotFitError, Worker, alternate, machine, median_ratio, write_rows
 
 COLUMNS = {
     "method": "method",
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     args = finish(parser, argv)
     args.batches = [int(batch) for batch in args.batches.split(",")]
     with tempfile.TemporaryDirectory() as folder:
-        write(compare(args, Path(folder)), COLUMNS, args.markdown)
+        write_rows(compare(args, Path(folder)), COLUMNS, args.markdown)
 
 
 if __name__ == "__main__":

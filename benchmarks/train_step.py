@@ -20,7 +20,6 @@ script ends with an error if both networks differ in their parameter counts or i
 """
 
 import copy
-import json
 import statistics
 import sys
 import tempfile
@@ -37,7 +36,7 @@ from ml_collections import ConfigDict, config_flags
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import jax_step
-from benchmarks.processes import DoesNotFitError, Worker, alternate, machine, markdown_table, median_ratio
+from benchmarks.processes import DoesNotFitError, Worker, alternate, machine, median_ratio, write_rows
 from fvq_jax.config.checks import validate
 from fvq_jax.models.frozen.lpips import STAGES, WIDTHS
 from fvq_jax.runtime.allocation import has_accelerator
@@ -194,7 +193,6 @@ def main() -> None:
         sys.exit(f"unknown argument or method {unknown[0]!r}: options start with --, methods are {', '.join(METHODS)}")
     if FLAGS.help or FLAGS.config is None:
         sys.exit(f"{__doc__}\n{FLAGS.get_help()}")
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         write_lpips(Path(folder) / "lpips.safetensors")
         config = FLAGS.config
@@ -206,13 +204,8 @@ def main() -> None:
         except InputError as error:
             sys.exit(str(error))
         config = with_batch(config, FLAGS.batch or config.batch_size)
-        for row in compare(config, folder, FLAGS.methods, FLAGS.rounds, FLAGS.budget, FLAGS.alone):
-            sys.stdout.write(json.dumps(row) + "\n")
-            sys.stdout.flush()
-            rows.append(row)
-    if FLAGS.markdown:
-        used = {key: text for key, text in COLUMNS.items() if any(row.get(key) not in (None, "") for row in rows)}
-        sys.stdout.write("\n" + markdown_table(rows, used))
+        steps = compare(config, folder, FLAGS.methods, FLAGS.rounds, FLAGS.budget, FLAGS.alone)
+        rows = write_rows(steps, COLUMNS, FLAGS.markdown)
     if different := [row["status"] for row in rows if row["status"].startswith("another network")]:
         sys.exit(different[0])
 
