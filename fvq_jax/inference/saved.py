@@ -195,6 +195,7 @@ def _read_folder(path: Path) -> SavedTokenizer:
 def _read_workdir(path: Path) -> SavedTokenizer:
     config = read_json(path / CONFIG)
     net = _network(config.get("tokenizer"), path / CONFIG)
+    net = net.clone(quantizer=net.quantizer.without_training_state())
     state = abstract_variables(net)
     params = state.pop("params")
     # Imported here: Orbax takes a second, and only a workdir needs it.

@@ -66,6 +66,14 @@ def test_a_workdir_gives_its_moving_average_if_it_has_one(ema_decay, tmp_path):
     assert_same_params(back.params, jax.tree.map(lambda leaf: factor * leaf, saved.params))
 
 
+def test_a_workdir_with_region_loss_keeps_its_bridge(tmp_path):
+    """Its state says only when a code was chosen last, so the codebook before the bridge can still be trained."""
+    saved = trained_workdir(tmp_path, region_window=3)
+    loaded = load(tmp_path)
+    assert loaded.net.quantizer == saved.net.quantizer
+    assert_same_params(loaded.params, saved.params)
+
+
 def test_a_workdir_whose_config_was_changed_is_refused(tmp_path):
     trained_workdir(tmp_path)
     path = tmp_path / "config.json"

@@ -181,6 +181,10 @@ class Quantizer(nn.Module):
         """The settings that decide the names, shapes and meaning of its parameters and state, by name."""
         raise NotImplementedError
 
+    def without_training_state(self) -> "Quantizer":
+        """This quantizer without the settings that only training needs, and so without the state that they keep."""
+        return self
+
     @property
     def foldable(self) -> bool:
         """Whether `folded` is simpler than this one, that is, the table that its parameters make can replace them.

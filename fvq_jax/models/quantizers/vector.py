@@ -85,6 +85,10 @@ class VectorQuantizer(BridgedQuantizer):
         self.place(bridged, z.reshape(-1, self.code_dim), codes, train, key)
         return Quantized(self.estimated(self.estimator, z, chosen, codes), codes, losses)
 
+    def without_training_state(self) -> "VectorQuantizer":
+        """The quantizer without region loss, which alone needs to know when a code was chosen."""
+        return self.clone(region_window=0)
+
     def _region_loss(self, table: Any, z: Any, codes: Any, train: bool) -> Any:
         """The region loss; with `train` all codes age, and those that were chosen are young again."""
         tokens = z.reshape(-1, self.code_dim)
