@@ -323,6 +323,7 @@ def test_rates_of_the_machine_are_measured(framework):
         assert 1e7 < rates[name]() < 1e13
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # transformers warns of settings of its own
 def test_the_peer_decodes_with_its_cache_what_it_computes_without():
     torch = pytest.importorskip("torch")

@@ -42,6 +42,7 @@ def test_hosts_that_do_not_see_the_same_checkpoints_are_named(prepared, tmp_path
         assert line.startswith("fvq_jax: process 1 differs from process 0: checkpoint is None and not 3;")
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_is_one_save_of_all(prepared, tmp_path):
     options = [f"--workdir={tmp_path}", "--distributed_timeout=60", "--config.steps=100000"]
     programs = start(prepared, options, options)

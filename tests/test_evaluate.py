@@ -29,6 +29,7 @@ from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.processes import Place
 from fvq_jax.tasks import default_config
 from tests.helpers.random_tokenizer import random_tokenizer
+from tests.helpers.slow_cases import slow
 from tests.helpers.trained_workdir import trained_workdir
 from tests.helpers.two_hosts import ROOT, free_port, on_two_hosts, start_host
 
@@ -395,7 +396,7 @@ def test_pictures_that_stop_coming_end_the_program_with_one_line_and_exit_1(fold
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize("restart_after", [0.0, 16.0])
+@pytest.mark.parametrize("restart_after", [16.0, *slow(0.0)])
 def test_bridge_and_usage_by_position_of_a_run(restart_after, folder, tmp_path, capsys, monkeypatch):
     """Also if its quantizer keeps state, so that only the table it makes is loaded."""
     written = []
@@ -424,7 +425,7 @@ def test_weights_that_give_no_numbers_are_refused(saved, folder, tmp_path, capsy
     assert "are not finite: its weights are broken" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("condition", ["label", "null"])
+@pytest.mark.parametrize("condition", ["label", *slow("null")])
 def test_a_tokenizer_with_classes_is_given_labels_or_null(condition, tmp_path, capsys):
     rng = np.random.default_rng(0)
     for label in range(3):

@@ -117,39 +117,53 @@ def test_sigterm_saves_says_so_and_exits_75(tmp_path):
             ["--config.optim.lerning_rate=1"],
             ["unknown config field optim.lerning_rate", "did you mean optim.learning_rate?"],
         ),
-        (
+        pytest.param(
             ["--config.tokenizer.brigde=x"],
             ["unknown config field tokenizer.brigde", "did you mean tokenizer.quantizer.bridge?"],
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             ["--config.tokenizer.bridge=none"],
             ["unknown config field tokenizer.bridge", "did you mean tokenizer.quantizer.bridge?"],
+            marks=pytest.mark.slow,
         ),
-        (["--config.optim.learning_rate=fast"], ["optim.learning_rate", "fast"]),
-        (
+        pytest.param(["--config.optim.learning_rate=fast"], ["optim.learning_rate", "fast"], marks=pytest.mark.slow),
+        pytest.param(
             ["--config.tokenizer.quantizer.codebook_size=1000"],
             ["tokenizer.quantizer: codebook_size 1000", "not a square", "1d"],
+            marks=pytest.mark.slow,
         ),
         (["--config.mesh.codebook=3"], ["mesh.codebook 3", "does not divide", "allowed sizes: 1, 2, 4"]),
-        (
+        pytest.param(
             ["--config.data.image_size=17"],
             ["data.image_size 17", "not divisible by the down-sampling of 2", "16 or 18"],
+            marks=pytest.mark.slow,
         ),
-        (["--config.tokenizer.ch=48"], ["48 channels", "32 groups"]),
+        pytest.param(["--config.tokenizer.ch=48"], ["48 channels", "32 groups"], marks=pytest.mark.slow),
         (
             ["--config.data.source=folder", "--config.data.train_dir=EMPTY", "--config.data.eval_dir=EMPTY"],
             ["EMPTY", ".jpg"],
         ),
-        (["--config.loss.perceptual_weight=1.0", "--config.data.image_size=32"], ["LPIPS", "loss.lpips_path"]),
+        pytest.param(
+            ["--config.loss.perceptual_weight=1.0", "--config.data.image_size=32"],
+            ["LPIPS", "loss.lpips_path"],
+            marks=pytest.mark.slow,
+        ),
         (["--bogus"], ["bogus"]),
-        (["surplus"], ["surplus"]),
-        (["--process_id=1"], ["--process_id", "without --distributed"]),
-        (["--distributed", "--num_processes=two"], ["--num_processes", "two"]),
-        (["--profile_steps=20"], ["--profile_steps=20", "10:20"]),
-        (["--config.eval.inception=EMPTY/no.pth"], ["eval.inception: there is no file", "EMPTY/no.pth"]),
+        pytest.param(["surplus"], ["surplus"], marks=pytest.mark.slow),
+        pytest.param(["--process_id=1"], ["--process_id", "without --distributed"], marks=pytest.mark.slow),
+        pytest.param(["--distributed", "--num_processes=two"], ["--num_processes", "two"], marks=pytest.mark.slow),
+        pytest.param(["--profile_steps=20"], ["--profile_steps=20", "10:20"], marks=pytest.mark.slow),
+        pytest.param(
+            ["--config.eval.inception=EMPTY/no.pth"],
+            ["eval.inception: there is no file", "EMPTY/no.pth"],
+            marks=pytest.mark.slow,
+        ),
         (["--config=configs/missing.py"], ["config file cannot be read", "no file configs/missing.py"]),
-        (["--config=configs/fvq16k.py:smoke,batch=many"], ["'batch'", "int", "many"]),
-        (["--config=configs/fvq16k.py:smok"], ["smok", "smoke"]),
+        pytest.param(
+            ["--config=configs/fvq16k.py:smoke,batch=many"], ["'batch'", "int", "many"], marks=pytest.mark.slow
+        ),
+        pytest.param(["--config=configs/fvq16k.py:smok"], ["smok", "smoke"], marks=pytest.mark.slow),
         (["--workdir=/dev/null/x"], ["workdir /dev/null/x"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) and value[0].startswith(("-", "s")) else None,

@@ -12,6 +12,7 @@ from fvq_jax.data.extracted_codes import ExtractedCodes, smallest_type
 from fvq_jax.data.llamagen_codes import LlamaGenCodes
 from fvq_jax.runtime.errors import InputError
 from tests.helpers.code_folders import write_codes
+from tests.helpers.slow_cases import slow
 
 flags.FLAGS.mark_as_parsed()  # worker processes are handed the parsed flags
 
@@ -136,7 +137,7 @@ def test_the_draw_depends_on_seed_epoch_and_picture_alone(source):
     assert not np.array_equal(joined(take(6, source, seed=1), "codes"), expected)
 
 
-@pytest.mark.parametrize("process_count", [2, 4])
+@pytest.mark.parametrize("process_count", [4, *slow(2)])
 def test_hosts_hold_contiguous_rows_of_the_same_global_batch(source, process_count):
     parts = [take(7, source, process_index=index, process_count=process_count) for index in range(process_count)]
     whole = [{name: joined(batches, name) for name in batches[0]} for batches in zip(*parts, strict=True)]

@@ -20,6 +20,7 @@ from fvq_jax.data.photos import PhotoSource
 from fvq_jax.data.transforms import center_no_resize
 from fvq_jax.runtime.errors import InputError
 from tests.helpers import odd_pictures
+from tests.helpers.slow_cases import slow
 
 flags.FLAGS.mark_as_parsed()  # worker processes are handed the parsed flags
 
@@ -81,7 +82,7 @@ def test_batches_are_uint8_images_and_int32_labels(photos):
     assert batch["label"].dtype == np.int32
 
 
-@pytest.mark.parametrize("process_count", [2, 4])
+@pytest.mark.parametrize("process_count", [4, *slow(2)])
 def test_hosts_hold_contiguous_rows_of_the_same_global_batch(photos, process_count):
     parts = [
         take(5, photos, batch_size=8, process_index=index, process_count=process_count)
@@ -305,7 +306,7 @@ def test_evaluation_sees_everything_once_in_order_and_masks_the_rest(folder):
     assert all(batch["image"].dtype == np.uint8 and batch["label"].dtype == np.int32 for batch in batches)
 
 
-@pytest.mark.parametrize("process_count", [2, 4])
+@pytest.mark.parametrize("process_count", [4, *slow(2)])
 def test_hosts_evaluate_the_same_number_of_batches_and_the_same_rows(folder, process_count):
     source = folder(9)
     parts = [

@@ -272,6 +272,7 @@ def published_step(case):
             "tokenizer.ch": model["ch"],
             "tokenizer.ch_mult": tuple(model["ch_mult"]),
             "tokenizer.num_res_blocks": model["num_res_blocks"],
+            "tokenizer.attention_levels": (-1,),
             "tokenizer.z_channels": model["z_channels"],
             "tokenizer.quantizer.codebook_size": model["codebook_size"],
             "tokenizer.quantizer.code_dim": model["codebook_dim"],

@@ -6,15 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax.sharding import NamedSharding
 
 from fvq_jax.models.quantizers.base import Quantized, Quantizer
 from fvq_jax.runtime.mesh import BATCH, shardings
 from tests.helpers.golden_case import relative_error
-
-# Both axes at once; each alone, and neither, are slow tests.
-MESHES = [(2, 4), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in ((1, 1), (8, 1), (1, 8)))]
 
 
 def random_latent(d: int, seed: int = 0, scale: float = 1.0) -> np.ndarray:

@@ -25,6 +25,7 @@ def tiny_config(**changes) -> ConfigDict:
             "tokenizer.ch": 32,
             "tokenizer.ch_mult": (1, 1),
             "tokenizer.num_res_blocks": 1,
+            "tokenizer.attention_levels": (),  # there is attention in the middle all the same
             "tokenizer.z_channels": 8,
             "tokenizer.quantizer.codebook_size": 64,
             "tokenizer.quantizer.code_dim": 8,

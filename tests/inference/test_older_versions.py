@@ -84,7 +84,7 @@ def test_its_workdir_is_evaluated_as_its_config_says(written, tmp_path, capsys):
 
 def test_a_new_run_starts_from_its_workdir(written):
     """`load` is what the loop calls for `init_from`."""
-    task = TokenizerTask(tiny_config(), make_mesh(-1, 1))
+    task = TokenizerTask(tiny_config(**{"tokenizer.attention_levels": (-1,)}), make_mesh(-1, 1))
     params = task.load(str(written / "workdir"))
     shapes = jax.eval_shape(task.init, jax.random.key(0))["tokenizer"]["params"]
     assert jax.tree.map(lambda leaf: leaf.shape, params) == jax.tree.map(lambda leaf: leaf.shape, shapes)
@@ -107,7 +107,7 @@ def test_its_workdir_is_not_continued_and_stays_as_it_is(written, tmp_path):
 def test_every_field_of_its_config_has_a_name_today(written):
     saved = json.loads((written / "workdir" / "config.json").read_text())
     flat = upgraded(saved)
-    config = tiny_config(**{"adversarial.weight": 0.5, "optim.ema_decay": 0.9})
+    config = tiny_config(**{"tokenizer.attention_levels": (-1,), "adversarial.weight": 0.5, "optim.ema_decay": 0.9})
     for name, value in flat.items():
         *sections, last = name.split(".")
         there = functools.reduce(lambda section, part: section[part], sections, config)[last]

@@ -16,6 +16,7 @@ from fvq_jax.models.tokenizer import TokenizerNet
 from fvq_jax.runtime.errors import InputError
 from tests.helpers.golden_case import load_case, relative_error
 from tests.helpers.random_tokenizer import NETWORK, random_params, random_tokenizer
+from tests.helpers.slow_cases import slow
 
 
 @functools.cache
@@ -41,7 +42,7 @@ def test_the_package_is_light_until_the_tokenizer_is_used():
         _ = fvq_jax.Tokeniser
 
 
-@pytest.mark.parametrize("options", [{}, {"bridge": "none", "l2_normalize": True}])
+@pytest.mark.parametrize("options", [{}, *slow({"bridge": "none", "l2_normalize": True})])
 def test_codes_and_pictures_are_those_of_the_network(options):
     tok = tokenizer(**options)
     images = pictures(5, 16, 24)
@@ -60,7 +61,7 @@ def test_codes_and_pictures_are_those_of_the_network(options):
     np.testing.assert_allclose(decoded, np.clip(raw, -1, 1), atol=2e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"bridge": "none", "l2_normalize": True}])
+@pytest.mark.parametrize("options", [{}, *slow({"bridge": "none", "l2_normalize": True})])
 def test_reconstruction_says_how_far_latents_are_from_their_vectors(options):
     tok, images = tokenizer(**options), pictures(5, 16, 24)
     found = tok.reconstruct(images)
@@ -82,7 +83,7 @@ def test_without_levels_there_is_only_one_to_decode():
         tok.decode(codes, upto=2)
 
 
-@pytest.mark.parametrize("options", [{}, {"bridge": "none", "l2_normalize": True}])
+@pytest.mark.parametrize("options", [{}, *slow({"bridge": "none", "l2_normalize": True})])
 def test_the_codebook_is_the_table_that_is_searched(options):
     tok = tokenizer(**options)
     table = jax.jit(functools.partial(tok.trained_net.apply, method="table"))({"params": tok.trained_params})
@@ -166,7 +167,7 @@ def test_codes_that_cannot_be_decoded_are_refused_in_one_line(codes, message):
     ("name", "layout", "bridge"),
     [("out", None, "XS/2"), ("out.safetensors", "llamagen", "none"), ("out.safetensors", "fvq", "XS/2")],
 )
-@pytest.mark.parametrize("l2_normalize", [False, True])
+@pytest.mark.parametrize("l2_normalize", [False, *slow(True)])
 def test_saved_and_loaded_it_gives_the_same_codes_and_pictures(name, layout, bridge, l2_normalize, tmp_path):
     tok = tokenizer(l2_normalize=l2_normalize)
     tok.save_pretrained(tmp_path / name, layout)

@@ -14,6 +14,7 @@ from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.names import flatten
 from tests.helpers.golden_case import load_case
 from tests.helpers.random_tokenizer import random_tokenizer, tiny_net
+from tests.helpers.slow_cases import slow
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def test_half_precision_is_read_as_float32(saved, tmp_path):
     np.testing.assert_allclose(kernel, saved.params["quant_conv"]["conv"]["kernel"], rtol=4e-3)
 
 
-@pytest.mark.parametrize("ending", ["safetensors", "pt", "pth"])
+@pytest.mark.parametrize("ending", ["pt", *slow("safetensors", "pth")])
 @pytest.mark.parametrize("case", ["fvq_vit", "fvq_dit", "fvq_linear", "llamagen_l2"])
 def test_from_published_to_published_is_bit_exact(case, ending, tmp_path):
     torch = pytest.importorskip("torch")

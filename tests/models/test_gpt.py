@@ -17,6 +17,7 @@ from fvq_jax.runtime.mesh import BATCH, shardings
 from tests.helpers.compiled_program import collectives, size
 from tests.helpers.golden64 import in_float32, in_float64, published_generator, relative_norm
 from tests.helpers.golden_case import load_case, relative_error
+from tests.helpers.slow_cases import MESHES, slow
 from tests.helpers.tiny_generator import mesh_of
 
 NET = GPT(vocab=48, classes=5, grid=(3, 4), layers=3, width=32, heads=4, hidden=40, dropout=0.0, class_dropout=0.0)
@@ -357,7 +358,7 @@ def on_one_device():
     return jax.jit(functools.partial(loss_and_gradient, NET))(random_params(), *batch())
 
 
-@pytest.mark.parametrize("sizes", [(1, 1), (2, 4), (8, 1)])
+@pytest.mark.parametrize("sizes", MESHES)
 def test_every_mesh_gives_the_same_states_loss_and_gradient(sizes):
     mesh = mesh_of(*sizes)
     value, states, gradient = sharded(NET, mesh, random_params())(*placed(mesh, random_params(), *batch()))
@@ -369,7 +370,7 @@ def test_every_mesh_gives_the_same_states_loss_and_gradient(sizes):
         np.testing.assert_allclose(actual, wanted, atol=1e-5 * np.abs(wanted).max(), err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("sizes", [(2, 4), (8, 1)])
+@pytest.mark.parametrize("sizes", [(2, 4), *slow((8, 1))])
 def test_weights_are_gathered_and_activations_are_not(sizes):
     """Forward and backward in bfloat16. A CPU may send bfloat16 as numbers of another type, so sizes are compared."""
     mesh = mesh_of(*sizes)

@@ -241,6 +241,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_what_must_be_exact_in_float32()
     assert products.count("bfloat16") == 1 + 2 * 6  # compress; in each block four layers and the attention's two
 
 
+@pytest.mark.slow
 def test_bfloat16_moves_latents_codes_and_pictures_only_a_little():
     vectors = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
 

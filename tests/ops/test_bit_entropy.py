@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from fvq_jax.ops.bit_entropy import bitwise_entropy_loss, joint_entropy_loss, mean_code_probabilities
 from fvq_jax.ops.sharded_codebook import TOKENS
 from tests.helpers.compiled_program import arrays
-from tests.helpers.quantizer_case import MESHES
+from tests.helpers.slow_cases import MESHES
 from tests.helpers.tiny_generator import mesh_of
 
 

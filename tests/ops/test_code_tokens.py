@@ -5,7 +5,7 @@ import pytest
 
 from fvq_jax.ops.code_tokens import code_sums, random_tokens, smallest_of_code
 from tests.helpers.compiled_program import collectives
-from tests.helpers.quantizer_case import MESHES
+from tests.helpers.slow_cases import MESHES
 from tests.helpers.tiny_generator import mesh_of
 
 N, K, D = 45, 16, 3  # eight devices do not divide the tokens

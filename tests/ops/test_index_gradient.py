@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from fvq_jax.ops.index_gradient import with_index_gradient
 from fvq_jax.ops.sharded_codebook import ROWS, TOKENS
 from tests.helpers.compiled_program import arrays
-from tests.helpers.quantizer_case import MESHES
+from tests.helpers.slow_cases import MESHES
 from tests.helpers.tiny_generator import mesh_of
 
 

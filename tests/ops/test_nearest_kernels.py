@@ -10,6 +10,7 @@ from jax.sharding import SingleDeviceSharding
 
 from fvq_jax.ops import nearest, nearest_gpu, nearest_tpu, nearest_xla
 from tests.helpers.chips import gpu_devices, needs_cuda, needs_libtpu, tpu_devices
+from tests.helpers.slow_cases import slow
 
 KERNELS = pytest.mark.parametrize("kernel", [nearest_tpu, nearest_gpu])
 PRECISIONS = ["highest", "bf16_3x", "bf16"]
@@ -72,7 +73,7 @@ def test_equal_codes_give_the_lowest_index(kernel):
 
 
 @KERNELS
-@pytest.mark.parametrize("d", [4, 1024])
+@pytest.mark.parametrize("d", [1024, *slow(4)])
 def test_few_and_many_dimensions(kernel, d):
     arrays = problem(10, 270, d)
     np.testing.assert_array_equal(best(interpreted(kernel, *arrays))[1], best(scanned(*arrays))[1])
@@ -95,7 +96,7 @@ def test_candidates_are_the_best_of_disjoint_sets_that_cover_all_codes(kernel):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("chip", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("chip", ["v5e:2x2", *slow("v5p:2x2x1", "v6e:2x2")])
 @pytest.mark.parametrize("precision", nearest.PASSES)
 def test_compiles_for_tpu(chip, precision):
     """Interpret mode also runs kernels that Mosaic refuses."""

@@ -9,7 +9,7 @@ import pytest
 from fvq_jax.ops.code_tokens import code_sums
 from fvq_jax.ops.region import region_loss, region_targets
 from tests.helpers.compiled_program import arrays, size
-from tests.helpers.quantizer_case import MESHES
+from tests.helpers.slow_cases import MESHES
 from tests.helpers.tiny_generator import mesh_of
 
 N, K, D = 60, 32, 3

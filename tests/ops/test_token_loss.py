@@ -12,9 +12,8 @@ from jax.sharding import NamedSharding
 from fvq_jax.ops.sharded_codebook import TOKENS
 from fvq_jax.ops.token_loss import BUDGET, HEAD, block_size, block_sizes, keeps_logits, token_nll
 from tests.helpers.compiled_program import arrays, collectives, size
+from tests.helpers.slow_cases import MESHES
 from tests.helpers.tiny_generator import mesh_of
-
-MESHES = [(1, 1), (2, 4), (8, 1), (1, 8)]
 
 
 def problem(b=8, t=5, d=16, v=40, seed=0):

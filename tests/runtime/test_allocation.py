@@ -31,6 +31,7 @@ def faults(how):
     return kept == "True", int(count)
 
 
+@pytest.mark.slow
 def test_a_step_takes_its_memory_from_the_step_before():
     kept, few = faults("kept")
     if not kept:

@@ -65,6 +65,7 @@ def test_statistics_over_a_sharded_batch_are_those_of_the_whole_batch():
     assert max(jax.tree.leaves(errors)) < 1e-4
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_statistics_parameters_and_logits_in_float32():
     case, variables, _ = golden()
     model = PatchGAN(**case.config, dtype=jnp.bfloat16)

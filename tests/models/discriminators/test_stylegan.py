@@ -21,6 +21,7 @@ def test_logits_equal_the_published_ones(golden):
     assert relative_error(logits, case.outputs["logits"]) < 1e-4
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_parameters_and_logits_in_float32(golden):
     case, variables = golden
     model = StyleGANDiscriminator(**case.config, dtype=jnp.bfloat16)

@@ -56,6 +56,7 @@ def test_an_independent_implementation_computes_the_same_in_float64():
     assert relative_error(actual["grad_b"], expected["grad_b"]) < 1e-9
 
 
+@pytest.mark.slow
 def test_float32_differs_by_rounding_and_the_units_that_it_moves_across_a_kink():
     exact, rounded = in_float64("lpips_vgg16"), in_float32("lpips_vgg16")
     pytorch = torch_golden.compute("lpips_vgg16", torch.float32)

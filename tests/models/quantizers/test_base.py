@@ -28,6 +28,7 @@ from fvq_jax.training.checkpoint import Checkpoints
 from fvq_jax.training.loop import train
 from fvq_jax.training.state import create_state
 from fvq_jax.training.step import TrainStep
+from tests.helpers.slow_cases import slow
 from tests.helpers.tiny import random_images, tiny_config
 
 MESHES = [(1, 1), (2, 4)]
@@ -114,7 +115,7 @@ def test_a_checkpoint_brings_it_to_another_mesh(tmp_path, here, there):
         assert {shard.data.shape[0] for shard in value.addressable_shards} == {64 // there[1]}
 
 
-@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("sizes", [MESHES[1], *slow(MESHES[0])])
 def test_an_evaluation_uses_it_and_does_not_touch_it(sizes):
     step, state, states = after_three_steps(*sizes)
     found = step.task.evaluate(state, lambda done: None)

@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 
 from fvq_jax.models.quantizers.bsq import BSQuantizer
-from tests.helpers.quantizer_case import MESHES, assert_same, random_latent, run, vector_weights
+from tests.helpers.quantizer_case import assert_same, random_latent, run, vector_weights
+from tests.helpers.slow_cases import MESHES
 from tests.helpers.tiny_generator import mesh_of
 
 BITS = 5

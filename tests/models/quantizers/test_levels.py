@@ -16,7 +16,7 @@ from fvq_jax.runtime.mesh import shardings
 from fvq_jax.runtime.names import flatten
 from tests.helpers.compiled_program import COLLECTIVE, arrays, collectives, size
 from tests.helpers.golden_case import relative_error
-from tests.helpers.quantizer_case import MESHES
+from tests.helpers.slow_cases import MESHES
 
 K, D, SIDE = 64, 8, 3
 KINDS = {"residual": {"depth": 3}, "multi_scale": {"scales": (1, 2, SIDE), "phi_count": 2}}

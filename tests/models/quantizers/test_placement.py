@@ -158,6 +158,7 @@ def test_unit_length_codes_start_on_unit_length_latents():
     assert distances(np.asarray(table), unit)[0].max() < 1e-5
 
 
+@pytest.mark.slow
 def test_codes_of_a_trained_tokenizer_keep_their_places():
     """All codes are chosen again and again, by latents that they are equal to."""
     settings = {"tokenizer.ch_mult": (1,), "data.image_size": 8, "tokenizer.quantizer.restart_after": 1}

@@ -14,7 +14,8 @@ from fvq_jax.models.tokenizer import TokenizerNet, fold
 from fvq_jax.runtime.mesh import BATCH, shardings
 from tests.helpers.compiled_program import arrays, collectives, size
 from tests.helpers.golden_case import relative_error
-from tests.helpers.quantizer_case import MESHES, vector_weights
+from tests.helpers.quantizer_case import vector_weights
+from tests.helpers.slow_cases import MESHES
 from tests.helpers.tiny_generator import mesh_of
 
 K, D, STEPS = 64, 4, 3

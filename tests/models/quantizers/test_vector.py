@@ -13,7 +13,7 @@ from fvq_jax.ops.nearest import nearest_code
 from fvq_jax.ops.vectors import l2_normalize
 from fvq_jax.runtime.mesh import shardings
 from tests.helpers.golden_case import relative_error
-from tests.helpers.quantizer_case import MESHES
+from tests.helpers.slow_cases import MESHES
 from tests.helpers.tiny import spread_codes
 
 K, D = 64, 8

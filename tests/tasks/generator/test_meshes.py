@@ -10,6 +10,7 @@ from fvq_jax.runtime.mesh import global_batch, shardings
 from fvq_jax.runtime.names import path_name
 from fvq_jax.tasks.generator.task import GeneratorTask
 from fvq_jax.training.state import RULES, NetworkState, TrainState
+from tests.helpers.slow_cases import slow
 from tests.helpers.tiny_generator import mesh_of, random_batch, tiny_config
 
 IMAGES = 16
@@ -50,7 +51,7 @@ def test_dropout_follows_the_key_of_the_micro_batch():
     assert results(1, 1)[1]["loss/total"] != results(1, 1, dropout=0.0)[1]["loss/total"]
 
 
-@pytest.mark.parametrize("sizes", [(2, 4), (8, 1), (1, 8)])
+@pytest.mark.parametrize("sizes", [(2, 4), *slow((8, 1), (1, 8))])
 def test_losses_and_gradients_are_those_of_one_device(sizes):
     gradients, scalars, counts = results(1, 1)
     our_gradients, our_scalars, our_counts = results(*sizes)

@@ -81,6 +81,7 @@ def test_the_page_and_tensorboard_show_samples_of_every_class(finished):
     assert any(b"samples" in path.read_bytes() for path in (workdir / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_samples_are_those_that_the_saved_generator_draws_with_these_options(finished, folder, monkeypatch):
     workdir, _ = finished
     options = {"temperature": 0.5, "top_k": 24, "top_p": 0.8}

@@ -155,6 +155,7 @@ def test_matrices_decay_and_weights_of_norms_do_not():
     assert not any(np.any(update) for update in jax.tree.leaves(updates))
 
 
+@pytest.mark.slow
 def test_bfloat16_changes_the_products_only():
     mesh, found = mesh_of(1, 1), {}
     for dtype in ("float32", "bfloat16"):

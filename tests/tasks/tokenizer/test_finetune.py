@@ -23,7 +23,7 @@ from fvq_jax.training.state import create_state, with_params
 from tests.helpers.random_tokenizer import random_tokenizer
 from tests.helpers.tiny import make_step, random_images, spread_codes, tiny_config
 
-ONE_LEVEL = {"tokenizer.ch_mult": (1,), "tokenizer.z_channels": 16}
+ONE_LEVEL = {"tokenizer.ch_mult": (1,), "tokenizer.z_channels": 16, "tokenizer.attention_levels": (-1,)}
 QUICK = {"xla_backend_optimization_level": 0}  # to compile, for what runs once or twice
 
 
@@ -264,7 +264,8 @@ def test_the_network_has_the_attention_and_the_convolutions_that_the_config_says
 def test_a_run_starts_from_a_vqgan_of_the_same_network_only(attention, tmp_path):
     tok = Tokenizer(random_tokenizer(attention_levels=attention))
     tok.save_pretrained(tmp_path / "x.safetensors", layout="taming")
-    config = tiny_config(**{"tokenizer.z_channels": 16, "tokenizer.quantizer.bridge": "none"})
+    lowest = {"tokenizer.z_channels": 16, "tokenizer.attention_levels": (-1,)}
+    config = tiny_config(**lowest, **{"tokenizer.quantizer.bridge": "none"})
     config.tokenizer.quantizer.update({"codebook_size": 64, "code_dim": 8})
     task = TokenizerTask(config, one_device())
     if attention == (-1,):

@@ -13,6 +13,7 @@ from fvq_jax.runtime.names import path_name
 from fvq_jax.tasks.tokenizer.task import TokenizerTask
 from fvq_jax.training.state import RULES, NetworkState, TrainState
 from tests.helpers.random_tokenizer import random_params
+from tests.helpers.slow_cases import slow
 from tests.helpers.tiny import tiny_config
 
 CODES, IMAGES = 256, 16
@@ -70,7 +71,7 @@ def test_the_comparison_is_worth_making():
     assert np.any(gradients["quantizer"]["codebook"], axis=1).all()
 
 
-@pytest.mark.parametrize("sizes", [(2, 4), (8, 1), (1, 8)])
+@pytest.mark.parametrize("sizes", [(2, 4), *slow((8, 1), (1, 8))])
 def test_losses_gradients_and_codes_are_those_of_one_device(sizes):
     gradients, terms, codes, *_ = results(1, 1)
     our_gradients, our_terms, our_codes, *_ = results(*sizes)
