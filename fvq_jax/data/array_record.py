@@ -18,6 +18,7 @@ PICTURES = Kind(
     what="prepared folder",
     doing="preparing",
     command="python -m fvq_jax.data.prepare FOLDER ",
+    fields={"classes": list},
 )
 
 

@@ -13,12 +13,26 @@ from jaxtyping import Integer
 from fvq_jax.data.code_record import CodeInfo, CodeRecord
 from fvq_jax.data.shards import MANIFEST, Kind, OpenShards
 from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.files import reading
 
 CODES = Kind(
     format="fvq_jax codes in ArrayRecord, version 1",
     what="folder of codes",
     doing="extracting",
     command="python -m fvq_jax.tokenize extract --out=",
+    fields={
+        "tokenizer": str,
+        "vocab": int,
+        "grid": list,
+        "dtype": str,
+        "classes": int,
+        "class_names": list,
+        "scales": list,
+        "crops": int,
+        "cropping": str,
+        "condition": str,
+        "size": int,
+    },
 )
 
 
@@ -44,11 +58,8 @@ class ExtractedCodes:
         self._shards = OpenShards(root, CODES)
         if not len(self._shards):
             raise InputError(f"folder of codes {str(root)!r} holds no picture")
-        try:
+        with reading(self._shards.root / MANIFEST):
             self._info, self._type = info_of(self._shards.plan), np.dtype(self._shards.plan["dtype"])
-        except (KeyError, TypeError) as error:
-            again = CODES.again(self._shards.root)
-            raise InputError(f"{self._shards.root / MANIFEST} is damaged: delete it and {again}") from error
 
     @property
     def info(self) -> CodeInfo:

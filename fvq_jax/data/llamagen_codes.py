@@ -11,6 +11,7 @@ from jaxtyping import Integer
 
 from fvq_jax.data.code_record import CodeInfo, CodeRecord
 from fvq_jax.runtime.errors import InputError, require
+from fvq_jax.runtime.files import reading
 
 _FOLDER, _FILE = re.compile(r"imagenet(\d+)_codes"), re.compile(r"(\d+)\.npy")
 _SECOND_SCALE = "_105"  # the end of the name of a folder beside it, with the same pictures at a second scale
@@ -123,12 +124,8 @@ class LlamaGenCodes:
 
 
 def _load(path: Path) -> np.ndarray:
-    try:
+    with reading(path):
         values = np.load(path)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, EOFError) as error:
-        raise InputError(f"{path} is damaged: {error}") from error
     require(isinstance(values, np.ndarray) and values.dtype.kind in "iu", f"{path} holds no whole numbers")
     return values
 

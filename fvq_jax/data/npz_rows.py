@@ -11,7 +11,6 @@ import math
 import os
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TypeVar
@@ -20,7 +19,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from fvq_jax.runtime.errors import InputError
-from fvq_jax.runtime.files import replace_whole
+from fvq_jax.runtime.files import reading, replace_whole
 
 _BUFFER = 1 << 20
 _Writer = TypeVar("_Writer", bound="_RowWriter")
@@ -164,15 +163,11 @@ class CodeReader:
 
     def __init__(self, path: str | os.PathLike[str]):
         self._path = Path(path)
-        try:
-            with zipfile.ZipFile(path) as archive:
-                with archive.open("codes.npy") as member:
-                    self.shape, self._type = _read_header(member)
-                with archive.open("names.npy") as member:
-                    names, self._name_type = _read_header(member)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(f"cannot read codes from {path}: {reason}") from error
+        with reading(path, "codes"), zipfile.ZipFile(path) as archive:
+            with archive.open("codes.npy") as member:
+                self.shape, self._type = _read_header(member)
+            with archive.open("names.npy") as member:
+                names, self._name_type = _read_header(member)
         right = len(self.shape) >= 2 and self._type.kind in "iu" and self._name_type.kind == "U"
         if not right or names != self.shape[:1]:
             raise InputError(
@@ -184,6 +179,7 @@ class CodeReader:
     def batches(self, size: int) -> Iterator[tuple[Int[np.ndarray, "n ..."], list[str]]]:
         """The rows with their names, at most `size` at a time. InputError if the file is damaged."""
         with (
+            reading(self._path, "codes"),
             zipfile.ZipFile(self._path) as archive,
             archive.open("codes.npy") as codes,
             archive.open("names.npy") as names,
@@ -210,21 +206,16 @@ class ImageReader:
         self._path = Path(path)
         self.labels: np.ndarray | None = None
         self.classes: Sequence[str] = ()  # such files hold no names
-        try:
-            with zipfile.ZipFile(path) as archive:
-                with archive.open("arr_0.npy") as member:
-                    self.shape, dtype = _read_header(member)
-                if "arr_1.npy" in archive.namelist():
-                    with archive.open("arr_1.npy") as member:
-                        shape, kind = _read_header(member)
-                        if kind.kind in "iu" and shape == self.shape[:1]:
-                            self.labels = _read_rows(self._path, member, kind, shape).astype(np.int64)
-        except KeyError as error:
-            raise InputError(f"{path} holds no pictures: it needs an array arr_0, uint8 [N, H, W, 3]") from error
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise InputError(
-                f"cannot read pictures from {path}: {getattr(error, 'strerror', None) or error}"
-            ) from error
+        with reading(path, "pictures"), zipfile.ZipFile(path) as archive:
+            if "arr_0.npy" not in archive.namelist():
+                raise InputError(f"{path} holds no pictures: it needs an array arr_0, uint8 [N, H, W, 3]")
+            with archive.open("arr_0.npy") as member:
+                self.shape, dtype = _read_header(member)
+            if "arr_1.npy" in archive.namelist():
+                with archive.open("arr_1.npy") as member:
+                    shape, kind = _read_header(member)
+                    if kind.kind in "iu" and shape == self.shape[:1]:
+                        self.labels = _read_rows(self._path, member, kind, shape).astype(np.int64)
         if dtype != np.uint8 or len(self.shape) != 4 or self.shape[-1] != 3 or 0 in self.shape:
             raise InputError(
                 f"{path} holds no pictures: arr_0 must be uint8 [N, H, W, 3], not {dtype} {list(self.shape)}"
@@ -238,7 +229,8 @@ class ImageReader:
 
         Of several hosts, each gets its `part`: every `parts`-th batch.
         """
-        with zipfile.ZipFile(self._path) as archive, archive.open("arr_0.npy") as member:
+        path = self._path
+        with reading(path, "pictures"), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
             _read_header(member)
             for number, start in enumerate(range(0, len(self), size)):
                 shape = (min(size, len(self) - start), *self.shape[1:])
@@ -249,10 +241,7 @@ class ImageReader:
 
 def _read_rows(path: Path, member: _Member, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     needed = dtype.itemsize * math.prod(shape)
-    try:
-        content = member.read(needed)
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path} is damaged: {error}") from error
+    content = member.read(needed)
     if len(content) < needed:
         raise InputError(f"{path} is damaged: it ends early")
     return np.frombuffer(content, dtype).reshape(shape)
@@ -264,4 +253,6 @@ def _read_header(member: _Member) -> tuple[tuple[int, ...], np.dtype]:
     shape, fortran_order, dtype = read(member)
     if fortran_order:
         raise ValueError("its arrays are stored by columns")
+    if min(shape, default=0) < 0:
+        raise ValueError(f"it says that an array has the shape {list(shape)}")
     return shape, dtype

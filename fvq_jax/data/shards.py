@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,14 @@ class Kind:
       what: what to call such a folder, for instance "prepared folder".
       doing: what the program does, for instance "preparing".
       command: the program that writes the folder; the name of the folder follows.
+      fields: what the plan in its manifest holds besides the format, with the types.
     """
 
     format: str
     what: str
     doing: str
     command: str
+    fields: Mapping[str, type]
 
     def again(self, folder: Path) -> str:
         """How to write the folder, or what is missing in it."""
@@ -96,7 +98,9 @@ class Manifest:
             content = json.loads(path.read_text())
             records, shards = content.pop("records"), content.pop("shards")
             manifest = cls(content, tuple(map(Shard.of, shards)))
-            whole = content["format"] != kind.format or records == sum(shard.records for shard in manifest.shards)
+            there = all(isinstance(content.get(name), type_) for name, type_ in kind.fields.items())
+            counted = records == sum(shard.records for shard in manifest.shards)
+            whole = content["format"] != kind.format or (there and counted)
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}") from error
         except (KeyError, TypeError, ValueError, AttributeError):

@@ -20,7 +20,7 @@ from fvq_jax.data.folder import FolderSource
 from fvq_jax.data.record import Source
 from fvq_jax.models.frozen.inception import FEATURES, SPATIAL_FEATURES
 from fvq_jax.runtime.errors import InputError
-from fvq_jax.runtime.files import replace_whole
+from fvq_jax.runtime.files import reading, replace_whole
 
 Moments = tuple[np.ndarray, np.ndarray]
 _VERSION = 1  # of the preprocessing of pictures; increase it when that changes
@@ -83,7 +83,7 @@ def read_statistics(path: str | os.PathLike[str]) -> tuple[Moments, Moments | No
     Raises:
       InputError: the file cannot be read, or its statistics have other shapes.
     """
-    try:
+    with reading(path):
         if not zipfile.is_zipfile(path) and os.path.exists(path):
             raise InputError(f"cannot read {path}: it is damaged, or no .npz file")
         with open(path, "rb") as file, np.load(file) as arrays:
@@ -92,10 +92,6 @@ def read_statistics(path: str | os.PathLike[str]) -> tuple[Moments, Moments | No
             pooled = _moments(arrays, "mu", "sigma", FEATURES[-1], path)
             spatial = _moments(arrays, "mu_s", "sigma_s", SPATIAL_FEATURES, path) if "mu_s" in arrays else None
             return pooled, spatial
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _moments(

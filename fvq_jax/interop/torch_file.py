@@ -11,6 +11,7 @@ import contextlib
 import io
 import os
 import pickle
+import pickletools
 import types
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -132,6 +133,7 @@ def _load_zip(path: str | os.PathLike[str], file: io.BufferedReader) -> Any:
             return storages[key][: count * dtype.itemsize].view(dtype)
 
         with archive.open(pickles[0]) as stream:
+            _check_memo(stream)
             return _Unpickler(stream, path, storage).load()
 
 
@@ -160,6 +162,7 @@ def _load_legacy(path: str | os.PathLike[str], file: io.BufferedReader) -> Any:
         return storages[key]
 
     def unpickle() -> Any:
+        _check_memo(file)
         return _Unpickler(file, path, storage).load()
 
     if unpickle() != _LEGACY_MAGIC:
@@ -174,6 +177,18 @@ def _load_legacy(path: str | os.PathLike[str], file: io.BufferedReader) -> Any:
         if count != values.size or file.readinto(values.view(np.uint8).data) != values.nbytes:
             raise ValueError(f"storage {key} is cut off")
     return result
+
+
+def _check_memo(file: Any) -> None:
+    """Raises ValueError if the pickle that begins here numbers an object higher than it has objects.
+
+    Python's table of numbered objects grows to the highest number, so that five damaged bytes could fill all memory.
+    """
+    start = file.tell()
+    for count, (operation, number, _) in enumerate(pickletools.genops(file)):
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(number or 0) > count:
+            raise ValueError(f"its object {count} has the number {number}")
+    file.seek(start)
 
 
 class _Unpickler(pickle.Unpickler):

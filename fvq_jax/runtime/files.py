@@ -1,4 +1,4 @@
-"""Writing a file so that no reader ever sees half of it, making the folder that it goes to; JSON, written and read."""
+"""Reading files that may be damaged; writing them so that no reader sees half of one, and their folders; JSON."""
 
 import contextlib
 import json
@@ -11,6 +11,26 @@ from typing import Any
 from fvq_jax.runtime.errors import InputError
 
 UNFINISHED = ".unfinished"  # the end of the name of a file that is being written
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike[str], what: str = "") -> Iterator[None]:
+    """Makes an InputError, which names the file, of whatever a library raises while it reads one.
+
+    Damage makes zipfile, numpy and the like raise nearly anything: NotImplementedError, since a changed byte asks for a
+    compression that there is not, TokenError, RuntimeError, struct.error and more.
+
+    Args:
+      path: the file.
+      what: what is read from it, such as "codes"; empty for the file as a whole.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+        raise InputError(f"cannot read {what}{' from ' if what else ''}{path}: {reason}") from error
 
 
 @contextlib.contextmanager
@@ -66,7 +86,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} is damaged: it does not hold names and values")

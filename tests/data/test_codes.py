@@ -303,7 +303,7 @@ def test_damaged_files_of_llamagen_are_refused(llamagen):
     with pytest.raises(InputError, match=r"6\.npy holds no whole numbers"):
         open_codes(llamagen)[6]
     (codes / "7.npy").write_bytes(b"")
-    with pytest.raises(InputError, match=r"7\.npy is damaged"):
+    with pytest.raises(InputError, match=r"cannot read .*7\.npy"):
         open_codes(llamagen)[7]
     np.save(labels / "8.npy", np.zeros(2, np.int64))
     with pytest.raises(InputError, match=r"8\.npy holds 2 labels"):

@@ -252,6 +252,14 @@ def test_other_files_give_one_line(tmp_path, content):
         load_torch_file(tmp_path / "x.pth")
 
 
+def test_a_pickle_cannot_ask_for_a_table_of_any_size(tmp_path):
+    """Without the check this one takes gigabytes before anything of it is looked at."""
+    bomb = b"\x80\x02]r" + (2**29).to_bytes(4, "little") + b"."
+    (tmp_path / "x.pt").write_bytes(bomb)
+    with pytest.raises(InputError, match="its object 2 has the number 536870912"):
+        load_torch_file(tmp_path / "x.pt")
+
+
 def test_another_zip_file_is_no_torch_file(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
         archive.writestr("photo.png", b"")
