@@ -20,6 +20,7 @@ from fvq_jax.data.npz_rows import ImageWriter
 from fvq_jax.data.pipeline import eval_batches
 from fvq_jax.data.prefetch import Prefetch
 from fvq_jax.data.record import Source
+from fvq_jax.data.unreadable import MAX_UNREADABLE
 from fvq_jax.evals.examples import ExampleCollector, Examples
 from fvq_jax.evals.frechet import FeatureStatistics, frechet_distance
 from fvq_jax.evals.inception_score import SPLITS, InceptionScore
@@ -118,6 +119,7 @@ def collect(
     images: int = 0,
     num_workers: int = 0,
     timeout: float = 0.0,
+    max_unreadable: float | int = MAX_UNREADABLE,
     keep_images: int = 12,
     with_reference: bool = True,
     writer: ImageWriter | None = None,
@@ -136,6 +138,7 @@ def collect(
       protocol: a name in `PROTOCOLS`.
       num_workers: processes that read pictures, on every host; 0: threads.
       timeout: seconds without a batch after which the pass ends, five times as many at the start; 0: no limit.
+      max_unreadable: how many pictures may be unreadable, see `data.unreadable.allowed`.
       keep_images: how many pictures spread over the set to keep as examples.
       with_reference: whether to collect the statistics of the crops.
       writer: gets the reconstructions of all hosts, as scored, in the order of the pictures; give one on every host or
@@ -143,7 +146,7 @@ def collect(
       progress: called after every batch with how many pictures all hosts have seen since the last call.
 
     Raises:
-      InputError: no picture can be read, or over 1 % cannot.
+      InputError: no picture can be read, or more cannot than may.
       DataError: no batch came for `timeout` seconds, or a process that reads them has died; RunError if that happened
         on another host.
     """
@@ -158,6 +161,7 @@ def collect(
         process_index=index,
         process_count=hosts,
         num_workers=num_workers,
+        max_unreadable=max_unreadable,
     )
     prefetched = Prefetch(batches, lambda batch: batch, timeout=timeout)
     level_of = level_of.reshape(-1)

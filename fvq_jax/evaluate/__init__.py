@@ -169,7 +169,7 @@ def _pass(
     """Reconstructs and scores all pictures with one of the tokenizers; `known`: statistics of the real pictures."""
     tokenizer, size, source = scored.tokenizer, prepared.size, prepared.source
     quantizer, grid = tokenizer.trained_net.quantizer, (size // tokenizer.downsampling,) * 2
-    first = jax.process_index() == 0
+    first, data = jax.process_index() == 0, (prepared.trained or default_config()).data
 
     def reconstruct(crops: np.ndarray, labels: np.ndarray) -> Reconstructed:
         found = tokenizer.reconstruct(crops, labels_for(scored.condition, labels))
@@ -189,7 +189,8 @@ def _pass(
             batch_size=args.batch,
             protocol=args.protocol,
             images=prepared.images,
-            timeout=(prepared.trained or default_config()).data.timeout,
+            timeout=data.timeout,
+            max_unreadable=data.max_unreadable,
             with_reference=scored is prepared and not _of_first_process(known is not None),
             writer=writer,
             progress=bar.update,

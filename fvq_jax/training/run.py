@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fvq_jax.config.checks import all_fields, validate
+from fvq_jax.config.effects import too_late, without_effect
 from fvq_jax.config.resume import check_continues
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.files import replace_whole
@@ -28,7 +30,7 @@ from fvq_jax.runtime.workdir_lock import hold
 from fvq_jax.training.metric_files import read_metrics
 from fvq_jax.training.state import TrainState
 from fvq_jax.training.step import TrainStep
-from fvq_jax.training.task import Evaluation, Task
+from fvq_jax.training.task import Evaluation, Mendable, Task
 
 
 @dataclasses.dataclass
@@ -44,9 +46,17 @@ class Run:
     first: bool  # whether this is the first process, which writes the files
     init_params: dict[str, Any] | None  # with which the main network of a new run starts; None: random ones
 
-    def data_position(self, step: int) -> dict[str, Any]:
-        """The position in the data, for a checkpoint: data, seed and step determine the next batch."""
-        return {"next_step": step, "seed": self.config.seed, "pictures": self.task.source("train").fingerprint()}
+    def data_position(self, step: int, unreadable: Collection[str] = ()) -> dict[str, Any]:
+        """The position in the data, for a checkpoint: data, seed and step determine the next batch.
+
+        If this run has found unreadable examples, with these names, it also says what the data are without them.
+        """
+        source = self.task.source("train")
+        position = {"next_step": step, "seed": self.config.seed, "pictures": source.fingerprint()}
+        if unreadable and isinstance(source, Mendable):
+            names = sorted(unreadable)
+            position["unreadable"] = {"names": names, "rest": source.fingerprint_without(names)}
+        return position
 
     def summary(self, step: int, evaluation: Evaluation, record: dict[str, Any]) -> dict[str, Any]:
         """The result line that the program prints, by name."""
@@ -139,19 +149,33 @@ def _check_workdir(workdir: Path, task_class: type[Task], config: ConfigDict) ->
 def check_record(run: Run, record: dict[str, Any], step: int) -> None:
     """Raises InputError unless a checkpoint belongs to this run: same model, and same data in the same order."""
     check_continues(record["config"], run.config, all_fields(type(run.task), run.config))
-    before, now = record["data"], run.data_position(step)
+    before = dict(record["data"])
+    unreadable = before.pop("unreadable", None)
+    now = run.data_position(step, unreadable["names"] if unreadable else ())
+    rest = now.pop("unreadable", None)
+    if unreadable and rest == unreadable and before["pictures"] != now["pictures"]:
+        before["pictures"] = now["pictures"]
+        logging.warning(
+            "some of the unreadable %s were removed or repaired; the order of the others follows from how many there "
+            "are, so from here on this run may take other batches than it would have taken",
+            run.task.unit,
+        )
     if before != now:
         raise InputError(
             f"the {run.task.unit} to train on are not those this run began with ({before['pictures']} -> "
-            f"{now['pictures']}): bring the same ones back, or start in another workdir"
+            f"{now['pictures']}): bring the same ones back, except what this run has named as unreadable, or start in "
+            "another workdir"
         )
 
 
 def log_start(run: Run) -> None:
-    """Logs the devices, the sizes of the networks and the length of the run, and then the task's own lines."""
+    """Logs devices, sizes of the networks, length of the run, fields without effect, and then the task's own lines."""
     devices = jax.devices()
     logging.info("%d x %s, mesh %s", len(devices), devices[0].device_kind, dict(run.mesh.shape))
     for name, network in run.step.abstract().networks.items():
         logging.info("%s: %s parameters", name, f"{parameter_overview.count_parameters(network.params):,}")
     logging.info("%d steps of %d %s", run.total_steps, run.config.batch_size, run.task.unit)
+    fields = all_fields(type(run.task), run.config)
+    for line in (*without_effect(run.config, fields), *too_late(run.config, fields, run.total_steps)):
+        logging.warning("%s", line)
     run.task.log_start()

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import json
 
 import pytest
@@ -6,7 +7,8 @@ import pytest
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.tasks import task_of
 from fvq_jax.training.loop import train as run_loop
-from fvq_jax.training.run import CONFIG, prepare
+from fvq_jax.training.run import CONFIG, check_record, prepare
+from tests.helpers.pictures import write_pictures
 from tests.helpers.tiny import tiny_config
 
 
@@ -54,3 +56,26 @@ def test_a_prepared_run_counts_epochs_in_steps_and_notes_its_config(tmp_path):
     assert float(run.step.rate(179)) < config.optim.learning_rate
     assert run.data_position(7)["next_step"] == 7
     assert json.loads((tmp_path / CONFIG).read_text())["epochs"] == 0.5
+
+
+def test_a_run_goes_on_after_what_it_has_named_as_unreadable_has_gone_and_only_then(tmp_path):
+    pictures = write_pictures(tmp_path / "pictures", ("a.png", "b.png", "c.png"))
+    folder = str(tmp_path / "pictures")
+    config = tiny_config(**{"data.source": "folder", "data.train_dir": folder, "data.eval_dir": folder})
+    with contextlib.ExitStack() as stack:
+        run = prepare(task_of(config), config, tmp_path / "run", stack)
+
+    def go_on(position):
+        """With what is in the folder now."""
+        now = dataclasses.replace(run, task=task_of(config)(config, run.mesh))
+        check_record(now, {"config": json.loads(config.to_json()), "data": json.loads(json.dumps(position))}, 2)
+
+    without_b, whole = run.data_position(2, ["b.png"]), run.data_position(2)
+    go_on(whole)
+    pictures[1].unlink()
+    go_on(without_b)
+    with pytest.raises(InputError, match=r"not those .* bring the same ones back, except what this run has named"):
+        go_on(whole)
+    pictures[2].unlink()
+    with pytest.raises(InputError, match="not those"):
+        go_on(without_b)

@@ -78,6 +78,7 @@ class Evaluator:
             images=config.eval.images,
             num_workers=config.data.num_workers,
             timeout=config.data.timeout,
+            max_unreadable=config.data.max_unreadable,
             keep_images=config.log.images,
             with_reference=self._reference is None,
             progress=progress,
