@@ -107,7 +107,9 @@ def eval_batches(
     num_workers: int = 0,
     max_unreadable: float | int = MAX_UNREADABLE,
 ) -> Batches:
-    """Every picture once, in order and cropped by `crop`: `image` and `label` as in training, `mask` bool [b].
+    """Every picture once, in order and cropped by `crop`: `image` and `label` as in training, `mask` and `small` [b].
+
+    `small` says whether a side of the picture is shorter than the crop, so that `crop` enlarges or frames it.
 
     Rows with a False `mask` must not count: they fill up the last batch, or stand in for an unreadable file. Every
     process gets the same number of batches, and the same part of each as in `train_batches`.
@@ -165,10 +167,13 @@ def _load_to_score(
     crop: Callable[[Image.Image, int], UInt8[np.ndarray, "s s 3"]],
 ) -> dict[str, Any]:
     nothing = np.zeros((image_size, image_size, 3), np.uint8)
+    no_picture = {"mask": np.bool_(False), "small": np.bool_(False)}
     if position >= len(source):
-        return _row(nothing, np.int32(0)) | {"mask": np.bool_(False)}
+        return _row(nothing, np.int32(0)) | no_picture
     try:
-        image, label = _open(source, position)
+        record = source[position]
+        image = open_stored(record["image"])
     except UNREADABLE:
-        return _row(nothing, np.int32(0), position) | {"mask": np.bool_(False)}
-    return _row(crop(image, image_size), label) | {"mask": np.bool_(True)}
+        return _row(nothing, np.int32(0), position) | no_picture
+    small = record.get("small", min(image.size) < image_size)
+    return _row(crop(image, image_size), record["label"]) | {"mask": np.bool_(True), "small": np.bool_(small)}

@@ -26,7 +26,7 @@ from fvq_jax.evals.frechet import FeatureStatistics, frechet_distance
 from fvq_jax.evals.inception_score import SPLITS, InceptionScore
 from fvq_jax.evals.networks import Networks
 from fvq_jax.evals.pixel_metrics import SSIM_WINDOW, l1, mse, psnr, ssim
-from fvq_jax.evals.protocol import CROPS, PROTOCOLS, as_scored
+from fvq_jax.evals.protocol import CROPS, PROTOCOLS, WHEN_SMALL, as_scored
 from fvq_jax.evals.reference import Moments
 from fvq_jax.models.frozen.inception import CLASSES, FEATURES
 from fvq_jax.ops.code_usage import code_statistics, level_statistics, perplexity, position_statistics, usage
@@ -69,6 +69,7 @@ class Sums:
       images: how many pictures.
       broken: how many pictures have a reconstruction that is not finite; their scores are NaN.
       skipped: how many unreadable files.
+      small: how many pictures have a side that is shorter than the crop.
       scalars: the sum over pictures of each metric of single pictures.
       error, power: sums over pictures of the quantization error and of what it is a part of.
       code_counts: how often each code was chosen, on each level [l, k].
@@ -80,6 +81,7 @@ class Sums:
     images: np.int64
     broken: np.int64
     skipped: np.int64
+    small: np.int64
     scalars: dict[str, Any]
     error: np.float64
     power: np.float64
@@ -183,6 +185,7 @@ def collect(
                 sums.scalars[name] = sums.scalars.get(name, 0.0) + values.sum(dtype=np.float64)
             sums.images += mask.sum()
             sums.broken += broken.sum()
+            sums.small += batch["small"].sum()
             positions = (step * hosts + index) * len(mask) + np.flatnonzero(mask)
             codes = codes.reshape(len(mask), -1)[mask]
             sums.error += found.error[mask].sum(dtype=np.float64)
@@ -227,6 +230,7 @@ def conditions(found: Found, source: Source, *, data: str, protocol: str, size: 
         "size": size,
         "images": int(sums.images),
         "skipped_files": int(sums.skipped),
+        f"{WHEN_SMALL[protocol]}_pictures": int(sums.small),
         "tokens": int(sums.code_counts.sum()),
         "codebook_size": sums.code_counts.shape[1],
     }
@@ -298,6 +302,7 @@ def _no_sums(code_counts: tuple[int, int], networks: Networks, with_reference: b
         images=np.int64(0),
         broken=np.int64(0),
         skipped=np.int64(0),
+        small=np.int64(0),
         scalars={},
         error=np.float64(0),
         power=np.float64(0),

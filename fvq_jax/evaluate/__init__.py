@@ -41,6 +41,7 @@ from fvq_jax.data.crops import RandomCrops
 from fvq_jax.data.npz_rows import ImageWriter
 from fvq_jax.data.record import Source
 from fvq_jax.data.sources import kind_of, make_source
+from fvq_jax.evals.frechet import biased
 from fvq_jax.evals.networks import FILES, Networks, load_networks
 from fvq_jax.evals.projection import principal_plane
 from fvq_jax.evals.reconstruction import Found, Reconstructed, collect, conditions, not_computed, summarise
@@ -151,6 +152,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "reference": {"path": str(reference.path), "cached": known is not None} if reference and moments else None,
         "usage_by_position": usage_by_position(sums.code_counts.sum(axis=0), positions).tolist(),
         "not_computed": report.not_computed,
+        "biased": biased(report.metrics, int(sums.images)),
         "compared": [{"path": other.name, **other.metrics} for other in report.compared],
     }
     write_whole(args.out / METRICS, json_text(metrics, indent=2) + "\n")  # first: the page only shows it

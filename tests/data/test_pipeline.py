@@ -13,6 +13,7 @@ from absl import flags
 from PIL import Image
 
 from fvq_jax.data import pipeline
+from fvq_jax.data.crops import RandomCrops
 from fvq_jax.data.decode import decode_image
 from fvq_jax.data.evaluation_set import Sample
 from fvq_jax.data.folder import FolderSource
@@ -421,3 +422,12 @@ def test_no_worker_is_left_behind(tmp_path, killed):
         _, errors = process.communicate(timeout=120)
     assert process.returncode == (-signal.SIGKILL if killed else 0)
     assert killed or errors == ""
+
+
+@pytest.mark.parametrize(("size", "small"), [((12, 10), [False, False]), ((12, 7), [True, True])])
+def test_pictures_smaller_than_the_crop_are_marked_in_evaluation(folder, size, small):
+    (batch,) = pipeline.eval_batches(folder(2, size=size), image_size=SIZE, batch_size=2)
+    assert batch["small"].tolist() == small
+    crops = RandomCrops(folder(2, size=size), 2, SIZE)
+    (batch,) = pipeline.eval_batches(crops, image_size=SIZE, batch_size=2)
+    assert batch["small"].tolist() == small
