@@ -10,7 +10,7 @@ class Record(TypedDict):
     """One picture as it is stored, and its class index.
 
     `image` is the content of a picture file, or pixels, uint8 [H, W, 3]. The pipeline decodes: it knows what will be
-    made of the picture. `small` is there if the source itself has cut the pixels: whether it had to enlarge the picture.
+    made of the picture. `small` is there if the source has cut the pixels itself: did it enlarge the picture.
     """
 
     image: bytes | UInt8[np.ndarray, "H W 3"]
