@@ -42,7 +42,7 @@ class Needs:
     def remedy(self) -> str:
         """What to set, as the end of a message; empty if there is no single way."""
         if not self.values:
-            return ""
+            return f": set {self.names[0]} too" if self.misleading else ""
         return f": add --config.{self.names[0]}={' or '.join(map(str, self.values))}"
 
     def text(self) -> str:

@@ -33,7 +33,7 @@ from fvq_jax.runtime.storage import storage_errors
 from fvq_jax.training.checkpoint import Checkpoints
 from fvq_jax.training.metric_files import MetricWriter
 from fvq_jax.training.progress import Progress
-from fvq_jax.training.run import Run, check_record, log_start, prepare
+from fvq_jax.training.run import Run, check_record, log_start, note_start, prepare
 from fvq_jax.training.state import TrainState, create_state, with_params
 from fvq_jax.training.step import StepMetrics
 from fvq_jax.training.step_timer import StepTimer
@@ -92,6 +92,7 @@ def train(
             state, record = restored.state, restored.record
             check_record(run, record, int(state.step))
         step = int(state.step)
+        note_start(run, step, record)
         with (
             MetricWriter(run.workdir, start_step=step, active=run.first) as writer,
             Progress(run.total_steps, step, active=run.first) as progress,
