@@ -19,8 +19,10 @@ from fvq_jax.data.decode import open_stored
 from fvq_jax.data.record import Source
 from fvq_jax.data.stream import Stream, endless_order, local_batches, padded_order
 from fvq_jax.data.transforms import random_flip, random_resize_crop, resize_center
-from fvq_jax.data.unreadable import MAX_UNREADABLE, UNREADABLE, allowed, reason, said, short_name, too_many
+from fvq_jax.data.unreadable import MAX_UNREADABLE, UNREADABLE, allowed, reason, short_name, too_many
 from fvq_jax.runtime.errors import InputError
+
+_GAVE_UP = -2  # less the index of a file: it and as many after it cannot be read as end a run
 
 
 class Batches(Stream):
@@ -42,6 +44,9 @@ class Batches(Stream):
         unreadable = batch.pop("unreadable")
         for index in unreadable[unreadable >= 0]:
             self._skip(int(index))
+        for index in _GAVE_UP - unreadable[unreadable <= _GAVE_UP]:  # counted here, so that all of them are known
+            for following in range(allowed(len(self._source), self._max_unreadable) + 1):
+                self._skip((int(index) + following) % len(self._source))
         return batch
 
     def _skip(self, index: int) -> None:
@@ -127,7 +132,7 @@ def _open(source: Source, index: int, min_side: int = 0) -> tuple[Image.Image, n
 
 
 def _row(image: np.ndarray, label: np.int32, unreadable: int = -1) -> dict[str, Any]:
-    """One row of a batch; `unreadable` is the index of the file that this row replaces, or -1."""
+    """One row of a batch; `unreadable` is the index of the file that this row replaces, -1, or see `_GAVE_UP`."""
     return {"image": image, "label": label, "unreadable": np.int64(unreadable)}
 
 
@@ -143,20 +148,18 @@ def _load_to_train(
     max_unreadable: float | int,
 ) -> dict[str, Any]:
     failed: list[int] = []
-    found = []
     for candidate in itertools.chain(range(index, len(source)), range(index)):
         try:
             # The decoder may leave out what the augmentation would average away.
             image, label = _open(source, candidate, min_side=resize_max if resize_min else 0)
-        except UNREADABLE as error:
+        except UNREADABLE:
             failed.append(candidate)
-            found.append((source.name(candidate), said(error)))
             if len(failed) > allowed(len(source), max_unreadable):
                 break
             continue
         crop = random_resize_crop(image, rng, image_size, resize_min, resize_max)
         return _row(random_flip(crop, rng) if flip else crop, label, failed[0] if failed else -1)
-    raise too_many(found, len(source), max_unreadable)
+    return _row(np.zeros((image_size, image_size, 3), np.uint8), np.int32(0), _GAVE_UP - failed[0])
 
 
 def _load_to_score(

@@ -245,6 +245,13 @@ def test_no_long_search_for_a_readable_picture(folder, num_workers):
         take(1, source, batch_size=10, num_workers=num_workers)
 
 
+def test_what_ends_a_run_at_once_is_named_too(folder):
+    batches = pipeline.train_batches(folder(3, damaged=[1]), **CROP, batch_size=3, seed=0, max_unreadable=0)
+    with contextlib.closing(batches), pytest.raises(InputError, match="1 of 3 pictures are unreadable, and 0 may be"):
+        next(batches)
+    assert list(batches.skipped) == ["class1/001.png"]
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_files_of_every_odd_kind_are_converted_or_skipped(tmp_path, monkeypatch, num_workers):
     """Once each among enough others, in a whole epoch; the class of a file is its name.
