@@ -156,7 +156,7 @@ def test_pixel_metrics_and_code_statistics(protocol, saved, folder, tmp_path, ca
     assert report["perplexity"] == pytest.approx(2 ** report["entropy_bits"], rel=1e-4)
     assert report["bits_per_pixel"] == 6 / 4
     assert (report["images"], report["skipped_files"], report["size"]) == (PICTURES, 0, SIZE)
-    assert report["enlarged_pictures"] == 0
+    assert report["enlarged_pictures" if protocol == "direct" else "framed_pictures"] == 3
     assert ("rfid" in report["biased"]) == ("rfid" in report)
     assert report["protocol"] == protocol
     with np.load(tmp_path / "out" / "reconstructions.npz") as file:
