@@ -10,6 +10,8 @@ from ml_collections import ConfigDict
 
 from fvq_jax.runtime.errors import InputError
 
+IMAGENET = 1_281_167  # pictures in its training set
+
 
 def parse_arg(arg: str, **defaults: Any) -> dict[str, Any]:
     """Reads "name=value,flag". A value has the type of its default; a flag alone means True.
@@ -44,9 +46,21 @@ def scale_to_batch(config: ConfigDict, batch: int, *, rate: float = 1e-4, per: i
     shrink, config.batch_size = config.batch_size / batch, batch
     config.eval.batch_size = max(config.eval.batch_size, batch)  # so that as many devices divide it
     config.optim.learning_rate = rate * batch / per
-    for section, field in (("adversarial", "start"), ("eval", "every_steps"), ("checkpoint", "every_steps")):
-        if section in config and config[section][field]:  # a generator has no discriminator
-            config[section][field] = max(1, round(config[section][field] * shrink))
+    _scale_steps(config, shrink)
+
+
+def scale_to_pictures(config: ConfigDict, pictures: int) -> None:
+    """For so many pictures: what comes after a number of steps comes after as many epochs as with ImageNet."""
+    _scale_steps(config, pictures / IMAGENET)
+
+
+def _scale_steps(config: ConfigDict, factor: float) -> None:
+    fields = [("eval", "every_steps"), ("checkpoint", "every_steps")]
+    if "adversarial" in config and config.adversarial.weight:  # a generator has no discriminator
+        fields.append(("adversarial", "start"))
+    for section, field in fields:
+        if config[section][field]:
+            config[section][field] = max(1, round(config[section][field] * factor))
 
 
 def shrink_to_smoke(config: ConfigDict) -> None:
@@ -61,9 +75,12 @@ def shrink_to_smoke(config: ConfigDict) -> None:
     config.tokenizer.quantizer.codebook_size //= 16
     config.tokenizer.quantizer.bridge = re.sub(r"(B|L|XL)/", "S/", config.tokenizer.quantizer.bridge)
     config.loss.perceptual_weight = 0.0
-    config.adversarial.start = 4
-    config.adversarial.ndf = 16
-    config.adversarial.layers = 1
+    if "region_window" in config.tokenizer.quantizer:
+        config.tokenizer.quantizer.region_window = min(config.tokenizer.quantizer.region_window, 2)
+    if config.adversarial.weight:
+        config.adversarial.start = 4
+        config.adversarial.ndf = 16
+        config.adversarial.layers = 1
     config.data.source = "photos"
     config.data.image_size = 32
     config.data.resize_min = config.data.resize_max = 0
@@ -82,5 +99,5 @@ def _shorten_to_smoke(config: ConfigDict) -> None:
     config.optim.learning_rate = 1e-3
     config.batch_size = config.eval.batch_size = 8
     config.data.num_workers = 0
-    config.checkpoint.every_steps = 3
+    config.checkpoint.every_steps, config.eval.every_steps = 3, 0
     config.log.every_steps = 1

@@ -8,7 +8,9 @@ Data: `imagenet2012` of TensorFlow Datasets, prepared once in DATA_SETS (docs/da
 --config.data.source=folder --config.data.train_dir=DIR --config.data.eval_dir=DIR instead of tfds_dir.
 Hardware: any number of TPU chips or GPUs that divides the batch of 128.
 The paper reports rFID 1.30 and 100 % of the codes used. It has not been trained here yet.
-Arguments: `smoke` (seconds on a CPU), `batch=N` (rate 1e-4 x N / 128; more in `common.scale_to_batch`).
+Arguments: `smoke` (seconds on a CPU), `batch=N` (rate 1e-4 x N / 128; more in `common.scale_to_batch`),
+`pictures=N` for a folder of N pictures: discriminator, evaluations and checkpoints come after as many epochs as on
+ImageNet, where they come after 20,000, 10,000 and 5,000 steps.
 """
 
 from configs import common
@@ -16,8 +18,8 @@ from fvq_jax.tasks import default_config
 
 
 def get_config(arg="", **quantizer):
-    """The paper's recipe, as `default_config` holds it, with these settings of the quantizer; then `smoke`, `batch`."""
-    args = common.parse_arg(arg, smoke=False, batch=0)
+    """The paper's recipe, as `default_config` holds it, with these settings of the quantizer; then the arguments."""
+    args = common.parse_arg(arg, smoke=False, batch=0, pictures=0)
     config = default_config()
     config.eval.every_steps = 10000
     config.tokenizer.quantizer.update(quantizer)
@@ -25,4 +27,6 @@ def get_config(arg="", **quantizer):
         common.shrink_to_smoke(config)
     if args["batch"]:
         common.scale_to_batch(config, args["batch"])
+    if args["pictures"]:
+        common.scale_to_pictures(config, args["pictures"])
     return config

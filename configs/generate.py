@@ -44,7 +44,7 @@ def get_config(arg=""):
         config.batch_size = config.eval.batch_size = 16
         config.generator.layers, config.generator.width, config.generator.heads = 2, 64, 2
         config.eval.images, config.eval.samples, config.eval.guidances = 64, 20, (1.0, 2.0)
-        config.log.every_steps = 1
+        config.checkpoint.every_steps, config.log.every_steps = 2, 1
     if args["batch"]:
         common.scale_to_batch(config, args["batch"], rate=2e-3, per=64)
     return config

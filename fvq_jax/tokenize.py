@@ -50,7 +50,7 @@ from fvq_jax.runtime.arguments import Parser, add_place, class_or_null, place, t
 from fvq_jax.runtime.errors import InputError, require
 from fvq_jax.runtime.interrupt import Interrupt
 
-Crop = UInt8[np.ndarray, "s s 3"] | None  # None for a file that cannot be read
+Crop = UInt8[np.ndarray, "s s 3"] | str  # of a file that cannot be read, the reason
 _THREADS = min(8, os.cpu_count() or 1)
 # A data set's own name may end in :VERSION, which begins with a digit; a split may hold a colon, as in train[:90%].
 _TFDS = re.compile(r"tfds:(?P<name>[^:]+(:[\d*][^:]*)?)(:(?P<split>[A-Za-z].*))?")
@@ -100,12 +100,12 @@ def encode(
     ):
         for names, crops in _crops(files, size, batch):
             for name, crop in zip(names, crops, strict=True):
-                if crop is None:
-                    bar.write(f"fvq_jax: skipped {name!r}: not a readable picture", file=sys.stderr)
+                if isinstance(crop, str):
+                    bar.write(f"fvq_jax: skipped {name!r}: {crop}", file=sys.stderr)
                     skipped += 1
-            good = [crop for crop in crops if crop is not None]
+            good = [crop for crop in crops if not isinstance(crop, str)]
             if good:
-                kept = [name for name, crop in zip(names, crops, strict=True) if crop is not None]
+                kept = [name for name, crop in zip(names, crops, strict=True) if not isinstance(crop, str)]
                 codes = tokenizer.encode(np.stack(good), _all_of_class(condition, len(good)))
                 writer.write(codes, [_below(source, name) for name in kept])
             bar.update(len(names))
@@ -294,8 +294,8 @@ def _crops(files: FolderSource, size: int, batch: int) -> Iterator[tuple[list[st
     def load(name: str) -> Crop:
         try:
             return resize_center(open_image(name), size)
-        except UnreadableImageError:
-            return None
+        except UnreadableImageError as error:
+            return str(error)
 
     waiting: collections.deque[tuple[list[str], list[Future[Crop]]]] = collections.deque()
     with ThreadPoolExecutor(_THREADS) as pool:

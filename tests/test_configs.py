@@ -10,7 +10,8 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from fvq_jax.config.checks import validate
+from fvq_jax.config.checks import all_fields, validate
+from fvq_jax.config.effects import refuse_misleading, too_late, without_effect
 from fvq_jax.models.quantizers.bridge import make_bridge
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.mesh import make_mesh
@@ -95,6 +96,24 @@ def test_the_smoke_size_is_valid_and_needs_no_data(name):
     assert config.steps <= 10
     for devices in (1, 2, 8):
         check(config, devices)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("arg", ["", "smoke", "batch=64", "smoke,batch=16"])
+def test_no_config_has_a_field_without_effect_or_beyond_its_last_step(name, arg):
+    config = get_config(name, arg)
+    fields = all_fields(task_of(config), config)
+    refuse_misleading(config, fields)
+    assert without_effect(config, fields) == []
+    total = config.steps or int(config.epochs * 1_281_167) // config.batch_size  # epochs of ImageNet
+    assert too_late(config, fields, total) == []
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_number_of_pictures_scales_what_counts_in_steps(name):
+    changed = differences(get_config(name), get_config(name, "pictures=64058"))
+    assert changed == {"adversarial.start": 1000, "eval.every_steps": 500, "checkpoint.every_steps": 250}
+    assert get_config(name, "pictures=5").adversarial.start == 1
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -187,7 +206,6 @@ def test_quickstart_scales_from_its_own_batch():
     assert changed == {
         "batch_size": 2 * base.batch_size,
         "optim.learning_rate": pytest.approx(2 * base.optim.learning_rate),
-        "adversarial.start": base.adversarial.start // 2,
         "eval.every_steps": base.eval.every_steps // 2,
         "checkpoint.every_steps": base.checkpoint.every_steps // 2,
     }

@@ -157,6 +157,8 @@ def test_pixel_metrics_and_code_statistics(protocol, saved, folder, tmp_path, ca
     assert report["perplexity"] == pytest.approx(2 ** report["entropy_bits"], rel=1e-4)
     assert report["bits_per_pixel"] == 6 / 4
     assert (report["images"], report["skipped_files"], report["size"]) == (PICTURES, 0, SIZE)
+    assert report["enlarged_pictures" if protocol == "direct" else "framed_pictures"] == 3
+    assert ("rfid" in report["biased"]) == ("rfid" in report)
     assert report["protocol"] == protocol
     with np.load(tmp_path / "out" / "reconstructions.npz") as file:
         assert file.files == ["arr_0"]
@@ -247,12 +249,11 @@ def test_some_images_of_the_bundled_photographs(saved, tmp_path, capsys):
     assert report["images"] == 5
 
 
-def test_a_missing_weight_file_is_named_and_the_rest_computed(saved, folder, tmp_path, capsys):
-    options = [f"--tokenizer={saved}", f"--data={folder}", f"--out={tmp_path}", f"--size={SIZE}", "--images=8"]
-    report, _ = run(capsys, *options, "--batch=8", f"--inception={tmp_path / 'none.pth'}")
-    assert report["not_computed"]["rfid"].startswith(f"no file '{tmp_path / 'none.pth'}': get pt_inception")
-    assert report["psnr"] > 0
-    assert report["images"] == 8
+def test_a_weight_file_that_is_not_there_is_refused(saved, folder, tmp_path, capsys):
+    options = [f"--tokenizer={saved}", f"--data={folder}", f"--out={tmp_path}", f"--size={SIZE}"]
+    assert evaluate.main([*options, f"--inception={tmp_path / 'none.pth'}"]) == 2
+    assert f"fvq_jax: --inception: there is no file '{tmp_path / 'none.pth'}'" in capsys.readouterr().err
+    assert not (tmp_path / "metrics.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_a_folder_becomes_codes_and_pictures_again(saved, folder, tmp_path, caps
     text = capsys.readouterr()
     assert text.out == f"{out}: 9 x 8 x 8 codes, 2 of 11 files skipped\n"
     for name in ("cats/broken.jpg", "dogs/empty.png"):
-        assert f"fvq_jax: skipped '{folder}/{name}': not a readable picture" in text.err
+        assert f"fvq_jax: skipped '{folder}/{name}': not a JPEG, PNG, WebP, GIF or BMP file" in text.err
     assert "11/11" in text.err
     with np.load(out) as file:
         codes, names = file["codes"], file["names"].tolist()
@@ -163,7 +163,7 @@ def test_a_folder_becomes_codes_of_ten_crops_to_train_on(saved, folder, tmp_path
         "9 pictures of 3 classes, each 2 x 10 crops of 8 x 8 codes, in 1 shards, 0.00 GB, 1 left out, 1 shards written"
     )
     assert text.out == f"{out}: {said} now\n"
-    assert "fvq_jax: left out 'cats/broken.jpg': not a readable picture" in text.err
+    assert "fvq_jax: left out 'cats/broken.jpg': not a JPEG, PNG" in text.err
     assert "10/10" in text.err
     assert "images/s" in text.err
     source, tok = open_codes(out), Tokenizer.from_pretrained(saved)

@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from ml_collections import ConfigDict
 
+from fvq_jax.config.effects import refuse_misleading
 from fvq_jax.config.fields import SHARED
 from fvq_jax.runtime.errors import InputError, require
 from fvq_jax.runtime.fields import Field
@@ -43,6 +44,7 @@ def validate(config: ConfigDict, task: type[Checked], devices: int) -> None:
         raise InputError(f"config field {name} is missing: start from fvq_jax.tasks.default_config()")
     for name, field in fields.items():
         field.check(name, given[name])
+    refuse_misleading(config, fields)
     _check_schedule(config)
     task.check(config, devices)  # before the mesh: the task knows which sizes of the codebook axis work at all
     mesh_shape(config.mesh.data, config.mesh.codebook, devices)

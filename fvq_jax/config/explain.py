@@ -24,7 +24,8 @@ def explain(config: ConfigDict, fields: Mapping[str, Field]) -> str:
         default = "" if shown[name] == defaults[name] else f" (default: {defaults[name]})"
         choices = f" One of {', '.join(str(c) or 'nothing' for c in field.choices)}." if field.choices else ""
         fixed = " Must not change when a run is resumed." if field.stays else ""
-        lines.append(f"{f'{name} = {shown[name]}':{width}}  {field.text}{choices}{fixed}{default}")
+        needs = "".join(f" Only with {need.text()}." for need in field.needs)
+        lines.append(f"{f'{name} = {shown[name]}':{width}}  {field.text}{choices}{needs}{fixed}{default}")
     return "\n".join(lines)
 
 

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
-from fvq_jax.runtime.fields import Field
+from fvq_jax.runtime.fields import Field, Needs
 from fvq_jax.runtime.names import nest
 
 DECAYS = ("linear", "cosine", "constant")
+# A rate that falls: that of all, or that of a quantizer of its own.
+_FALLS = Needs(("optim.decay", "optim.codebook_decay"), but=("constant",))
 
 SHARED: dict[str, Field] = {
     "task": Field("tokenizer", "What is trained: a name in fvq_jax/tasks/__init__.py.", stays=True),
@@ -35,22 +37,36 @@ SHARED: dict[str, Field] = {
     "optim.clip_norm": Field(1.0, "Largest gradient norm of each network; 0: not clipped."),
     "optim.warmup_steps": Field(0, "Length of the warm-up in steps; 0: the field warmup_epochs gives it."),
     "optim.warmup_epochs": Field(4.0, "Length of the warm-up in epochs; 0: the field warmup_steps gives it."),
-    "optim.hold": Field(0.3, "Share of the steps after the warm-up during which the rate stays at its peak.", below=1),
+    "optim.hold": Field(
+        0.3, "Share of the steps after the warm-up during which the rate stays at its peak.", below=1, needs=(_FALLS,)
+    ),
     "optim.decay": Field("linear", "How the rate falls after the hold.", choices=DECAYS),
-    "optim.start_factor": Field(0.005, "Share of the peak rate with which the warm-up starts."),
-    "optim.end_factor": Field(0.01, "Share of the peak rate with which the run ends."),
+    "optim.start_factor": Field(
+        0.005,
+        "Share of the peak rate with which the warm-up starts.",
+        needs=(Needs(("optim.warmup_steps", "optim.warmup_epochs")),),
+    ),
+    "optim.end_factor": Field(0.01, "Share of the peak rate with which the run ends.", needs=(_FALLS,)),
     "optim.accumulate": Field(1, "Micro-batches into which the batch of a step is cut.", above=0),
     "optim.ema_decay": Field(0.0, "Decay of the main network's moving average; 0: there is none.", below=1, stays=True),
     "data.num_workers": Field(8, "Processes per host that prepare batches; 0: threads of the run's own process do."),
     "data.timeout": Field(50.0, "End the run if no batch comes for so many seconds (5x for the first); 0: never."),
-    "eval.every_steps": Field(0, "Steps between two evaluations; 0: only at the end."),
+    "eval.every_steps": Field(
+        0, "Steps between two evaluations; 0: only at the end.", late="it is evaluated at its end only"
+    ),
     "eval.batch_size": Field(128, "Examples in one batch of an evaluation, over all devices and hosts.", above=0),
-    "checkpoint.every_steps": Field(5000, "Steps between two checkpoints.", above=0),
+    "checkpoint.every_steps": Field(
+        5000, "Steps between two checkpoints.", above=0, late="it is saved at its end only, so a crash loses all of it"
+    ),
     "checkpoint.keep_last": Field(2, "How many of the newest checkpoints are kept.", above=0),
     "checkpoint.keep_every": Field(
-        0, "Steps between checkpoints that are kept for good, a multiple of every_steps; 0: none."
+        0,
+        "Steps between checkpoints that are kept for good, a multiple of every_steps; 0: none.",
+        late="none is kept for good",
     ),
-    "log.every_steps": Field(100, "Steps between two lines of metrics.", above=0),
+    "log.every_steps": Field(
+        100, "Steps between two lines of metrics.", above=0, late="its only line of metrics is that of the last step"
+    ),
 }
 
 

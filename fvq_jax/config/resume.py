@@ -27,15 +27,13 @@ def check_continues(saved: Mapping[str, Any], config: ConfigDict, fields: Mappin
       InputError: a field that must stay differs (the message names all of them), or the workdir was begun by an older
         version.
     """
-    before, now = dotted(saved), dotted(config)
-    if "task" not in before:
+    if "task" not in dotted(saved):
         raise InputError(
             "this workdir was begun by an older version of fvq_jax, whose runs this one reads but does not continue: "
             "finish it with that version, or start another workdir with --config.init_from=THIS_WORKDIR"
         )
-    before = dotted({name: field.default for name, field in fields.items()}) | before
-    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
-    text = {name: f"{name}: {before.get(name)!r} -> {now.get(name)!r}" for name in changed}
+    changed = changes(saved, config, fields)
+    text = {name: f"{name}: {old!r} -> {new!r}" for name, (old, new) in changed.items()}
     refused = [text[name] for name in changed if name not in fields or fields[name].stays]
     if refused:
         raise InputError(
@@ -43,3 +41,15 @@ def check_continues(saved: Mapping[str, Any], config: ConfigDict, fields: Mappin
             "use another workdir or the config it was started with"
         )
     return list(text.values())
+
+
+def changes(saved: Mapping[str, Any], config: ConfigDict, fields: Mapping[str, Field]) -> dict[str, tuple[Any, Any]]:
+    """Every field that differs, with its value before and now; the arguments are those of `check_continues`."""
+    before, now = with_defaults(saved, fields), dotted(config)
+    names = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    return {name: (before.get(name), now.get(name)) for name in names}
+
+
+def with_defaults(saved: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, Any]:
+    """A saved config by full names, with the default of each field that came later."""
+    return dotted({name: field.default for name, field in fields.items()}) | dotted(saved)

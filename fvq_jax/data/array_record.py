@@ -4,6 +4,7 @@
 """
 
 import os
+from collections.abc import Collection
 
 import msgpack
 import numpy as np
@@ -69,6 +70,10 @@ class ArrayRecordSource:
     def fingerprint(self) -> str:
         """How many records, and a hash of the checksums of the shards."""
         return f"{len(self)} records, shards {self._shards.digest}"
+
+    def fingerprint_without(self, left_out: Collection[str]) -> str:
+        """The fingerprint of the folder that the pictures come from: of what it holds, only the unreadable may miss."""
+        return f"prepared from {self._shards.plan['pictures']}"
 
     def _unpack(self, index: int) -> tuple[bytes, int, str]:
         try:

@@ -32,7 +32,8 @@ class RandomCrops:
         # Without resizing the crop is of the pixels as they are stored.
         image = open_stored(record["image"], self.resize_max if self.resize_min else 0)
         rng = np.random.default_rng((self.seed, index))
-        return {**record, "image": random_resize_crop(image, rng, self.size, self.resize_min, self.resize_max)}
+        crop = random_resize_crop(image, rng, self.size, self.resize_min, self.resize_max)
+        return {**record, "image": crop, "small": min(image.size) < self.size}
 
     def name(self, index: int) -> str:
         """The picture that crop `index` is cut from."""

@@ -5,7 +5,9 @@
 
 import io
 import os
+import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
@@ -53,8 +55,24 @@ def open_image(file: str | os.PathLike[str] | bytes, min_side: int = 0) -> Image
     smaller, but no side becomes shorter than `min_side`. It is then decoded at that size, which is quicker than
     decoding it whole and averaging; the pixels are nearly, but not exactly, those averages.
 
+    A JPEG file whose end marker is missing is read if all its pixels are there, see `_with_end`. Other damage is not
+    mended: Pillow could fill up what is missing with grey, which nobody would notice in training.
+
     Raises UnreadableImageError, whatever is wrong with the file.
     """
+    try:
+        return _open(file, min_side)
+    except UnreadableImageError as error:
+        if (whole := _with_end(file)) is None:
+            raise
+        try:
+            return _open(whole, min_side)
+        except UnreadableImageError:
+            raise error from None
+
+
+def _open(file: str | os.PathLike[str] | bytes, min_side: int) -> Image.Image:
+    """See `open_image`; the file must be whole."""
     # Pillow reports damage by OSError, SyntaxError, ValueError, struct.error and more, depending on the format.
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_FORMATS) as image:
@@ -73,6 +91,49 @@ def open_image(file: str | os.PathLike[str] | bytes, min_side: int = 0) -> Image
         raise UnreadableImageError("not a JPEG, PNG, WebP, GIF or BMP file") from error
     except Exception as error:
         raise UnreadableImageError(str(error) or type(error).__name__) from error
+
+
+def _with_end(file: str | os.PathLike[str] | bytes) -> bytes | None:
+    """The content of a JPEG file with the end marker that it lacks; None if pixels are missing too, or it is no JPEG.
+
+    The decoder makes up what is missing from zeros, or from whatever is put behind the file. So no pixel is missing if
+    both give the same pixels, unless the file ends between two passes, see `_passes`.
+    """
+    try:
+        data = file if isinstance(file, bytes) else Path(file).read_bytes()
+    except OSError:
+        return None
+    if not data.startswith(b"\xff\xd8") or data.endswith(b"\xff\xd9"):
+        return None
+    body = data[:-1] if data.endswith(b"\xff") else data  # half a marker
+    pictures = []
+    for filling in (b"", b"\xaa" * 64):  # bits that differ from zeros at once
+        try:
+            with Image.open(io.BytesIO(body + filling + b"\xff\xd9"), formats=("JPEG",)) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    return None
+                image.load()
+                if len(_passes(data)) < len(image.getbands()) * (2 if "progressive" in image.info else 1):
+                    return None
+                pictures.append(np.asarray(image))
+        except Exception:
+            return None
+    return body + b"\xff\xd9" if np.array_equal(pictures[0], pictures[1]) else None
+
+
+def _passes(data: bytes) -> set[tuple[int, bool]]:
+    """Which passes of a JPEG file bring a colour to its full precision: (number of the colour, whether its mean).
+
+    A colour needs one, or in a progressive file two: of the means of the blocks, and of all finer waves.
+    """
+    frame = max((match.start() for match in re.finditer(rb"\xff[\xc0-\xc2]", data)), default=0)
+    found = set()
+    for start in re.finditer(rb"\xff\xda", data[frame:]):
+        header = data[frame + start.end() + 2 :]  # after its length
+        colours, (first, last, bits) = header[1 : 1 + 2 * header[0] : 2], header[1 + 2 * header[0] :][:3]
+        if bits & 15 == 0 and (first == 0 or last == 63):  # no bits and no waves are left for later
+            found |= {(colour, first == 0) for colour in colours}
+    return found
 
 
 def open_stored(stored: bytes | UInt8[np.ndarray, "H W 3"], min_side: int = 0) -> Image.Image:

@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import grain
 import jax
@@ -20,13 +20,14 @@ from jaxtyping import Int, Integer, UInt8
 from tqdm import tqdm
 
 from fvq_jax.data.croppings import Cropping
-from fvq_jax.data.decode import UnreadableImageError, open_stored
+from fvq_jax.data.decode import open_stored
 from fvq_jax.data.extracted_codes import CODES, pack, smallest_type
 from fvq_jax.data.journal import Journal
 from fvq_jax.data.prefetch import Prefetch
 from fvq_jax.data.record import Source
 from fvq_jax.data.shards import MANIFEST, Manifest, Shard, ShardWriter
 from fvq_jax.data.stream import Stream
+from fvq_jax.data.unreadable import UNREADABLE, reason, short_name
 from fvq_jax.runtime.agreement import check_same, everywhere, gather_texts
 from fvq_jax.runtime.errors import InputError, require
 from fvq_jax.runtime.hosts import rows_of_all_hosts
@@ -89,13 +90,6 @@ class Work:
         """Raises InputError for numbers that cannot be."""
         require(self.batch > 0 and self.shard_size > 0, "--batch and --shard-size must be at least 1")
         require(self.workers >= 0 and self.timeout >= 0, "--workers and --timeout must be at least 0")
-
-
-@runtime_checkable
-class _Named(Protocol):
-    """A source that names pictures by their paths below it."""
-
-    def relative_name(self, index: int) -> str: ...
 
 
 class _StoppedError(Exception):
@@ -235,11 +229,11 @@ class _Writer:
         codes = codes.reshape(pictures, scales, crops, *self.encoder.grid).astype(smallest_type(self.encoder.vocab))
         for row, index in enumerate(rows):
             if batch["readable"][row]:
-                writer.write(pack(codes[row], int(labels[row]), _name(self.source, index)))
+                writer.write(pack(codes[row], int(labels[row]), short_name(self.source, index)))
             else:
-                name = _name(self.source, index)
+                name = short_name(self.source, index)
                 writer.leave_out(name)
-                _warn(f"left out {name!r}: not a readable picture")
+                _warn(f"left out {name!r}: {reason(self.source, index)}")
 
     @property
     def _block(self) -> int:
@@ -266,7 +260,7 @@ def _load(position: int, *, source: Source, cropping: Cropping, shards: list[ran
         try:
             record = source[index]
             image, label = cropping.cut(open_stored(record["image"], cropping.min_side), index), record["label"]
-        except (OSError, UnreadableImageError):  # OSError: the file has gone, or may not be read
+        except UNREADABLE:
             (image, label), readable = nothing, False
     return {"image": image, "label": label, "readable": np.bool_(readable)}
 
@@ -280,14 +274,6 @@ def _finish(out: Path, plan: dict[str, Any], shards: tuple[Shard, ...], journal:
     if changed or not (out / MANIFEST).exists():
         Manifest(plan, shards).write(out)
     journal.finish()
-
-
-def _name(source: Source, index: int) -> str:
-    """What to call a picture in a record: its path below the folder if there is one."""
-    try:
-        return source.relative_name(index) if isinstance(source, _Named) else source.name(index)
-    except UnreadableImageError:  # a damaged record of prepared pictures has lost its name
-        return source.name(index)
 
 
 def _advance(bar: tqdm, processes: int, end: int, pictures: int) -> None:

@@ -3,20 +3,37 @@
 from ml_collections import ConfigDict
 
 from fvq_jax.data.sources import SOURCES
+from fvq_jax.data.unreadable import MAX_UNREADABLE
 from fvq_jax.runtime.errors import require
-from fvq_jax.runtime.fields import Field
+from fvq_jax.runtime.fields import Field, Needs
+
+_TFDS = (Needs(("source",), values=("tfds",), misleading=True),)
+_FOLDERS = (Needs(("source",), values=("folder", "array_record"), misleading=True),)
 
 PICTURES: dict[str, Field] = {
     "source": Field("tfds", "Where pictures come from, see docs/data.md.", choices=SOURCES, stays=True),
-    "tfds_name": Field("imagenet2012", "NAME[/CONFIG][:VERSION] of a data set prepared as array_record.", stays=True),
-    "tfds_dir": Field("", "Where TFDS keeps its data sets; empty: TFDS_DATA_DIR or ~/tensorflow_datasets."),
-    "train_split": Field("train", "Split of tfds to train on.", stays=True),
-    "eval_split": Field("validation", "Split of tfds to evaluate on.", stays=True),
-    "train_dir": Field("", "Folder to train on, for folder and array_record."),
-    "eval_dir": Field("", "Folder to evaluate on, for folder and array_record."),
+    "tfds_name": Field(
+        "imagenet2012", "NAME[/CONFIG][:VERSION] of a data set prepared as array_record.", stays=True, needs=_TFDS
+    ),
+    "tfds_dir": Field(
+        "", "Where TFDS keeps its data sets; empty: TFDS_DATA_DIR or ~/tensorflow_datasets.", needs=_TFDS
+    ),
+    "train_split": Field("train", "Split of tfds to train on.", stays=True, needs=_TFDS),
+    "eval_split": Field("validation", "Split of tfds to evaluate on.", stays=True, needs=_TFDS),
+    "train_dir": Field("", "Folder to train on.", needs=_FOLDERS),
+    "eval_dir": Field("", "Folder to evaluate on.", needs=_FOLDERS),
     "image_size": Field(256, "Side of the square crops, in pixels.", above=0, stays=True),
     "resize_min": Field(256, "Least length of the shorter side before the random crop; 0: no resizing.", stays=True),
-    "resize_max": Field(320, "Greatest length of the shorter side before the random crop.", stays=True),
+    "resize_max": Field(
+        320, "Greatest length of the shorter side before the random crop.", stays=True, needs=(Needs(("resize_min",)),)
+    ),
+    "max_unreadable": Field(
+        MAX_UNREADABLE,
+        "Share of the pictures that may be unreadable before a run ends; ten may be in any case, but not over half; "
+        "0: none.",
+        most=1,
+        needs=(Needs(("source",), but=("photos",)),),
+    ),
     "flip": Field(True, "Whether a picture is mirrored with probability one half.", stays=True),
 }
 
@@ -36,9 +53,3 @@ def check_pictures(data: ConfigDict) -> None:
     if data.source == "tfds":
         for name in ("tfds_name", "train_split", "eval_split"):
             require(bool(data[name]), f"data.{name} is empty: data.source=tfds needs it")
-        for name in ("train_dir", "eval_dir"):
-            require(
-                not data[name],
-                f"data.{name} is set, but data.source=tfds does not read it: add --config.data.source=folder, or "
-                "array_record if fvq_jax.data.prepare wrote that folder",
-            )

@@ -4,7 +4,8 @@ import array
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -32,7 +33,7 @@ class FolderSource:
         self._root = os.path.abspath(root)
         if not os.path.isdir(self._root):
             raise InputError(f"image folder {str(root)!r} does not exist or is not a folder")
-        names, ends, labels = bytearray(), array.array("q"), array.array("i")
+        names, ends, labels, sizes = bytearray(), array.array("q"), array.array("i"), array.array("q")
         classes, beside, digest = {"": 0}, array.array("q"), hashlib.sha256()
         for name, size in _image_files(self._root):
             folder = name.split(os.sep, 1)[0] if os.sep in name else ""
@@ -42,10 +43,11 @@ class FolderSource:
             encoded = os.fsencode(name)
             names += encoded
             ends.append(len(names))
-            digest.update(b"%s\0%d\n" % (encoded, size))
+            sizes.append(size)
+            digest.update(_line(encoded, size))
         if not ends:
             raise InputError(f"image folder {str(root)!r} holds no file that ends in one of {', '.join(ENDINGS)}")
-        self._names, self._ends = bytes(names), np.array(ends, np.int64)
+        self._names, self._ends, self._sizes = bytes(names), np.array(ends, np.int64), np.array(sizes, np.int64)
         # Without files directly in the root, the classes of the folders begin at 0.
         self._labels = np.array(labels, np.int32) - (0 if beside else 1)
         self.classes = list(classes)[0 if beside else 1 :]
@@ -57,6 +59,10 @@ class FolderSource:
                 len(beside),
                 self.relative_name(beside[0]),
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Workers take no fingerprint.
+        return self.__dict__ | {"_sizes": np.zeros(0, np.int64)}
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -81,6 +87,21 @@ class FolderSource:
     def fingerprint(self) -> str:
         """How many files, and a hash of their names below the root, in order, and of their sizes."""
         return f"{len(self)} files, names and sizes {self._digest}"
+
+    def fingerprint_without(self, left_out: Collection[str]) -> str:
+        """The fingerprint of the files but those with these relative names, whether they are there or not."""
+        digest, count, without = hashlib.sha256(), 0, frozenset(left_out)
+        for index in range(len(self)):
+            name = self.relative_name(index)
+            if name not in without:
+                digest.update(_line(os.fsencode(name), int(self._sizes[index])))
+                count += 1
+        return f"{count} files, names and sizes {digest.hexdigest()[:16]}"
+
+
+def _line(name: bytes, size: int) -> bytes:
+    """What a file adds to a fingerprint."""
+    return b"%s\0%d\n" % (name, size)
 
 
 def _image_files(root: str) -> Iterator[tuple[str, int]]:

@@ -15,51 +15,48 @@ from absl import logging
 from jaxtyping import UInt8
 from PIL import Image
 
-from fvq_jax.data.decode import UnreadableImageError, open_stored
+from fvq_jax.data.decode import open_stored
 from fvq_jax.data.record import Source
 from fvq_jax.data.stream import Stream, endless_order, local_batches, padded_order
 from fvq_jax.data.transforms import random_flip, random_resize_crop, resize_center
+from fvq_jax.data.unreadable import MAX_UNREADABLE, UNREADABLE, allowed, reason, short_name, too_many
 from fvq_jax.runtime.errors import InputError
 
-_UNREADABLE_LIMIT = 0.01
-# OSError: the file has gone, or may not be read.
-_UNREADABLE = (OSError, UnreadableImageError)
+_GAVE_UP = -2  # less the index of a file: it and as many after it cannot be read as end a run
 
 
 class Batches(Stream):
     """Iterator over one host's batches; counts the unreadable files that come by.
 
-    `skipped` maps the name of each such file to how often it was replaced; every new one is logged.
-    Iteration raises InputError once these files exceed 1 % of the source, and RuntimeError when a worker process has
-    died. Each host counts the files it sees. Call `close` to stop the workers early.
+    `skipped` maps the name of each such file, below its folder, to how often it was replaced; every new one is logged
+    with the reason. Iteration raises InputError once there are more of these files than `unreadable.allowed`, and
+    RuntimeError when a worker process has died. Each host counts the files it sees. Call `close` to stop the workers
+    early.
     """
 
-    def __init__(self, dataset: grain.MapDataset, source: Source, num_workers: int):
+    def __init__(self, dataset: grain.MapDataset, source: Source, num_workers: int, max_unreadable: float | int):
         super().__init__(dataset, num_workers)
-        self._source = source
+        self._source, self._max_unreadable = source, max_unreadable
+        self._found: list[tuple[str, str]] = []  # names and reasons
 
     def __next__(self) -> dict[str, np.ndarray]:
         batch = super().__next__()
         unreadable = batch.pop("unreadable")
         for index in unreadable[unreadable >= 0]:
             self._skip(int(index))
+        for index in _GAVE_UP - unreadable[unreadable <= _GAVE_UP]:  # counted here, so that all of them are known
+            for following in range(allowed(len(self._source), self._max_unreadable) + 1):
+                self._skip((int(index) + following) % len(self._source))
         return batch
 
     def _skip(self, index: int) -> None:
-        name = self._source.name(index)
+        name = short_name(self._source, index)
         if name not in self.skipped:
-            logging.warning("skipped %r: %s", name, self._reason(index))
+            self._found.append((self._source.name(index), reason(self._source, index)))
+            logging.warning("skipped %r: %s", *self._found[-1])
         self.skipped[name] = self.skipped.get(name, 0) + 1
-        if len(self.skipped) > _UNREADABLE_LIMIT * len(self._source):
-            raise _too_many(list(self.skipped), len(self._source))
-
-    def _reason(self, index: int) -> str:
-        # The picture is decoded once more: a batch brings only the index of an unreadable file, not the reason.
-        try:
-            _open(self._source, index)
-        except _UNREADABLE as error:
-            return str(error)
-        return "it could not be read before, but can now"
+        if len(self._found) > allowed(len(self._source), self._max_unreadable):
+            raise too_many(self._found, len(self._source), self._max_unreadable)
 
 
 def train_batches(
@@ -75,13 +72,15 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
     num_workers: int = 0,
+    max_unreadable: float | int = MAX_UNREADABLE,
 ) -> Batches:
     """Endless augmented batches from step `start_step` on.
 
     `image` is uint8 [b, image_size, image_size, 3], `label` int32 [b]. `batch_size` is global; b =
     batch_size / process_count, and process p gets rows [p*b, (p+1)*b) of the global batch. All records come
     once per epoch, in an order that `seed` and the epoch decide. With `num_workers` 0 a few threads of
-    this process read pictures, otherwise that many processes. Raises InputError for sizes that cannot work.
+    this process read pictures, otherwise that many processes. `max_unreadable` is the share that may be unreadable, see
+    `unreadable.allowed`. Raises InputError for sizes that cannot work.
     """
     if resize_min and not image_size <= resize_min <= resize_max:
         raise InputError(
@@ -89,11 +88,17 @@ def train_batches(
             f"image_size ({image_size}) <= resize_min <= resize_max, or resize_min=0 for no resizing"
         )
     load = functools.partial(
-        _load_to_train, source=source, image_size=image_size, resize_min=resize_min, resize_max=resize_max, flip=flip
+        _load_to_train,
+        source=source,
+        image_size=image_size,
+        resize_min=resize_min,
+        resize_max=resize_max,
+        flip=flip,
+        max_unreadable=max_unreadable,
     )
     place = {"start_step": start_step, "process_index": process_index, "process_count": process_count}
     dataset = local_batches(endless_order(len(source), seed).random_map(load), batch_size, **place)
-    return Batches(dataset, source, num_workers)
+    return Batches(dataset, source, num_workers, max_unreadable)
 
 
 def eval_batches(
@@ -105,8 +110,11 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
     num_workers: int = 0,
+    max_unreadable: float | int = MAX_UNREADABLE,
 ) -> Batches:
-    """Every picture once, in order and cropped by `crop`: `image` and `label` as in training, `mask` bool [b].
+    """Every picture once, in order and cropped by `crop`: `image` and `label` as in training, `mask` and `small` [b].
+
+    `small` says whether a side of the picture is shorter than the crop, so that `crop` enlarges or frames it.
 
     Rows with a False `mask` must not count: they fill up the last batch, or stand in for an unreadable file. Every
     process gets the same number of batches, and the same part of each as in `train_batches`.
@@ -114,25 +122,17 @@ def eval_batches(
     load = functools.partial(_load_to_score, source=source, image_size=image_size, crop=crop)
     place = {"process_index": process_index, "process_count": process_count}
     dataset = local_batches(padded_order(len(source), batch_size).map(load), batch_size, **place)
-    return Batches(dataset, source, num_workers)
-
-
-def _too_many(names: list[str], files: int) -> InputError:
-    examples = ", ".join(map(repr, names[:3]))
-    return InputError(
-        f"{len(names)} of {files} pictures are unreadable, over {_UNREADABLE_LIMIT:.0%}: "
-        f"{examples}{', ...' if len(names) > 3 else ''}; repair or remove them"
-    )
+    return Batches(dataset, source, num_workers, max_unreadable)
 
 
 def _open(source: Source, index: int, min_side: int = 0) -> tuple[Image.Image, np.int32]:
-    """Picture and label; see `decode.open_stored`. Raises one of _UNREADABLE."""
+    """Picture and label; see `decode.open_stored`. Raises one of UNREADABLE."""
     record = source[index]
     return open_stored(record["image"], min_side), record["label"]
 
 
 def _row(image: np.ndarray, label: np.int32, unreadable: int = -1) -> dict[str, Any]:
-    """One row of a batch; `unreadable` is the index of the file that this row replaces, or -1."""
+    """One row of a batch; `unreadable` is the index of the file that this row replaces, -1, or see `_GAVE_UP`."""
     return {"image": image, "label": label, "unreadable": np.int64(unreadable)}
 
 
@@ -145,20 +145,21 @@ def _load_to_train(
     resize_min: int,
     resize_max: int,
     flip: bool,
+    max_unreadable: float | int,
 ) -> dict[str, Any]:
-    failed = []
+    failed: list[int] = []
     for candidate in itertools.chain(range(index, len(source)), range(index)):
         try:
             # The decoder may leave out what the augmentation would average away.
             image, label = _open(source, candidate, min_side=resize_max if resize_min else 0)
-        except _UNREADABLE:
+        except UNREADABLE:
             failed.append(candidate)
-            if len(failed) > _UNREADABLE_LIMIT * len(source):
+            if len(failed) > allowed(len(source), max_unreadable):
                 break
             continue
         crop = random_resize_crop(image, rng, image_size, resize_min, resize_max)
         return _row(random_flip(crop, rng) if flip else crop, label, failed[0] if failed else -1)
-    raise _too_many([source.name(number) for number in failed], len(source))
+    return _row(np.zeros((image_size, image_size, 3), np.uint8), np.int32(0), _GAVE_UP - failed[0])
 
 
 def _load_to_score(
@@ -169,10 +170,13 @@ def _load_to_score(
     crop: Callable[[Image.Image, int], UInt8[np.ndarray, "s s 3"]],
 ) -> dict[str, Any]:
     nothing = np.zeros((image_size, image_size, 3), np.uint8)
+    no_picture = {"mask": np.bool_(False), "small": np.bool_(False)}
     if position >= len(source):
-        return _row(nothing, np.int32(0)) | {"mask": np.bool_(False)}
+        return _row(nothing, np.int32(0)) | no_picture
     try:
-        image, label = _open(source, position)
-    except _UNREADABLE:
-        return _row(nothing, np.int32(0), position) | {"mask": np.bool_(False)}
-    return _row(crop(image, image_size), label) | {"mask": np.bool_(True)}
+        record = source[position]
+        image = open_stored(record["image"])
+    except UNREADABLE:
+        return _row(nothing, np.int32(0), position) | no_picture
+    small = record.get("small", min(image.size) < image_size)
+    return _row(crop(image, image_size), record["label"]) | {"mask": np.bool_(True), "small": np.bool_(small)}

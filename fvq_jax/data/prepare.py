@@ -21,10 +21,11 @@ from typing import Any
 from tqdm import tqdm
 
 from fvq_jax.data.array_record import PICTURES, pack
-from fvq_jax.data.decode import UnreadableImageError, decode_image
+from fvq_jax.data.decode import decode_image
 from fvq_jax.data.folder import FolderSource
 from fvq_jax.data.journal import Journal
 from fvq_jax.data.shards import MANIFEST, Manifest, Shard, ShardWriter
+from fvq_jax.data.unreadable import UNREADABLE, said
 from fvq_jax.data.worker import follow_parent
 from fvq_jax.runtime import exits
 from fvq_jax.runtime.arguments import Parser
@@ -127,9 +128,9 @@ def _write_shards(
             while pending and interrupt.signal is None:
                 finished, pending = wait(pending, _POLL_SECONDS, FIRST_COMPLETED)
                 for future in finished:
-                    shard = future.result()
-                    for name in shard.left_out:
-                        _warn(f"left out {name!r}: not a readable picture")
+                    shard, reasons = future.result()
+                    for name, reason in zip(shard.left_out, reasons, strict=True):
+                        _warn(f"left out {name!r}: {reason}")
                     journal.add(shard)
                 if new := before + done.value - bar.n:
                     bar.update(new)
@@ -163,37 +164,38 @@ def _start_worker(*shared: Any) -> None:
     _worker = _Worker(*shared)
 
 
-def _write_shard(name: str, indices: range) -> Shard:
-    """Writes one file and reads it back. Runs in a worker process."""
+def _write_shard(name: str, indices: range) -> tuple[Shard, list[str]]:
+    """Writes one file and reads it back, in a worker process; also says why each of the pictures left out is."""
+    reasons = []
     with ShardWriter(_worker.out / name) as writer:
         for index in indices:
             if _worker.stop.is_set():
                 raise _StoppedError
             picture = _worker.source.relative_name(index)
-            image = _read_picture(index)
-            if image is None:
+            try:
+                image = _read_picture(index)
+            except UNREADABLE as error:
                 writer.leave_out(picture)
+                reasons.append(said(error))
             else:
                 writer.write(pack(image, _worker.source.label(index), picture))
             with _worker.done.get_lock():
                 _worker.done.value += 1
-    return writer.shard
+    return writer.shard, reasons
 
 
-def _read_picture(index: int) -> bytes | None:
-    """The bytes of a file; None if it is to be left out."""
+def _read_picture(index: int) -> bytes:
+    """The bytes of a file. One of UNREADABLE if it is to be left out."""
     path = _worker.source.name(index)
     try:
         image = Path(path).read_bytes()
-        if _worker.check:
-            decode_image(image)
-        return image
-    except UnreadableImageError:
-        return None
     except OSError as error:
         if _worker.check:
-            return None
+            raise
         raise InputError(f"cannot read {path}: {error.strerror}; --check leaves out such files") from error
+    if _worker.check:
+        decode_image(image)
+    return image
 
 
 def _warn(message: str) -> None:

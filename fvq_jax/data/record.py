@@ -1,6 +1,6 @@
 """What the pipeline gets from a source: single pictures with labels, by index."""
 
-from typing import Protocol, TypedDict, runtime_checkable
+from typing import NotRequired, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -10,11 +10,12 @@ class Record(TypedDict):
     """One picture as it is stored, and its class index.
 
     `image` is the content of a picture file, or pixels, uint8 [H, W, 3]. The pipeline decodes: it knows what will be
-    made of the picture.
+    made of the picture. `small` is there if the source has cut the pixels itself: did it enlarge the picture.
     """
 
     image: bytes | UInt8[np.ndarray, "H W 3"]
     label: np.int32
+    small: NotRequired[bool]
 
 
 @runtime_checkable

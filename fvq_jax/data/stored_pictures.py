@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 from PIL import Image
 
-from fvq_jax.data.decode import UnreadableImageError, open_stored
+from fvq_jax.data.decode import open_stored
 from fvq_jax.data.evaluation_set import Sample
 from fvq_jax.data.folder import FolderSource
 from fvq_jax.data.npz_rows import ImageReader
@@ -20,6 +20,7 @@ from fvq_jax.data.pipeline import eval_batches
 from fvq_jax.data.record import Source
 from fvq_jax.data.sources import kind_of, make_source
 from fvq_jax.data.transforms import resize_center
+from fvq_jax.data.unreadable import UNREADABLE
 from fvq_jax.runtime.errors import InputError, require
 
 
@@ -47,7 +48,7 @@ class StoredPictures(Protocol):
     def batches(self, size: int, *, part: int = 0, parts: int = 1) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
         """The pictures in order, at most `size` at a time. Of several hosts, each gets every `parts`-th batch.
 
-        A file that cannot be read is left out, and is an error once over 1 % of the files are.
+        A file that cannot be read is left out; too many of them are an error, see `unreadable.allowed`.
         """
         ...
 
@@ -118,7 +119,7 @@ def _side(folder: FolderSource) -> int:
     for index in range(len(folder)):
         try:
             width, height = open_stored(folder[index]["image"]).size
-        except (OSError, UnreadableImageError):
+        except UNREADABLE:
             continue
         require(width == height, f"{folder.name(index)} has {width} x {height} pixels: samples must be square")
         return width

@@ -5,6 +5,7 @@ pictures and their reconstructions. Everything is float64 on the host. Callers d
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jaxtyping import Float, Float64
 
 from fvq_jax.runtime.errors import InputError
 
+UNBIASED_FROM = 10_000  # below this number of pictures the distance is biased upwards so much that readers are told
 Vector = Float64[np.ndarray, "d"]
 Matrix = Float64[np.ndarray, "d d"]
 
@@ -120,3 +122,11 @@ def _of_moments(mean: Vector, covariance: Float64[np.ndarray, "_ _"]) -> tuple[V
 def _check_finite(*arrays: np.ndarray) -> None:
     if not all(np.isfinite(array).all() for array in arrays):
         raise InputError("features and their statistics must be finite")
+
+
+def biased(metrics: Iterable[str], pictures: int) -> dict[str, str]:
+    """Which of these metrics are Frechet distances of so few pictures that they are biased upwards, and why."""
+    if pictures >= UNBIASED_FROM:
+        return {}
+    reason = f"upwards: {pictures:,} pictures are fewer than {UNBIASED_FROM:,}"
+    return {name: reason for name in metrics if name in ("rfid", "fid", "sfid")}

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from fvq_jax.interop.lpips import lpips_params
 from fvq_jax.interop.torch_file import read_tensors
 from fvq_jax.models.frozen.lpips import ALEXNET, VGG16, Backbone, lpips_distance
 from fvq_jax.ops.pixels import to_float
+from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.row_parallel import RowParallel
 
 File = str | os.PathLike[str] | None
@@ -43,19 +45,26 @@ class Networks:
     not_computed: dict[str, str]
 
 
-def load_networks(files: Mapping[str, File], size: int) -> Networks:
-    """The networks whose `files` exist (by names of `FILES`; None: not given), for pictures of `size` pixels.
+def load_networks(
+    files: Mapping[str, File], size: int, called: Mapping[str, str] = types.MappingProxyType({})
+) -> Networks:
+    """The networks whose `files` are given (by names of `FILES`; None: not given), for pictures of `size` pixels.
 
     Raises:
-      InputError: a file is there and damaged, or holds something else.
+      InputError: a file is not there, or damaged, or holds something else. The first kind is named as in `called`, or
+        else by its command line option.
     """
-    there = {name: path for name, path in files.items() if path is not None and os.path.isfile(path)}
+    there = {name: path for name, path in files.items() if path is not None}
+    for name, path in there.items():
+        if not os.path.isfile(path):
+            what = called.get(name, option(name))
+            raise InputError(f"{what}: there is no file {os.fspath(path)!r} (leave it out to do without its metrics)")
     missing: dict[str, str] = {}
     inception = None
     if "inception" in there:
         inception = load_inception(there["inception"])
     else:
-        missing |= dict.fromkeys(("rfid", "inception_score"), _advice("inception", files["inception"]))
+        missing |= dict.fromkeys(("rfid", "inception_score"), _advice("inception"))
     lpips: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {}
     for metric, (backbone, weights, heads) in LPIPS.items():
         if size < backbone.least:
@@ -70,7 +79,7 @@ def load_networks(files: Mapping[str, File], size: int) -> Networks:
             source = there[weights]
             tensors |= read_tensors(source)
         if absent:
-            missing[metric] = "; ".join(_advice(name, files[name]) for name in absent)
+            missing[metric] = "; ".join(_advice(name) for name in absent)
         else:
             params = lpips_params(tensors, backbone, source, files[heads])
             lpips[metric] = RowParallel(functools.partial(_distance, backbone), params)
@@ -86,6 +95,5 @@ def _distance(backbone: Backbone, params: Any, a: Any, b: Any) -> Any:
     return lpips_distance(params, to_float(a), to_float(b), backbone=backbone)
 
 
-def _advice(name: str, path: File) -> str:
-    absent = "not given" if path is None else f"no file {os.fspath(path)!r}"
-    return f"{absent}: get {FILES[name]} and pass {option(name)}=FILE"
+def _advice(name: str) -> str:
+    return f"not given: get {FILES[name]} and pass {option(name)}=FILE"

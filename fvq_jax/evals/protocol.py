@@ -19,6 +19,7 @@ PROTOCOLS = {
     "direct": "shorter side resized, central crop; crops and reconstructions scored as 8-bit arrays",
     "published": f"central crop, not resized; crops and reconstructions scored after JPEG of quality {JPEG_QUALITY}",
 }
+WHEN_SMALL = {"direct": "enlarged", "published": "framed"}  # what happens to a picture that is smaller than the crop
 CROPS = {"direct": resize_center, "published": center_no_resize}
 _THREADS = min(8, os.cpu_count() or 1)
 

@@ -20,12 +20,13 @@ from fvq_jax.data.npz_rows import ImageWriter
 from fvq_jax.data.pipeline import eval_batches
 from fvq_jax.data.prefetch import Prefetch
 from fvq_jax.data.record import Source
+from fvq_jax.data.unreadable import MAX_UNREADABLE
 from fvq_jax.evals.examples import ExampleCollector, Examples
 from fvq_jax.evals.frechet import FeatureStatistics, frechet_distance
 from fvq_jax.evals.inception_score import SPLITS, InceptionScore
 from fvq_jax.evals.networks import Networks
 from fvq_jax.evals.pixel_metrics import SSIM_WINDOW, l1, mse, psnr, ssim
-from fvq_jax.evals.protocol import CROPS, PROTOCOLS, as_scored
+from fvq_jax.evals.protocol import CROPS, PROTOCOLS, WHEN_SMALL, as_scored
 from fvq_jax.evals.reference import Moments
 from fvq_jax.models.frozen.inception import CLASSES, FEATURES
 from fvq_jax.ops.code_usage import code_statistics, level_statistics, perplexity, position_statistics, usage
@@ -68,6 +69,7 @@ class Sums:
       images: how many pictures.
       broken: how many pictures have a reconstruction that is not finite; their scores are NaN.
       skipped: how many unreadable files.
+      small: how many pictures have a side that is shorter than the crop.
       scalars: the sum over pictures of each metric of single pictures.
       error, power: sums over pictures of the quantization error and of what it is a part of.
       code_counts: how often each code was chosen, on each level [l, k].
@@ -79,6 +81,7 @@ class Sums:
     images: np.int64
     broken: np.int64
     skipped: np.int64
+    small: np.int64
     scalars: dict[str, Any]
     error: np.float64
     power: np.float64
@@ -118,6 +121,7 @@ def collect(
     images: int = 0,
     num_workers: int = 0,
     timeout: float = 0.0,
+    max_unreadable: float | int = MAX_UNREADABLE,
     keep_images: int = 12,
     with_reference: bool = True,
     writer: ImageWriter | None = None,
@@ -136,6 +140,7 @@ def collect(
       protocol: a name in `PROTOCOLS`.
       num_workers: processes that read pictures, on every host; 0: threads.
       timeout: seconds without a batch after which the pass ends, five times as many at the start; 0: no limit.
+      max_unreadable: how many pictures may be unreadable, see `data.unreadable.allowed`.
       keep_images: how many pictures spread over the set to keep as examples.
       with_reference: whether to collect the statistics of the crops.
       writer: gets the reconstructions of all hosts, as scored, in the order of the pictures; give one on every host or
@@ -143,7 +148,7 @@ def collect(
       progress: called after every batch with how many pictures all hosts have seen since the last call.
 
     Raises:
-      InputError: no picture can be read, or over 1 % cannot.
+      InputError: no picture can be read, or more cannot than may.
       DataError: no batch came for `timeout` seconds, or a process that reads them has died; RunError if that happened
         on another host.
     """
@@ -158,6 +163,7 @@ def collect(
         process_index=index,
         process_count=hosts,
         num_workers=num_workers,
+        max_unreadable=max_unreadable,
     )
     prefetched = Prefetch(batches, lambda batch: batch, timeout=timeout)
     level_of = level_of.reshape(-1)
@@ -179,6 +185,7 @@ def collect(
                 sums.scalars[name] = sums.scalars.get(name, 0.0) + values.sum(dtype=np.float64)
             sums.images += mask.sum()
             sums.broken += broken.sum()
+            sums.small += batch["small"].sum()
             positions = (step * hosts + index) * len(mask) + np.flatnonzero(mask)
             codes = codes.reshape(len(mask), -1)[mask]
             sums.error += found.error[mask].sum(dtype=np.float64)
@@ -223,6 +230,7 @@ def conditions(found: Found, source: Source, *, data: str, protocol: str, size: 
         "size": size,
         "images": int(sums.images),
         "skipped_files": int(sums.skipped),
+        f"{WHEN_SMALL[protocol]}_pictures": int(sums.small),
         "tokens": int(sums.code_counts.sum()),
         "codebook_size": sums.code_counts.shape[1],
     }
@@ -294,6 +302,7 @@ def _no_sums(code_counts: tuple[int, int], networks: Networks, with_reference: b
         images=np.int64(0),
         broken=np.int64(0),
         skipped=np.int64(0),
+        small=np.int64(0),
         scalars={},
         error=np.float64(0),
         power=np.float64(0),

@@ -41,6 +41,7 @@ from fvq_jax.data.crops import RandomCrops
 from fvq_jax.data.npz_rows import ImageWriter
 from fvq_jax.data.record import Source
 from fvq_jax.data.sources import kind_of, make_source
+from fvq_jax.evals.frechet import biased
 from fvq_jax.evals.networks import FILES, Networks, load_networks
 from fvq_jax.evals.projection import principal_plane
 from fvq_jax.evals.reconstruction import Found, Reconstructed, collect, conditions, not_computed, summarise
@@ -151,6 +152,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "reference": {"path": str(reference.path), "cached": known is not None} if reference and moments else None,
         "usage_by_position": usage_by_position(sums.code_counts.sum(axis=0), positions).tolist(),
         "not_computed": report.not_computed,
+        "biased": biased(report.metrics, int(sums.images)),
         "compared": [{"path": other.name, **other.metrics} for other in report.compared],
     }
     write_whole(args.out / METRICS, json_text(metrics, indent=2) + "\n")  # first: the page only shows it
@@ -169,7 +171,7 @@ def _pass(
     """Reconstructs and scores all pictures with one of the tokenizers; `known`: statistics of the real pictures."""
     tokenizer, size, source = scored.tokenizer, prepared.size, prepared.source
     quantizer, grid = tokenizer.trained_net.quantizer, (size // tokenizer.downsampling,) * 2
-    first = jax.process_index() == 0
+    first, data = jax.process_index() == 0, (prepared.trained or default_config()).data
 
     def reconstruct(crops: np.ndarray, labels: np.ndarray) -> Reconstructed:
         found = tokenizer.reconstruct(crops, labels_for(scored.condition, labels))
@@ -189,7 +191,8 @@ def _pass(
             batch_size=args.batch,
             protocol=args.protocol,
             images=prepared.images,
-            timeout=(prepared.trained or default_config()).data.timeout,
+            timeout=data.timeout,
+            max_unreadable=data.max_unreadable,
             with_reference=scored is prepared and not _of_first_process(known is not None),
             writer=writer,
             progress=bar.update,

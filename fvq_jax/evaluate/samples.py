@@ -19,6 +19,7 @@ from tqdm import tqdm
 from fvq_jax.data.npz_rows import ImageReader
 from fvq_jax.data.stored_pictures import StoredPictures, open_real, open_samples
 from fvq_jax.evals import generation
+from fvq_jax.evals.frechet import biased
 from fvq_jax.evals.generation import Inception, PictureSet, Reference
 from fvq_jax.evals.inception import load_inception
 from fvq_jax.evals.precision_recall import DISTANCES, check_enough, pairs
@@ -305,7 +306,8 @@ def _drawing(args: argparse.Namespace, pictures: StoredPictures) -> dict[str, An
 
 def _figures(one: SampleSet, reference: Reference) -> dict[str, Any]:
     guidance = {} if one.guidance is None else {"guidance": one.guidance}
-    return {**guidance, **one.metrics, "samples": one.images, "reference_images": reference.images}
+    few = biased(one.metrics, one.images)
+    return {**guidance, **one.metrics, "samples": one.images, "reference_images": reference.images, "biased": few}
 
 
 def _title(args: argparse.Namespace, sets: Sequence[_Set]) -> str:

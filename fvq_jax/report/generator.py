@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from fvq_jax.evals.frechet import biased
 from fvq_jax.evals.metric_table import METRICS
 from fvq_jax.report.blocks import details, plots, tile
 from fvq_jax.report.figures import Rows
@@ -35,7 +36,6 @@ _TILES = (
 )
 _PUBLISHED = ("fid", "sfid", "inception_score", "precision", "recall")
 _SCORES = (*_PUBLISHED, "class_accuracy")
-_MANY_SAMPLES = 10_000  # below this number the Frechet distance is biased upwards so much that the page warns of it
 _PUBLISHED_SAMPLES = 50_000
 
 
@@ -149,7 +149,7 @@ def _header(report: GeneratorReport) -> str:
 
 def _note(name: str, shown: Mapping[str, float], best: SampleSet | None) -> str:
     """What stands below a figure at the top."""
-    if name in ("fid", "sfid") and best is not None and best.images < _MANY_SAMPLES:
+    if best is not None and biased([name], best.images):
         return "biased upwards"
     if name == "inception_score":
         return f"{PLUS_MINUS} {METRICS['inception_score_std'].text(shown.get('inception_score_std'), NONE)}"

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fvq_jax.evals.examples import Example
+from fvq_jax.evals.frechet import UNBIASED_FROM
 from fvq_jax.evals.metric_table import METRICS
 from fvq_jax.evals.reconstruction import Found
 from fvq_jax.ops.code_usage import usage_by_position, usage_if_uniform
@@ -24,7 +25,6 @@ from fvq_jax.report.published import RESULTS, SOURCES, Published
 
 _CONDITIONS = ("size", "protocol", "protocol_means", "data")
 _LPIPS = ("lpips_vgg", "lpips_alex")
-_MANY_PICTURES = 10_000  # below this number the Frechet distance is biased upwards so much that the page warns of it
 _NEARLY_ALL = 0.999
 _SIDE_BY_SIDE_PICTURES = 8  # of each tokenizer
 _SIDE_BY_SIDE = (
@@ -178,6 +178,7 @@ def _header(report: Report) -> str:
         f"<b>{facts['images']:,}</b> pictures of <b>{facts['size']} {TIMES} {facts['size']}</b> pixels, "
         f"<b>{facts['tokens']:,}</b> tokens · data <b>{escape(str(facts['data']))}</b> · "
         f"protocol <b>{escape(str(facts['protocol']))}</b>"
+        f"{_made_to_fit(facts)}"
     )
     tiles = "".join(tile(name, report.metrics[name], note) for name, note in _tiles(report) if name in report.metrics)
     return f'<h1>Tokenizer: {escape(report.title)}</h1>\n<p class="lead">{lead}</p>\n<div class="tiles">{tiles}</div>'
@@ -196,8 +197,14 @@ def _tiles(report: Report) -> Iterable[tuple[str, str]]:
         yield metric, ""
 
 
+def _made_to_fit(facts: Mapping[str, Any]) -> str:
+    """How many pictures were too small, if any was."""
+    found = [(how, facts.get(f"{how}_pictures", 0)) for how in ("enlarged", "framed")]
+    return "".join(f" · <b>{count:,}</b> pictures {how} since they are smaller" for how, count in found if count)
+
+
 def _few_pictures(report: Report) -> bool:
-    return report.facts["images"] < _MANY_PICTURES
+    return report.facts["images"] < UNBIASED_FROM
 
 
 def _comparison(report: Report) -> str:

@@ -15,6 +15,45 @@ TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "
 
 
 @dataclasses.dataclass(frozen=True)
+class Needs:
+    """What another setting must be, so that a setting has any effect.
+
+    Attributes:
+      names: the other setting; of several, one is enough. In the table of a section a name without a dot belongs to it.
+      values: what it may be; () allows any value.
+      but: what it may not be; by default nothing that is off: 0, empty text, False.
+      misleading: whether the setting would mislead about what is trained, so that it is refused and not only named.
+    """
+
+    names: tuple[str, ...]
+    values: tuple[Any, ...] = ()
+    but: tuple[Any, ...] = (0, "")  # False equals 0
+    misleading: bool = False
+
+    def given(self, values: Mapping[str, Any]) -> list[str]:
+        """Those of the names that there are. A table that several tasks share may name what only one of them has."""
+        return [name for name in self.names if name in values]
+
+    def met(self, values: Mapping[str, Any]) -> bool:
+        """Whether that is so, with these values of all settings by full name."""
+        found = [values[name] for name in self.given(values)]
+        return any((not self.values or value in self.values) and value not in self.but for value in found)
+
+    def remedy(self) -> str:
+        """What to set, as the end of a message; empty if there is no single way."""
+        if not self.values:
+            return f": set {self.names[0]} too" if self.misleading else ""
+        return f": add --config.{self.names[0]}={' or '.join(map(str, self.values))}"
+
+    def text(self) -> str:
+        """The condition for people."""
+        names = " or ".join(self.names)
+        if self.values:
+            return f"{names}={' or '.join(map(str, self.values))}"
+        return f"{names} other than {', '.join(str(value) or 'nothing' for value in self.but)}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Field:
     """One setting.
 
@@ -24,6 +63,8 @@ class Field:
       above, least, below, most: the range of a number; `least` and `most` belong to the range, `above` and `below` not.
       choices: the only values allowed; () allows any.
       stays: whether a run that is resumed must keep the value that it began with.
+      needs: what must be so that the setting has any effect, all of these.
+      late: of a number of steps: what it means that the run ends before.
     """
 
     default: Any
@@ -34,6 +75,8 @@ class Field:
     most: float | int | None = None
     choices: tuple[Any, ...] = ()
     stays: bool = False
+    needs: tuple[Needs, ...] = ()
+    late: str = ""
 
     def check(self, name: str, value: Any) -> None:
         """Raises InputError unless the setting may have this value; the message calls the setting `name`."""
@@ -72,4 +115,13 @@ def settings_of(kind: type) -> dict[str, Field]:
 
 def prefixed(prefix: str, fields: Mapping[str, Field]) -> dict[str, Field]:
     """Puts settings into a section: "optim" and {"hold": ...} give {"optim.hold": ...}."""
-    return {f"{prefix}.{name}": field for name, field in fields.items()}
+
+    def inside(need: Needs) -> Needs:
+        return dataclasses.replace(
+            need, names=tuple(name if "." in name else f"{prefix}.{name}" for name in need.names)
+        )
+
+    return {
+        f"{prefix}.{name}": dataclasses.replace(field, needs=tuple(map(inside, field.needs)))
+        for name, field in fields.items()
+    }

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from fvq_jax.runtime.errors import InputError, RunError, StorageError
 
-CHECKPOINTS, CONFIG, PROVENANCE = "checkpoints", "config.json", "provenance.json"  # in the workdir of a run
+# In the workdir of a run. The config is that of its latest start, and the history has a line for every start.
+CHECKPOINTS, CONFIG, HISTORY, PROVENANCE = "checkpoints", "config.json", "config_history.jsonl", "provenance.json"
 # The disk is full, over quota, read-only, broken, or gone: errors that a mistake in the program would not raise.
 _ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 _SAID = re.compile(r"No space left on device|Disk quota exceeded|Read-only file system|Input/output error")

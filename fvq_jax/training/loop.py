@@ -9,6 +9,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from ml_collections import ConfigDict
 
 from fvq_jax.data.prefetch import Prefetch
 from fvq_jax.runtime import chips
-from fvq_jax.runtime.agreement import check_same, everywhere
-from fvq_jax.runtime.errors import NonFiniteError
+from fvq_jax.runtime.agreement import check_same, everywhere, gather_texts
+from fvq_jax.runtime.errors import InputError, NonFiniteError
 from fvq_jax.runtime.heartbeat import Heartbeat
 from fvq_jax.runtime.hosts import rows_of_all_hosts
 from fvq_jax.runtime.interrupt import Interrupt
@@ -32,7 +33,7 @@ from fvq_jax.runtime.storage import storage_errors
 from fvq_jax.training.checkpoint import Checkpoints
 from fvq_jax.training.metric_files import MetricWriter
 from fvq_jax.training.progress import Progress
-from fvq_jax.training.run import Run, check_record, log_start, prepare
+from fvq_jax.training.run import Run, check_record, log_start, note_start, prepare
 from fvq_jax.training.state import TrainState, create_state, with_params
 from fvq_jax.training.step import StepMetrics
 from fvq_jax.training.step_timer import StepTimer
@@ -63,8 +64,8 @@ def train(
     Stopping at any step and calling again gives, on the same devices, bit for bit the weights of a run without a stop.
 
     Raises:
-      InputError: before anything compiles, if config, data, weights or workdir cannot work; later, if over 1 %
-        of the files turn out to be unreadable.
+      InputError: before anything compiles, if config, data, weights or workdir cannot work; later, if too
+        many files turn out to be unreadable; what was done until then is saved, unless there are several processes.
       NonFiniteError: a loss or gradient norm is not finite and `on_nan` is "stop", or so many steps in a row were
         skipped that no later one is likely to be finite. Nothing of these steps is kept.
       StorageError: a checkpoint or a log could not be written.
@@ -91,6 +92,7 @@ def train(
             state, record = restored.state, restored.record
             check_record(run, record, int(state.step))
         step = int(state.step)
+        note_start(run, step, record)
         with (
             MetricWriter(run.workdir, start_step=step, active=run.first) as writer,
             Progress(run.total_steps, step, active=run.first) as progress,
@@ -105,6 +107,13 @@ def train(
                 why = interrupt.signal.name if interrupt.signal else "another process was told to stop"
                 logging.warning("%s: saved step %d, start me again to go on", why, loop.step)
                 return Result({}, interrupted=True)
+            except InputError:  # unreadable files
+                # Of several processes, the others know nothing of it and would not save.
+                if loop.step > step and jax.process_count() == 1:
+                    loop.save()
+                    checkpoints.wait()
+                    logging.warning("saved step %d", loop.step)
+                raise
         run.report(loop.state, evaluation)
         return Result(run.summary(loop.step, evaluation, loop.record()))
 
@@ -142,6 +151,8 @@ class _Loop:
         self._timer = StepTimer(self._config.batch_size)
         self._unchecked: tuple[int, dict[str, jax.Array]] | None = None
         self._skipped_in_a_row = 0
+        self._skipped: Mapping[str, Any] = {}
+        self._skipped_before = frozenset(record.get("data", {}).get("unreadable", {}).get("names", ()))
 
     def run(self) -> Evaluation:
         """Does all steps that are left, then the final checkpoint and evaluation."""
@@ -162,13 +173,20 @@ class _Loop:
         timed = self._timed
         rate = timed["steps"] * self._config.batch_size / timed["seconds"] if timed["seconds"] else 0.0
         return {
-            "data": self._run.data_position(self.step),
+            "data": self._run.data_position(self.step, self._unreadable_anywhere()),
             "config": json.loads(self._config.to_json()),
             "began": self._began,
             "seconds": self._seconds,
             "timed": timed,
             f"{self._run.task.unit}_per_second": rate,
         }
+
+    def _unreadable_anywhere(self) -> set[str]:
+        """The names of the examples that no process could read, in this call and in earlier ones."""
+        here = sorted(self._skipped_before.union(self._skipped))
+        if jax.process_count() == 1:
+            return set(here)
+        return {name for text in gather_texts(json.dumps(here)) for name in json.loads(text)}
 
     def save(self) -> None:
         """Starts a checkpoint of the current step."""
@@ -181,6 +199,7 @@ class _Loop:
     def _batches(self) -> Prefetch[tuple[dict[str, jax.Array], int]]:
         """Batches on the devices, each with the number of files that had been skipped when it was made."""
         mesh, batches = self._run.mesh, self._run.task.batches(self.step)
+        self._skipped = batches.skipped
 
         def place(batch: dict[str, np.ndarray]) -> tuple[dict[str, jax.Array], int]:
             return global_batch(batch, mesh), len(batches.skipped)

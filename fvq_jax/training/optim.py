@@ -61,6 +61,12 @@ class Annealing:
     start: float = 0.005
     end: float = 0.01
 
+    @classmethod
+    def of(cls, optim: Mapping[str, Any], total_steps: int, warmup_steps: int) -> "Annealing":
+        """The schedule with the values of the section `optim` of a config."""
+        ends = {"start": optim["start_factor"], "end": optim["end_factor"]}
+        return cls(total_steps, warmup_steps, optim["hold"], optim["decay"], **ends)
+
     def rate(self, peak: float, decay: str | None = None) -> optax.Schedule:
         """The schedule `peak * multiplier(step)`; `decay`, if given, replaces the run's."""
         multiplier = learning_annealing(

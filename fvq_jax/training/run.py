@@ -8,6 +8,8 @@ import dataclasses
 import json
 import math
 import os
+import time
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,20 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fvq_jax.config.checks import all_fields, validate
-from fvq_jax.config.resume import check_continues
+from fvq_jax.config.effects import too_late, without_effect
+from fvq_jax.config.resume import changes, check_continues, with_defaults
 from fvq_jax.runtime.errors import InputError
-from fvq_jax.runtime.files import replace_whole
+from fvq_jax.runtime.files import json_text, replace_whole
 from fvq_jax.runtime.mesh import make_mesh
+from fvq_jax.runtime.names import dotted, nest
 from fvq_jax.runtime.paths import require_no_pattern
-from fvq_jax.runtime.storage import CONFIG, PROVENANCE, complete_steps
+from fvq_jax.runtime.storage import CONFIG, HISTORY, PROVENANCE, complete_steps
 from fvq_jax.runtime.workdir_lock import hold
 from fvq_jax.training.metric_files import read_metrics
+from fvq_jax.training.optim import Annealing
 from fvq_jax.training.state import TrainState
 from fvq_jax.training.step import TrainStep
-from fvq_jax.training.task import Evaluation, Task
+from fvq_jax.training.task import Evaluation, Mendable, Task
 
 
 @dataclasses.dataclass
@@ -43,10 +48,19 @@ class Run:
     total_steps: int
     first: bool  # whether this is the first process, which writes the files
     init_params: dict[str, Any] | None  # with which the main network of a new run starts; None: random ones
+    before: dict[str, Any] | None  # the config that was in the workdir; None if there was none
 
-    def data_position(self, step: int) -> dict[str, Any]:
-        """The position in the data, for a checkpoint: data, seed and step determine the next batch."""
-        return {"next_step": step, "seed": self.config.seed, "pictures": self.task.source("train").fingerprint()}
+    def data_position(self, step: int, unreadable: Collection[str] = ()) -> dict[str, Any]:
+        """The position in the data, for a checkpoint: data, seed and step determine the next batch.
+
+        If this run has found unreadable examples, with these names, it also says what the data are without them.
+        """
+        source = self.task.source("train")
+        position = {"next_step": step, "seed": self.config.seed, "pictures": source.fingerprint()}
+        if unreadable and isinstance(source, Mendable):
+            names = sorted(unreadable)
+            position["unreadable"] = {"names": names, "rest": source.fingerprint_without(names)}
+        return position
 
     def summary(self, step: int, evaluation: Evaluation, record: dict[str, Any]) -> dict[str, Any]:
         """The result line that the program prints, by name."""
@@ -80,14 +94,12 @@ def prepare(
         raise InputError(f"batch_size {config.batch_size} is not divisible by {jax.process_count()} processes")
     workdir = Path(workdir).expanduser().absolute()
     first = jax.process_index() == 0
-    _check_workdir(workdir, task_class, config)
+    before = _check_workdir(workdir, task_class, config)
     if first:
         stack.enter_context(hold(workdir))
     task = task_class(config, mesh)
-    epoch = len(task.source("train")) / config.batch_size  # in steps, not rounded: a batch may span two epochs
+    total, warmup = _length(dotted(config), len(task.source("train")))
     task.source("eval")
-    total = config.steps or math.ceil(config.epochs * epoch)
-    warmup = config.optim.warmup_steps or round(config.optim.warmup_epochs * epoch)
     if warmup >= total:
         raise InputError(
             f"a warm-up of {warmup} steps leaves nothing of the {total} steps of this run: lower "
@@ -108,7 +120,14 @@ def prepare(
         except OSError as error:
             raise InputError(f"workdir {workdir} cannot be written: {error.strerror or error}") from None
     step = TrainStep.of(task, config, mesh, total, warmup)
-    return Run(config, workdir, mesh, task, step, total, first, init_params)
+    return Run(config, workdir, mesh, task, step, total, first, init_params, before)
+
+
+def _length(config: Mapping[str, Any], examples: int) -> tuple[int, int]:
+    """The steps of a run, and those of its warm-up; `config` by full names."""
+    epoch = examples / config["batch_size"]  # in steps, not rounded: a batch may span two epochs
+    total = config["steps"] or math.ceil(config["epochs"] * epoch)
+    return total, config["optim.warmup_steps"] or round(config["optim.warmup_epochs"] * epoch)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -116,9 +135,12 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
         unfinished.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _check_workdir(workdir: Path, task_class: type[Task], config: ConfigDict) -> None:
-    """Makes the workdir or, if there is one, checks that a run in it may be resumed with this config."""
-    path = workdir / CONFIG
+def _check_workdir(workdir: Path, task_class: type[Task], config: ConfigDict) -> dict[str, Any] | None:
+    """Makes the workdir or, if there is one, checks that a run in it may be resumed with this config.
+
+    Returns the config that lies there.
+    """
+    path, saved = workdir / CONFIG, None
     if ":/" in str(workdir):
         raise InputError(f"workdir {workdir} is not a local path: mount the bucket and give the mounted folder")
     require_no_pattern(workdir)
@@ -128,30 +150,79 @@ def _check_workdir(workdir: Path, task_class: type[Task], config: ConfigDict) ->
             saved = json.loads(path.read_text())
             if not isinstance(saved, dict):
                 raise InputError(f"{path} is not a config, but {type(saved).__name__}")
-            for line in check_continues(saved, config, all_fields(task_class, config)):
-                logging.info("changed since the run began: %s", line)
+            check_continues(saved, config, all_fields(task_class, config))
     except ValueError as error:
         raise error if isinstance(error, InputError) else InputError(f"{path} is not a config: {error}") from None
     except OSError as error:
         raise InputError(f"workdir {workdir} cannot be used: {error.strerror or error}") from None
+    return saved
 
 
 def check_record(run: Run, record: dict[str, Any], step: int) -> None:
     """Raises InputError unless a checkpoint belongs to this run: same model, and same data in the same order."""
     check_continues(record["config"], run.config, all_fields(type(run.task), run.config))
-    before, now = record["data"], run.data_position(step)
+    before = dict(record["data"])
+    unreadable = before.pop("unreadable", None)
+    now = run.data_position(step, unreadable["names"] if unreadable else ())
+    rest = now.pop("unreadable", None)
+    if unreadable and rest == unreadable and before["pictures"] != now["pictures"]:
+        before["pictures"] = now["pictures"]
+        logging.warning(
+            "some of the unreadable %s were removed or repaired; the order of the others follows from how many there "
+            "are, so from here on this run may take other batches than it would have taken",
+            run.task.unit,
+        )
     if before != now:
         raise InputError(
             f"the {run.task.unit} to train on are not those this run began with ({before['pictures']} -> "
-            f"{now['pictures']}): bring the same ones back, or start in another workdir"
+            f"{now['pictures']}): bring the same ones back, except what this run has named as unreadable, or start in "
+            "another workdir"
+        )
+
+
+def note_start(run: Run, step: int, record: dict[str, Any]) -> None:
+    """Notes a start from this step, with all fields that changed since the last one, in the log and in the workdir.
+
+    `record` is that of the checkpoint, {} without one; its config is compared with if that of the workdir was lost.
+    """
+    fields, before = all_fields(type(run.task), run.config), run.before or record.get("config")
+    changed = changes(before, run.config, fields) if before else {}
+    for name, (old, new) in changed.items():
+        logging.info("changed since the last start: %s: %r -> %r", name, old, new)
+    if before and changed:
+        _warn_of_rate(run, step, with_defaults(before, fields))
+    if not run.first:
+        return
+    line = {"step": step, "time": time.time(), "changed": changed}
+    with (run.workdir / HISTORY).open("a") as file:
+        file.write(json_text(line) + "\n")
+    if changed:
+        _write_json(run.workdir / CONFIG, json.loads(run.config.to_json()))
+
+
+def _warn_of_rate(run: Run, step: int, before: Mapping[str, Any]) -> None:
+    """Warns if the changed fields move the learning rate; a longer run, for instance, has not finished its decay."""
+    total, warmup = _length(before, len(run.task.source("train")))
+    schedule = Annealing.of(nest(before, ".")["optim"], total, warmup).rate(before["optim.learning_rate"])
+    old, new = float(schedule(step)), float(run.step.rate(step))
+    if not math.isclose(old, new, rel_tol=0.01):
+        logging.warning(
+            "the learning rate goes on at %.3g; with the %d steps and the settings of the last start it would have "
+            "been %.3g",
+            new,
+            total,
+            old,
         )
 
 
 def log_start(run: Run) -> None:
-    """Logs the devices, the sizes of the networks and the length of the run, and then the task's own lines."""
+    """Logs devices, sizes of the networks, length of the run, fields without effect, and then the task's own lines."""
     devices = jax.devices()
     logging.info("%d x %s, mesh %s", len(devices), devices[0].device_kind, dict(run.mesh.shape))
     for name, network in run.step.abstract().networks.items():
         logging.info("%s: %s parameters", name, f"{parameter_overview.count_parameters(network.params):,}")
     logging.info("%d steps of %d %s", run.total_steps, run.config.batch_size, run.task.unit)
+    fields = all_fields(type(run.task), run.config)
+    for line in (*without_effect(run.config, fields), *too_late(run.config, fields, run.total_steps)):
+        logging.warning("%s", line)
     run.task.log_start()

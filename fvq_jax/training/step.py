@@ -52,9 +52,7 @@ class TrainStep:
     def of(cls, task: Task, config: ConfigDict, mesh: Mesh, total_steps: int, warmup_steps: int) -> "TrainStep":
         """Makes the step of a run from its config and its length."""
         optim = config.optim
-        annealing = Annealing(
-            total_steps, warmup_steps, optim.hold, optim.decay, start=optim.start_factor, end=optim.end_factor
-        )
+        annealing = Annealing.of(optim.to_dict(), total_steps, warmup_steps)
         return cls(
             task,
             mesh,

@@ -7,7 +7,7 @@ logs, resuming.
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -39,12 +39,21 @@ class Source(Protocol):
 
 
 @runtime_checkable
+class Mendable(Protocol):
+    """A source whose unreadable examples may be removed or repaired between two starts of a run."""
+
+    def fingerprint_without(self, left_out: Collection[str]) -> str:
+        """A text that changes if examples change other than those with these names, as `Batches.skipped` names them."""
+        ...
+
+
+@runtime_checkable
 class Batches(Protocol):
     """The endless batches of this process."""
 
     @property
     def skipped(self) -> Mapping[str, Any]:
-        """The files that could not be read so far."""
+        """The examples that could not be read so far, by a name that does not depend on where the data lie."""
         ...
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]: ...

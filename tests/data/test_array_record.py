@@ -141,3 +141,10 @@ def test_more_shards_than_files_may_be_open(monkeypatch):
     limits["now"] = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     allow_open_files(10**6)
     assert len(asked) == 2
+
+
+def test_pictures_prepared_again_without_the_unreadable_are_the_same_but_for_those(folder, prepared, tmp_path):
+    assert run(folder, tmp_path / "checked", "--check") == 0
+    before, now = ArrayRecordSource(prepared), ArrayRecordSource(tmp_path / "checked")
+    assert before.fingerprint() != now.fingerprint()
+    assert before.fingerprint_without(["a.png"]) == now.fingerprint_without(["a.png"])

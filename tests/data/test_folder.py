@@ -156,3 +156,15 @@ def test_many_names_take_little_memory(tmp_path, monkeypatch):
     assert len(source.classes) == 5
     assert peak / count < 120
     assert len(pickle.dumps(source)) / count < 45
+
+
+def test_a_fingerprint_without_names_knows_the_rest_alone(tmp_path):
+    paths = write_pictures(tmp_path, ("a.png", "b.png", "cat/c.png"))
+    bad = ["b.png", "cat/c.png"]
+    before = FolderSource(tmp_path).fingerprint_without(bad)
+    paths[1].unlink()
+    paths[2].write_bytes(b"repaired")
+    assert FolderSource(tmp_path).fingerprint_without(bad) == before
+    paths[0].write_bytes(b"another")
+    assert FolderSource(tmp_path).fingerprint_without(bad) != before
+    assert FolderSource(tmp_path).fingerprint_without([]) == FolderSource(tmp_path).fingerprint()

@@ -13,6 +13,7 @@ from absl import flags
 from PIL import Image
 
 from fvq_jax.data import pipeline
+from fvq_jax.data.crops import RandomCrops
 from fvq_jax.data.decode import decode_image
 from fvq_jax.data.evaluation_set import Sample
 from fvq_jax.data.folder import FolderSource
@@ -206,11 +207,11 @@ def test_a_batch_that_hosts_cannot_share_is_refused(photos, batch_size):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_damaged_file_is_replaced_named_and_counted(folder, monkeypatch, num_workers):
+def test_a_damaged_file_is_replaced_named_and_counted(folder, tmp_path, monkeypatch, num_workers):
     messages = []
     monkeypatch.setattr(pipeline.logging, "warning", lambda text, *args: messages.append(text % args))
     source = folder(100, damaged=[21])
-    name = next(source.name(index) for index in range(100) if source.name(index).endswith("021.png"))
+    name = next(source.relative_name(index) for index in range(100) if source.name(index).endswith("021.png"))
     batches = pipeline.train_batches(source, **CROP, batch_size=10, seed=0, num_workers=num_workers)
     with contextlib.closing(batches):
         colours = [batch["image"][:, 0, 0, 0] for batch in itertools.islice(batches, 30)]
@@ -218,21 +219,38 @@ def test_a_damaged_file_is_replaced_named_and_counted(folder, monkeypatch, num_w
     assert len(np.concatenate(colours)) == 300
     assert batches.skipped == {name: 3}
     (message,) = messages
-    assert message == f"skipped {name!r}: not a JPEG, PNG, WebP, GIF or BMP file"
+    assert message == f"skipped {str(tmp_path / name)!r}: not a JPEG, PNG, WebP, GIF or BMP file"
 
 
-def test_more_than_one_percent_damaged_stops_the_run(folder):
-    source = folder(120, damaged=[5, 50])
-    with pytest.raises(InputError, match=r"^2 of 120 pictures are unreadable, over 1%: '/.*png', '/.*png'; [^\n]*$"):
-        take(12, source, batch_size=10)
+@pytest.mark.parametrize(("count", "damaged", "share"), [(61, 11, 0.01), (12, 7, 0.01), (120, 3, 0.02), (120, 1, 0)])
+def test_more_damaged_than_may_be_stop_the_run(folder, count, damaged, share, monkeypatch):
+    monkeypatch.setattr("fvq_jax.data.unreadable._ALWAYS", 2 if share == 0.02 else 10)
+    source, most = folder(count, damaged=range(damaged)), damaged - 1
+    said = rf"^{damaged} of {count} pictures are unreadable, and {most} may be \(data\.max_unreadable={share}\): "
+    with pytest.raises(
+        InputError, match=said + r"'/\S*png' \(not a JPEG, [^\n]*; raise .*prepare FOLDER OUT --check"
+    ) as e:
+        take(count, source, batch_size=10, max_unreadable=share)
+    assert len(str(e.value)) < 800
+    options = {"image_size": SIZE, "batch_size": 10}
+    with pytest.raises(InputError, match=said):
+        list(pipeline.eval_batches(source, **options, max_unreadable=share))
+    list(pipeline.eval_batches(folder(count, damaged=range(most)), **options, max_unreadable=share or 0.01))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_no_long_search_for_a_readable_picture(folder, num_workers):
     """As many in a row as would stop the run do so at once, in a worker process too."""
     source = folder(150, damaged=range(150))
-    with pytest.raises(InputError, match=r"^2 of 150 pictures are unreadable, over 1%: '/.*png', '/.*png'; [^\n]*$"):
+    with pytest.raises(InputError, match=r"^11 of 150 pictures are unreadable, and 10 may be .*'/.*png' \(not a JPEG"):
         take(1, source, batch_size=10, num_workers=num_workers)
+
+
+def test_what_ends_a_run_at_once_is_named_too(folder):
+    batches = pipeline.train_batches(folder(3, damaged=[1]), **CROP, batch_size=3, seed=0, max_unreadable=0)
+    with contextlib.closing(batches), pytest.raises(InputError, match="1 of 3 pictures are unreadable, and 0 may be"):
+        next(batches)
+    assert list(batches.skipped) == ["class1/001.png"]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -254,7 +272,7 @@ def test_files_of_every_odd_kind_are_converted_or_skipped(tmp_path, monkeypatch,
         (tmp_path / f"plain.png/{index}.png").hardlink_to(tmp_path / "plain.png/plain.png")
     source = FolderSource(tmp_path)
     (tmp_path / "vanishes/vanishes.png").unlink()
-    options = {"image_size": 16, "resize_min": 16, "resize_max": 20, "num_workers": num_workers}
+    options = {"image_size": 16, "resize_min": 16, "resize_max": 20, "num_workers": num_workers, "max_unreadable": 0.02}
     batches = pipeline.train_batches(source, **CROP | options, batch_size=100, seed=0)
     with contextlib.closing(batches):
         epoch = list(itertools.islice(batches, 20))
@@ -265,10 +283,11 @@ def test_files_of_every_odd_kind_are_converted_or_skipped(tmp_path, monkeypatch,
         assert len(crops) >= 1
         colour = odd_pictures.COLOURS.get(name, odd_pictures.GREY)
         np.testing.assert_allclose(crops, np.broadcast_to(colour, crops.shape), atol=2)
-    expected = [str(tmp_path / name / name) for name in unreadable] + [str(tmp_path / "vanishes/vanishes.png")]
+    expected = [f"{name}/{name}" for name in (*unreadable, "vanishes.png")]
+    expected[-1] = "vanishes/vanishes.png"
     assert batches.skipped == dict.fromkeys(expected, 1)
     assert len(messages) == len(expected)
-    for path in expected:
+    for path in (str(tmp_path / name) for name in expected):
         (message,) = (message for message in messages if path in message)
         assert len(message) > len(f"skipped {path!r}: ")
     (bomb,) = (message for message in messages if "small_bomb.png" in message)
@@ -349,7 +368,7 @@ def test_a_damaged_file_is_masked_in_evaluation(folder):
     assert np.flatnonzero(~mask).tolist() == [4]
     assert list(batches.skipped.values()) == [1]
     with pytest.raises(InputError, match="1 of 50 pictures"):
-        list(pipeline.eval_batches(Sample(source, 50), image_size=SIZE, batch_size=10))
+        list(pipeline.eval_batches(Sample(source, 50), image_size=SIZE, batch_size=10, max_unreadable=0))
 
 
 def test_a_worker_that_dies_ends_the_run(photos):
@@ -411,3 +430,12 @@ def test_no_worker_is_left_behind(tmp_path, killed):
         _, errors = process.communicate(timeout=120)
     assert process.returncode == (-signal.SIGKILL if killed else 0)
     assert killed or errors == ""
+
+
+@pytest.mark.parametrize(("size", "small"), [((12, 10), [False, False]), ((12, 7), [True, True])])
+def test_pictures_smaller_than_the_crop_are_marked_in_evaluation(folder, size, small):
+    (batch,) = pipeline.eval_batches(folder(2, size=size), image_size=SIZE, batch_size=2)
+    assert batch["small"].tolist() == small
+    crops = RandomCrops(folder(2, size=size), 2, SIZE)
+    (batch,) = pipeline.eval_batches(crops, image_size=SIZE, batch_size=2)
+    assert batch["small"].tolist() == small

@@ -285,8 +285,8 @@ def test_unreadable_pictures_are_kept_or_left_out_by_name(tmp_path, capsys):
     assert "link.png: No such file or directory; --check leaves out" in refusal(capsys, pictures, tmp_path / "other")
     assert run(pictures, tmp_path / "checked", "--check") == 0
     errors = capsys.readouterr().err
-    for name in (NAMES[4], "link.png"):
-        assert f"left out {name!r}: not a readable picture" in errors
+    assert f"left out {NAMES[4]!r}: broken PNG" in errors or f"left out {NAMES[4]!r}: image file is truncated" in errors
+    assert "left out 'link.png': No such file or directory" in errors
     source = ArrayRecordSource(tmp_path / "checked")
     assert len(source) == 59
     assert source.classes == ["", "class0", "class1", "class2"]

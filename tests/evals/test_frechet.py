@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from scipy import linalg
 
-from fvq_jax.evals.frechet import FeatureStatistics, frechet_distance
+from fvq_jax.evals.frechet import FeatureStatistics, biased, frechet_distance
 from fvq_jax.runtime.errors import InputError
 from tests.helpers.golden_case import GOLDEN
 
@@ -127,3 +127,8 @@ def test_statistics_refuse_what_would_spoil_them():
     statistics.add(np.zeros((1, 2)))
     with pytest.raises(InputError, match="at least 2 feature vectors, not 1"):
         statistics.moments()
+
+
+def test_a_distance_of_few_pictures_is_named_as_biased():
+    assert biased(["rfid", "psnr", "fid"], 10_000) == {}
+    assert biased(["rfid", "psnr"], 9_999) == {"rfid": "upwards: 9,999 pictures are fewer than 10,000"}

@@ -51,12 +51,12 @@ def test_lpips_of_alexnet_from_its_two_files(tmp_path):
 def test_what_is_missing_is_named_with_what_to_get(tmp_path):
     weights, heads = published(VGG16, prefixes=True)
     safetensors.numpy.save_file(heads, tmp_path / "heads.safetensors")
-    networks = load_networks(files(lpips_vgg=tmp_path / "heads.safetensors", lpips_alex=tmp_path / "none.pth"), 64)
+    networks = load_networks(files(lpips_vgg=tmp_path / "heads.safetensors"), 64)
     assert networks.inception is None
     assert networks.lpips == {}
     assert networks.not_computed["lpips_vgg"].startswith("not given: get torchvision's VGG16 weights")
     assert networks.not_computed["lpips_vgg"].endswith("pass --vgg16=FILE")
-    assert "none.pth': get the LPIPS v0.1 heads for AlexNet (alex.pth" in networks.not_computed["lpips_alex"]
+    assert "not given: get the LPIPS v0.1 heads for AlexNet (alex.pth" in networks.not_computed["lpips_alex"]
     assert networks.not_computed["rfid"] == networks.not_computed["inception_score"]
     safetensors.numpy.save_file(weights | heads, tmp_path / "both.safetensors")
     networks = load_networks(files(lpips_vgg=tmp_path / "both.safetensors"), 16)
@@ -65,6 +65,9 @@ def test_what_is_missing_is_named_with_what_to_get(tmp_path):
 
 
 def test_a_wrong_file_is_refused(tmp_path):
+    for called, name in (({}, "--lpips-alex"), ({"lpips_alex": "a.field"}, "a.field")):
+        with pytest.raises(InputError, match=f"^{name}: there is no file .*none.pth' "):
+            load_networks(files(lpips_alex=tmp_path / "none.pth"), 64, called)
     (tmp_path / "vgg.pth").write_bytes(b"nothing of the kind")
     with pytest.raises(InputError, match="damaged"):
         load_networks(files(lpips_vgg=tmp_path / "vgg.pth"), 64)

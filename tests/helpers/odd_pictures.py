@@ -28,6 +28,8 @@ def readable() -> dict[str, bytes]:
     grey, jpeg = two[0], {"quality": 95}
     sideways = grey.getexif()
     sideways[ExifTags.Base.Orientation] = 6
+    photo = encode(Image.new("RGB", SIZE, GREY), "JPEG", **jpeg)
+    slow = encode(grey, "JPEG", progressive=True, **jpeg)
     return {
         "alpha.png": encode(Image.new("RGBA", SIZE, (9, 9, 9, 0)), "PNG"),
         "animated.gif.webp": encode(two[0], "WEBP", save_all=True, append_images=two[1:], lossless=True),
@@ -38,10 +40,13 @@ def readable() -> dict[str, bytes]:
         "damaged_exif.jpg": encode(grey, "JPEG", exif=b"Exif\0\0 of no kind", **jpeg),
         "grey.jpg": encode(grey.convert("L"), "JPEG", **jpeg),
         "grey_alpha.png": encode(Image.new("LA", SIZE, (100, 255)), "PNG"),
+        "no_end.jpg": photo[:-2],
+        "no_end_progressive.jpg": slow[:-2],
+        "half_an_end.jpg": photo[:-1],
         "one_pixel.png": encode(Image.new("RGB", (1, 1), GREY), "PNG"),
         "palette.png": encode(palette, "PNG"),
         "palette_transparent.png": encode(palette, "PNG", transparency=1),
-        "progressive.jpg": encode(grey, "JPEG", progressive=True, **jpeg),
+        "progressive.jpg": slow,
         "really_a.jpg": encode(grey, "PNG"),
         "sideways.jpg": encode(grey, "JPEG", exif=sideways, **jpeg),
         "sixteen_bits.png": encode(Image.fromarray(np.full(SIZE[::-1], 25_700, np.uint16)), "PNG"),
@@ -57,6 +62,7 @@ def unreadable() -> dict[str, bytes]:
     """Files that cannot be used; the names say why. The bombs are whole, and refused for what they would take."""
     noise = np.random.default_rng(0).integers(0, 256, (*SIZE[::-1], 3), dtype=np.uint8)
     whole = {ending: encode(Image.fromarray(noise), ending.upper()) for ending in ("jpeg", "png", "webp", "gif", "bmp")}
+    passes = encode(Image.fromarray(noise), "JPEG", progressive=True)
     truncated = {f"truncated_{ending}.png": data[: len(data) * 3 // 4] for ending, data in whole.items()}
     only_header = {f"only_header_{ending}.jpg": data[:30] for ending, data in whole.items()}
     return (
@@ -64,6 +70,8 @@ def unreadable() -> dict[str, bytes]:
         | only_header
         | {
             "empty.jpg": b"",
+            "cut_by_a_byte.jpg": whole["jpeg"][:-3],
+            "cut_between_passes.jpg": passes[: passes.rfind(b"\xff\xc4")],
             "garbage.png": bytes(range(256)) * 4,
             "bomb.png": png(30_000, 30_000, bits=1),
             "small_bomb.png": png(10_000, 9_000, bits=1),  # Pillow only warns of this one

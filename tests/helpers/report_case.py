@@ -26,7 +26,17 @@ def made_up_report(codes: int = 1024, size: int = 32, images: int = 192) -> Repo
         scores = {"psnr": np.array([33 - 4 * radius]), "ssim": np.array([0.95 - 0.1 * radius])}
         collector.add(np.array([position]), scores, pair[0][None], pair[1][None])
     sums = Sums(
-        np.int64(images), np.int64(0), np.int64(0), {}, np.float64(0.3), np.float64(4), counts[None], None, None, None
+        np.int64(images),
+        np.int64(0),
+        np.int64(0),
+        np.int64(3),
+        {},
+        np.float64(0.3),
+        np.float64(4),
+        counts[None],
+        None,
+        None,
+        None,
     )
     metrics = {"psnr": 27.812, "ssim": 0.7634, "l1": 0.031, "mse": 0.0017, "rfid": 1.234}
     metrics |= {"inception_score": 189.53, "inception_score_std": 2.345, "lpips_alex": 0.0871}
@@ -57,6 +67,7 @@ def made_up_report(codes: int = 1024, size: int = 32, images: int = 192) -> Repo
             "size": size,
             "images": images,
             "skipped_files": 0,
+            "enlarged_pictures": 3,
             "tokens": tokens,
         },
         metrics=metrics | code_statistics(counts, 16),

@@ -82,13 +82,13 @@ def test_real_points_are_run_and_those_that_cannot_are_named(tmp_path, config):
 
 
 def test_a_dry_run_shows_the_commands_and_needs_no_device(tmp_path, config):
-    args = (config, f"--workdir={tmp_path / 'sweep'}", "--config.data.train_dir=my photos", "--dry-run")
+    args = (config, f"--workdir={tmp_path / 'sweep'}", "--config.init_from=my run", "--dry-run")
     result = run(*args, JAX_PLATFORMS="nowhere")
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0] == "0 tokenizer.quantizer.bridge=none,mesh.codebook=2 (a multiple of 2 devices)"
     assert lines[1].endswith(
-        "'--config.data.train_dir=my photos' --config.tokenizer.quantizer.bridge=none --config.mesh.codebook=2"
+        "'--config.init_from=my run' --config.tokenizer.quantizer.bridge=none --config.mesh.codebook=2"
     )
     assert "-m fvq_jax.main --config=" in lines[1]
     assert lines[2] == "1 tokenizer.quantizer.bridge=none (any number of devices)"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fvq_jax.data.prefetch import Prefetch
-from fvq_jax.runtime.errors import NonFiniteError
+from fvq_jax.runtime.errors import InputError, NonFiniteError
 from fvq_jax.runtime.mesh import make_mesh
 from fvq_jax.training import loop
 from fvq_jax.training.checkpoint import Checkpoints
@@ -173,3 +173,23 @@ def test_a_run_that_skips_step_after_step_gives_up(tmp_path, monkeypatch):
     config = breaks_after_one_step(on_nan="skip", **{"eval.every_steps": 0, "steps": 9, "checkpoint.every_steps": 1})
     with pytest.raises(NonFiniteError, match=r"step 4: .*; 3 steps in a row were skipped, so no later one is likely"):
         train(RegressionTask, config, tmp_path)
+
+
+def test_what_was_done_before_too_many_unreadable_files_is_saved(tmp_path, monkeypatch):
+    following, taken = VectorBatches.__next__, []
+
+    def fails(self):
+        taken.append(1)
+        if len(taken) == 3:
+            raise InputError("2 of 3 pictures are unreadable")
+        self.skipped["bad.png"] = 1
+        return following(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VectorBatches, "__next__", fails)
+        patch.setattr(Vectors, "fingerprint_without", lambda self, names: f"all but {names}", raising=False)
+        config = regression_config(**{"checkpoint.every_steps": 100, "eval.every_steps": 0})
+        with pytest.raises(InputError, match="2 of 3"):
+            train(RegressionTask, config, tmp_path)
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.latest_step() == 2

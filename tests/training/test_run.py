@@ -1,12 +1,15 @@
 import contextlib
+import dataclasses
 import json
 
 import pytest
 
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.tasks import task_of
+from fvq_jax.training import run as run_module
 from fvq_jax.training.loop import train as run_loop
-from fvq_jax.training.run import CONFIG, prepare
+from fvq_jax.training.run import CONFIG, HISTORY, check_record, note_start, prepare
+from tests.helpers.pictures import write_pictures
 from tests.helpers.tiny import tiny_config
 
 
@@ -54,3 +57,58 @@ def test_a_prepared_run_counts_epochs_in_steps_and_notes_its_config(tmp_path):
     assert float(run.step.rate(179)) < config.optim.learning_rate
     assert run.data_position(7)["next_step"] == 7
     assert json.loads((tmp_path / CONFIG).read_text())["epochs"] == 0.5
+
+
+def test_a_run_goes_on_after_what_it_has_named_as_unreadable_has_gone_and_only_then(tmp_path):
+    pictures = write_pictures(tmp_path / "pictures", ("a.png", "b.png", "c.png"))
+    folder = str(tmp_path / "pictures")
+    config = tiny_config(**{"data.source": "folder", "data.train_dir": folder, "data.eval_dir": folder})
+    with contextlib.ExitStack() as stack:
+        run = prepare(task_of(config), config, tmp_path / "run", stack)
+
+    def go_on(position):
+        """With what is in the folder now."""
+        now = dataclasses.replace(run, task=task_of(config)(config, run.mesh))
+        check_record(now, {"config": json.loads(config.to_json()), "data": json.loads(json.dumps(position))}, 2)
+
+    without_b, whole = run.data_position(2, ["b.png"]), run.data_position(2)
+    go_on(whole)
+    pictures[1].unlink()
+    go_on(without_b)
+    with pytest.raises(InputError, match=r"not those .* bring the same ones back, except what this run has named"):
+        go_on(whole)
+    pictures[2].unlink()
+    with pytest.raises(InputError, match="not those"):
+        go_on(without_b)
+
+
+def test_every_start_is_noted_with_what_changed_and_how_the_rate_goes_on(tmp_path, monkeypatch):
+    lines = []
+    for level in ("info", "warning"):
+        monkeypatch.setattr(run_module.logging, level, lambda text, *args: lines.append(text % args))
+
+    def start(step, **changes):
+        config = tiny_config(**changes)
+        with contextlib.ExitStack() as stack:
+            note_start(prepare(task_of(config), config, tmp_path, stack), step, {})
+        return json.loads((tmp_path / CONFIG).read_text())
+
+    start(0)
+    assert lines == []
+    saved = start(4, steps=400, **{"log.every_steps": 7})
+    assert (saved["steps"], saved["log"]["every_steps"]) == (400, 7)
+    assert lines == [
+        "changed since the last start: log.every_steps: 2 -> 7",
+        "changed since the last start: steps: 4 -> 400",
+        "the learning rate goes on at 0.001; with the 4 steps and the settings of the last start it would have been "
+        "1e-05",
+    ]
+    start(4, steps=400, **{"log.every_steps": 2})
+    assert len(lines) == 4
+    history = [json.loads(line) for line in (tmp_path / HISTORY).read_text().splitlines()]
+    assert [line["step"] for line in history] == [0, 4, 4]
+    assert [line["changed"] for line in history] == [
+        {},
+        {"log.every_steps": [2, 7], "steps": [4, 400]},
+        {"log.every_steps": [7, 2]},
+    ]

@@ -15,7 +15,7 @@ from fvq_jax.models.quantizers.bridge import group_positions, make_bridge, parse
 from fvq_jax.models.quantizers.placement import RULES as PLACEMENT_RULES
 from fvq_jax.models.quantizers.placement import Placement
 from fvq_jax.models.quantizers.table import TableQuantizer
-from fvq_jax.runtime.fields import setting
+from fvq_jax.runtime.fields import Needs, setting
 from fvq_jax.runtime.mesh import Rules
 
 
@@ -35,6 +35,7 @@ class BridgedQuantizer(TableQuantizer):
         "Codes that a bridge takes together: 2d (P x P patches of the square raster) or 1d (runs of P*P codes).",
         choices=("2d", "1d"),
         stays=True,
+        needs=(Needs(("bridge",), but=("none", "linear", "mlp5")),),
     )
     codebook_weight: float = setting(1.0, "Weight of the codebook loss, which pulls codes to latents.")
     init_std: float = setting(

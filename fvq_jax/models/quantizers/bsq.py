@@ -11,7 +11,7 @@ from fvq_jax.models.quantizers.lattice import BinaryQuantizer
 from fvq_jax.ops.bit_entropy import bitwise_entropy_loss
 from fvq_jax.ops.estimators import straight_through
 from fvq_jax.ops.vectors import l2_normalize
-from fvq_jax.runtime.fields import setting
+from fvq_jax.runtime.fields import Needs, setting
 
 
 class BSQuantizer(BinaryQuantizer):
@@ -22,7 +22,9 @@ class BSQuantizer(BinaryQuantizer):
     the mean entropy of a bit minus the entropy of its mean probability, over the tokens of all devices.
     """
 
-    temperature: float = setting(1.0, "Temperature of the soft bits of the entropy loss.", above=0)
+    temperature: float = setting(
+        1.0, "Temperature of the soft bits of the entropy loss.", above=0, needs=(Needs(("entropy_weight",)),)
+    )
 
     @property
     def description(self) -> str:

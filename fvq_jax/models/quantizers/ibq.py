@@ -9,7 +9,7 @@ from fvq_jax.models.quantizers.base import Quantized
 from fvq_jax.models.quantizers.bridged import BridgedQuantizer
 from fvq_jax.ops import entropy, index_gradient
 from fvq_jax.ops.vq_losses import codebook_loss, commitment_loss
-from fvq_jax.runtime.fields import setting, settings_of
+from fvq_jax.runtime.fields import Needs, setting, settings_of
 
 
 class IBQuantizer(BridgedQuantizer):
@@ -29,7 +29,12 @@ class IBQuantizer(BridgedQuantizer):
     codebook_weight: float = setting(0.25, "Weight of the codebook loss, which pulls codes to latents.")
     commitment_weight: float = setting(1.0, "Weight of the commitment loss, which pulls latents to their codes.")
     entropy_weight: float = setting(0.05, "Weight of the entropy loss; 0 leaves it out, at no cost.")
-    entropy_temperature: float = setting(0.01, "Temperature of the soft assignments of the entropy loss.", above=0)
+    entropy_temperature: float = setting(
+        0.01,
+        "Temperature of the soft assignments of the entropy loss.",
+        above=0,
+        needs=(Needs(("entropy_weight",)),),
+    )
 
     @property
     def description(self) -> str:

@@ -11,7 +11,7 @@ from fvq_jax.ops import bit_entropy
 from fvq_jax.ops.estimators import straight_through
 from fvq_jax.ops.nearest import PASSES
 from fvq_jax.ops.vq_losses import commitment_loss
-from fvq_jax.runtime.fields import setting
+from fvq_jax.runtime.fields import Needs, setting
 
 
 class LFQuantizer(BinaryQuantizer):
@@ -22,7 +22,9 @@ class LFQuantizer(BinaryQuantizer):
     """
 
     commitment_weight: float = setting(0.25, "Weight of the commitment loss, which pulls latents to their codes.")
-    temperature: float = setting(0.01, "Temperature of the soft assignments of the entropy loss.", above=0)
+    temperature: float = setting(
+        0.01, "Temperature of the soft assignments of the entropy loss.", above=0, needs=(Needs(("entropy_weight",)),)
+    )
 
     @property
     def description(self) -> str:

@@ -15,7 +15,7 @@ from fvq_jax.ops.code_tokens import code_sums
 from fvq_jax.ops.region import region_loss, region_targets
 from fvq_jax.ops.vectors import l2_normalize
 from fvq_jax.ops.vq_losses import codebook_loss, commitment_loss
-from fvq_jax.runtime.fields import setting
+from fvq_jax.runtime.fields import Needs, setting
 from fvq_jax.runtime.mesh import Rules
 
 
@@ -32,12 +32,18 @@ class VectorQuantizer(BridgedQuantizer):
     )
     estimator: str = estimator_setting("dynamic")
     entropy_weight: float = setting(0.0, "Weight of the entropy loss; 0 leaves it out, at no cost.")
-    entropy_temperature: float = setting(0.01, "Temperature of the soft assignments of the entropy loss.", above=0)
+    entropy_temperature: float = setting(
+        0.01,
+        "Temperature of the soft assignments of the entropy loss.",
+        above=0,
+        needs=(Needs(("entropy_weight",)),),
+    )
     region_window: int = setting(
         0,
         "Steps without being chosen after which the region loss pulls a code to the latents of chosen ones; "
         "0: codebook loss.",
         stays=True,
+        late="the region loss pulls only codes that were never chosen",
     )
 
     rules: ClassVar[Rules] = (*BridgedQuantizer.rules, (r"age$", P("codebook")))

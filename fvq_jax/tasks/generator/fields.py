@@ -3,11 +3,14 @@
 from ml_collections import ConfigDict
 
 from fvq_jax.models.gpt import GPT, SIZES, hidden_width
-from fvq_jax.runtime.fields import Field
+from fvq_jax.runtime.fields import Field, Needs
 
 SECTION = "generator"  # of a config, with the settings of the network
 SOURCES = ("codes",)
 _L = SIZES["L"]
+_SAMPLED = (Needs(("eval.samples",)),)
+_DRAWN = (*_SAMPLED, Needs(("eval.temperature",)))
+_SCORED = (Needs(("eval.samples",), misleading=True),)
 
 _FIELDS: dict[str, Field] = {
     "generator.vocab": Field(16384, "How many codes the tokenizer has.", above=0, stays=True),
@@ -45,17 +48,26 @@ _FIELDS: dict[str, Field] = {
     "eval.samples": Field(
         0, "Samples drawn in an evaluation for every guidance, of all classes; 0: none. They need data.tokenizer."
     ),
-    "eval.guidances": Field((1.0, 1.75), "Guidances with which samples are drawn; 1: without guidance."),
-    "eval.temperature": Field(1.0, "Divides the logits of samples; 0: always the likeliest code."),
-    "eval.top_k": Field(0, "Draw samples from so many of the likeliest codes; 0: from all."),
-    "eval.top_p": Field(1.0, "Draw samples from the likeliest codes that have this probability.", above=0, most=1),
+    "eval.guidances": Field(
+        (1.0, 1.75), "Guidances with which samples are drawn; 1: without guidance.", needs=_SAMPLED
+    ),
+    "eval.temperature": Field(1.0, "Divides the logits of samples; 0: always the likeliest code.", needs=_SAMPLED),
+    "eval.top_k": Field(0, "Draw samples from so many of the likeliest codes; 0: from all.", needs=_DRAWN),
+    "eval.top_p": Field(
+        1.0, "Draw samples from the likeliest codes that have this probability.", above=0, most=1, needs=_DRAWN
+    ),
     "eval.pictures": Field(
         "",
         "Real pictures, photos or a folder with one folder per class, from which a classifier learns to judge samples.",
+        needs=_SCORED,
     ),
-    "eval.inception": Field("", "File with FID's InceptionV3, see README; empty: no FID of samples while training."),
-    "eval.reference": Field("", "File with ADM's reference statistics (.npz), with which samples are compared."),
-    "log.images": Field(8, "Samples of each class that an evaluation shows.", above=0),
+    "eval.inception": Field(
+        "", "File with FID's InceptionV3, see README; empty: no FID of samples while training.", needs=_SCORED
+    ),
+    "eval.reference": Field(
+        "", "File with ADM's reference statistics (.npz), with which samples are compared.", needs=_SCORED
+    ),
+    "log.images": Field(8, "Samples of each class that an evaluation shows.", above=0, needs=_SAMPLED),
 }
 
 

@@ -5,7 +5,6 @@ evaluate, and what to do with the result.
 """
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -17,27 +16,25 @@ from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from fvq_jax.data.record import Source
-from fvq_jax.evals.networks import Networks, load_networks
+from fvq_jax.evals.networks import FILES, Networks, load_networks
 from fvq_jax.evals.projection import principal_plane
 from fvq_jax.evals.reconstruction import Found, Reconstructed, collect, not_computed, summarise
 from fvq_jax.evals.reference import Moments
 from fvq_jax.models.tokenizer import TokenizerNet, fold
 from fvq_jax.ops.pixels import to_float
-from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.mesh import BATCH, global_batch, local_rows, replicated
+from fvq_jax.runtime.names import dotted
 
 
 def evaluation_networks(config: ConfigDict) -> Networks:
     """The networks of a run's metrics: for rFID if `eval.inception` is set, for LPIPS if its loss has its files.
 
-    InputError if the file of `eval.inception` is missing, or if any of the files is damaged.
+    InputError if a file that is named is missing or damaged.
     """
-    inception = config.eval.inception
-    if inception and not os.path.isfile(inception):
-        raise InputError(f"eval.inception: there is no file {inception!r} (leave it empty to do without rFID)")
-    files = {"inception": inception, "vgg16": config.loss.vgg16_path, "lpips_vgg": config.loss.lpips_path}
-    files = {name: path or None for name, path in files.items()} | dict.fromkeys(("alexnet", "lpips_alex"))
-    return load_networks(files, config.data.image_size)
+    fields = {"inception": "eval.inception", "vgg16": "loss.vgg16_path", "lpips_vgg": "loss.lpips_path"}
+    given = dotted(config)
+    files = dict.fromkeys(FILES) | {name: given[field] or None for name, field in fields.items()}
+    return load_networks(files, config.data.image_size, fields)
 
 
 class Evaluator:
@@ -78,6 +75,7 @@ class Evaluator:
             images=config.eval.images,
             num_workers=config.data.num_workers,
             timeout=config.data.timeout,
+            max_unreadable=config.data.max_unreadable,
             keep_images=config.log.images,
             with_reference=self._reference is None,
             progress=progress,

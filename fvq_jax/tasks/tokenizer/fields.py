@@ -11,11 +11,15 @@ from fvq_jax.inference.saved import upgrade_network
 from fvq_jax.models.quantizers import quantizer_fields
 from fvq_jax.ops.adversarial import ADVERSARIAL_LOSSES
 from fvq_jax.runtime.errors import InputError
-from fvq_jax.runtime.fields import Field, prefixed
+from fvq_jax.runtime.fields import Field, Needs, prefixed
 from fvq_jax.runtime.names import dotted
 
 QUANTIZER = "tokenizer.quantizer"  # the section that holds the settings of the chosen quantizer
 DISCRIMINATORS = ("patchgan", "stylegan")
+_NOT_ALONE = Needs(("optim.train_only",), but=("tokenizer",))
+_ADVERSARIAL = (Needs(("adversarial.weight",)), _NOT_ALONE)
+_PATCHGAN = (*_ADVERSARIAL, Needs(("adversarial.discriminator",), values=("patchgan",)))
+_QUANTIZER_LEARNS = Needs(("optim.train_only",), but=("decoder",))
 
 _FIELDS: dict[str, Field] = {
     "tokenizer.ch": Field(128, "Channels of encoder and decoder at full resolution.", above=0, stays=True),
@@ -44,37 +48,64 @@ _FIELDS: dict[str, Field] = {
         stays=True,
     ),
     "tokenizer.remat": Field(False, "Recompute blocks in the backward pass, to save memory."),
-    "loss.reconstruction": Field("l2", "Pixel loss: squared (l2) or absolute (l1) difference.", choices=("l2", "l1")),
+    "loss.reconstruction": Field(
+        "l2",
+        "Pixel loss: squared (l2) or absolute (l1) difference.",
+        choices=("l2", "l1"),
+        needs=(Needs(("loss.reconstruction_weight",)),),
+    ),
     "loss.reconstruction_weight": Field(1.0, "Weight of the pixel loss."),
     "loss.perceptual_weight": Field(
         1.0, "Weight of LPIPS (VGG16); 0: no LPIPS, and the next two files are not needed."
     ),
-    "loss.vgg16_path": Field("", "File with torchvision's VGG16, vgg16-397923af.pth."),
-    "loss.lpips_path": Field("", "File with the heads of LPIPS v0.1, vgg.pth."),
+    # An evaluation computes LPIPS with both files, whether it is part of the loss or not.
+    "loss.vgg16_path": Field(
+        "", "File with torchvision's VGG16, vgg16-397923af.pth.", needs=(Needs(("loss.lpips_path",)),)
+    ),
+    "loss.lpips_path": Field("", "File with the heads of LPIPS v0.1, vgg.pth.", needs=(Needs(("loss.vgg16_path",)),)),
     "adversarial.weight": Field(
-        0.5, "Weight of the adversarial terms of both networks; 0: no discriminator at all.", stays=True
+        0.5,
+        "Weight of the adversarial terms of both networks; 0: no discriminator at all.",
+        stays=True,
+        needs=(_NOT_ALONE,),
     ),
     "adversarial.discriminator": Field(
         "patchgan",
         "Discriminator; stylegan takes images of 8, 16, ... 1024 pixels.",
         choices=DISCRIMINATORS,
         stays=True,
+        needs=_ADVERSARIAL,
     ),
-    "adversarial.loss": Field("hinge", "Adversarial loss.", choices=tuple(ADVERSARIAL_LOSSES), stays=True),
+    "adversarial.loss": Field(
+        "hinge", "Adversarial loss.", choices=tuple(ADVERSARIAL_LOSSES), stays=True, needs=_ADVERSARIAL
+    ),
     "adversarial.start": Field(
-        20000, "First step, counted from 1, at which the adversarial terms are not 0.", stays=True
+        20000,
+        "First step, counted from 1, at which the adversarial terms are not 0.",
+        stays=True,
+        needs=_ADVERSARIAL,
+        late="the discriminator is never trained, and there is no adversarial loss",
     ),
     "adversarial.adaptive": Field(
         False,
         "Scale the tokenizer's adversarial term by the ratio of gradients at the decoder's last layer, as VQGAN does.",
         stays=True,
+        needs=_ADVERSARIAL,
     ),
-    "adversarial.ndf": Field(64, "Channels of PatchGAN.", above=0, stays=True),
-    "adversarial.layers": Field(3, "Convolutions of stride 2 of PatchGAN.", above=0, stays=True),
+    "adversarial.ndf": Field(64, "Channels of PatchGAN.", above=0, stays=True, needs=_PATCHGAN),
+    "adversarial.layers": Field(3, "Convolutions of stride 2 of PatchGAN.", above=0, stays=True, needs=_PATCHGAN),
     "optim.codebook_learning_rate": Field(
-        0.0, "Peak rate of the quantizer's parameters, codebook and bridge; 0: they follow learning_rate.", stays=True
+        0.0,
+        "Peak rate of the quantizer's parameters, codebook and bridge; 0: they follow learning_rate.",
+        stays=True,
+        needs=(_QUANTIZER_LEARNS,),
     ),
-    "optim.codebook_decay": Field("constant", "How codebook_learning_rate falls after the hold.", choices=DECAYS),
+    "optim.codebook_decay": Field(
+        "constant",
+        "How codebook_learning_rate falls after the hold.",
+        choices=DECAYS,
+        needs=(Needs(("optim.codebook_learning_rate",)),),
+    ),
     "optim.train_only": Field(
         "",
         "Empty: train all; tokenizer: without adversarial loss; decoder: only it and the convolution before it.",

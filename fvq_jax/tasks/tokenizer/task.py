@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Shaped
 from ml_collections import ConfigDict
 
+from fvq_jax.data.fields import PICTURES
 from fvq_jax.data.pipeline import Batches, train_batches
 from fvq_jax.data.record import Source
 from fvq_jax.evals.reconstruction import conditions
@@ -93,7 +94,9 @@ class TokenizerTask(Task):
     @classmethod
     def plannable(cls, config: ConfigDict, devices: int) -> dict[str, Any]:
         """The bundled photographs as data, and an eval.batch_size that fits the devices."""
-        return {"data.source": "photos", "eval.batch_size": devices}
+        named = ("train_dir", "eval_dir", "tfds_name", "tfds_dir", "train_split", "eval_split")
+        pictures = {f"data.{name}": PICTURES[name].default for name in named}
+        return {**pictures, "data.source": "photos", "eval.batch_size": devices}
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
         self._config, self._mesh = config, mesh
@@ -260,6 +263,7 @@ class TokenizerTask(Task):
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             num_workers=config.data.num_workers,
+            max_unreadable=config.data.max_unreadable,
         )
 
     # --- figures ------------------------------------------------------------------------------------------------
