@@ -10,7 +10,7 @@ from fvq_jax.evals.networks import Networks
 from fvq_jax.models.frozen.inception import CLASSES
 from fvq_jax.ops.code_usage import usage_by_position
 from fvq_jax.ops.pixels import to_uint8
-from fvq_jax.runtime.errors import DataError, InputError
+from fvq_jax.runtime.errors import DataError
 from fvq_jax.runtime.mesh import make_mesh
 from fvq_jax.tasks.tokenizer import evaluation
 from fvq_jax.tasks.tokenizer.evaluation import Evaluator, evaluation_networks
@@ -42,8 +42,8 @@ def seen(monkeypatch):
         seen["batches"].append(images)
         return {"8": projected(images), "logits_unbiased": np.zeros((len(images), CLASSES), np.float32)}
 
-    def load(files, size):
-        seen["files"] = files
+    def load(files, size, called):
+        seen["files"], seen["called"] = files, called
         return Networks(None if files["inception"] is None else features, {}, {})
 
     monkeypatch.setattr(evaluation, "load_networks", load)
@@ -96,8 +96,7 @@ def test_a_state_is_scored_on_its_mesh_with_rfid_if_asked_for(seen, tmp_path):
 def test_without_its_file_there_is_no_rfid(seen):
     parts()
     assert set(seen["files"].values()) == {None}
-    with pytest.raises(InputError, match=r"eval\.inception: there is no file 'none\.pth'"):
-        parts(**{"eval.inception": "none.pth"})
+    assert seen["called"] == {"inception": "eval.inception", "vgg16": "loss.vgg16_path", "lpips_vgg": "loss.lpips_path"}
 
 
 def test_pictures_that_stop_coming_end_it_after_the_timeout_of_the_run(seen):
