@@ -14,7 +14,8 @@ in shards (see `data.extraction`). DATA is a folder of pictures, one that `fvq_j
 bundled ones) or `tfds:NAME[:SPLIT]`. It may be killed at any moment, and goes on where it was when it is started again.
 With `--distributed` it is one of several processes, which share the work.
 
-Exit codes: 0 done, 2 bad input, 75 interrupted (start it again), 1 if pictures stop coming or a process is lost.
+Exit codes: 0 done, 2 bad input, 75 `extract` was interrupted (start it again), 130 or 143 the others were (SIGINT,
+SIGTERM), 1 if pictures stop coming, a process is lost or memory runs out.
 """
 
 import argparse
@@ -48,6 +49,7 @@ from fvq_jax.runtime import exits
 from fvq_jax.runtime.agreement import everywhere
 from fvq_jax.runtime.arguments import Parser, add_place, class_or_null, place, true_or_false
 from fvq_jax.runtime.errors import InputError, require
+from fvq_jax.runtime.files import replace_whole
 from fvq_jax.runtime.interrupt import Interrupt
 
 Crop = UInt8[np.ndarray, "s s 3"] | None  # None for a file that cannot be read
@@ -60,7 +62,13 @@ def main(argv: list[str] | None = None) -> int:
     """Encodes or decodes; returns the exit code."""
     args = _parse(argv)
     where = place(args) if args.command == "extract" else None
-    return exits.run(lambda: _tokenize(args), where.join if where else None)
+    kept = {
+        "encode": "nothing was written",
+        "decode": "the pictures written so far are whole",
+        "extract": "whole shards are kept, start me again",
+    }
+    join, resumes = where.join if where else None, args.command == "extract"
+    return exits.run(lambda: _tokenize(args), join, kept=kept[args.command], resumes=resumes)
 
 
 def _tokenize(args: argparse.Namespace) -> int:
@@ -138,7 +146,8 @@ def decode(
                 path = _picture_path(target, name, written)
                 try:
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    Image.fromarray(pixels).save(path)
+                    with replace_whole(path) as unfinished:
+                        Image.fromarray(pixels).save(unfinished, "PNG")
                 except OSError as error:
                     raise InputError(f"cannot write {path}: {error.strerror or error}") from error
                 written.add(path)

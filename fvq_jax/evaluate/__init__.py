@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     """Evaluates; returns the exit code."""
     args = parse(argv)
     where = place(args)
-    return exits.run(lambda: _evaluate(args), where.join if where else None)
+    return exits.run(lambda: _evaluate(args), where.join if where else None, kept="no figures were written")
 
 
 def _evaluate(args: argparse.Namespace) -> int:

@@ -143,4 +143,7 @@ def _report(argv: list[str]) -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["report"]:
         sys.exit(exits.run(lambda: _report(sys.argv[2:])))
-    app.run(lambda argv: exits.run(lambda: main(argv)), flags_parser=parse_flags)
+    app.run(
+        lambda argv: exits.run(lambda: main(argv), kept="points keep what they saved", resumes=True),
+        flags_parser=parse_flags,
+    )
