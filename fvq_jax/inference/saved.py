@@ -20,7 +20,7 @@ from fvq_jax.interop.named_tensors import abstract_params, abstract_variables, c
 from fvq_jax.interop.tokenizer_checkpoint import read_checkpoint
 from fvq_jax.interop.torch_file import read_tensors
 from fvq_jax.models.layers import levels_from_zero
-from fvq_jax.models.quantizers import make_quantizer, quantizer_settings
+from fvq_jax.models.quantizers import Quantizer, make_quantizer, quantizer_settings
 from fvq_jax.models.tokenizer import TokenizerNet, fold
 from fvq_jax.runtime.errors import InputError, require
 from fvq_jax.runtime.files import read_json, replace_whole
@@ -64,12 +64,13 @@ def load(
     layout: str | None = None,
     l2_norm: bool | None = None,
     scales: tuple[int, ...] | None = None,
+    like: Quantizer | None = None,
     track: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> SavedTokenizer:
     """Loads the tokenizer in a published checkpoint, a native folder, or a training workdir (its newest checkpoint).
 
     From a workdir, the moving average of the parameters is taken if there is one. The keywords are for published
-    checkpoints, see `read_checkpoint`; `track` wraps the names of their tensors while they are read, for instance in a
+    checkpoints, see `read_checkpoint`, also for `like`; `track` wraps the names of their tensors while they are read, for instance in a
     progress bar.
 
     Raises:
@@ -79,7 +80,9 @@ def load(
     if not path.exists():
         raise InputError(f"there is no tokenizer at {path}: the path does not exist")
     if not path.is_dir():
-        found, net, params = read_checkpoint(path, layout=layout, l2_norm=l2_norm, scales=scales, track=track)
+        found, net, params = read_checkpoint(
+            path, layout=layout, l2_norm=l2_norm, scales=scales, like=like, track=track
+        )
         return SavedTokenizer(net, params, layout=found.name)
     require(
         layout is None and scales is None, f"layout and scales are for files, and {path} is a folder: leave them out"
@@ -104,7 +107,7 @@ def load_params(path: str | os.PathLike[str], net: TokenizerNet) -> dict[str, An
     Raises:
       InputError: there is no tokenizer, or one of another architecture (the message names every difference).
     """
-    saved = load(path)
+    saved = load(path, like=net.quantizer)
     there, here = _architecture(saved.net), _architecture(net)
     differences = [
         f"tokenizer.{name} is {there.get(name)!r} there and {here.get(name)!r} here"
