@@ -70,8 +70,8 @@ def load(
     """Loads the tokenizer in a published checkpoint, a native folder, or a training workdir (its newest checkpoint).
 
     From a workdir, the moving average of the parameters is taken if there is one. The keywords are for published
-    checkpoints, see `read_checkpoint`, also for `like`; `track` wraps the names of their tensors while they are read, for instance in a
-    progress bar.
+    checkpoints, see `read_checkpoint`, also for `like`; `track` wraps the names of their tensors while they are read,
+    for instance in a progress bar.
 
     Raises:
       InputError: there is no tokenizer at `path`, it is damaged or incomplete, or a keyword contradicts it.
