@@ -4,10 +4,11 @@
   python -m fvq_jax.tokenize decode CODES.npz FOLDER --tokenizer=PATH
   python -m fvq_jax.tokenize extract --tokenizer=PATH --data=DATA --out=DIR --size=256 --crops=ten --scales=1.1,1.05
 
-`encode` writes `codes` int32 [N, h, w] of central crops (of another shape if the quantizer has levels or scales), and
-`names` [N], paths below the folder. PATH is anything that `Tokenizer.from_pretrained` reads. Files that are no readable
-pictures are named and skipped. Memory does not grow with the number of pictures, except for their sorted names (about
-100 bytes each).
+FOLDER may be a single picture too. `encode` writes `codes` int32 [N, h, w] of central crops (of another shape if the
+quantizer has levels or scales), and `names` [N], paths below the folder; `decode` takes files without `names` too, and
+numbers the pictures. PATH is anything that `Tokenizer.from_pretrained` reads. Files that are no readable pictures are
+named and skipped. Memory does not grow with the number of pictures, except for their sorted names (about 100 bytes
+each).
 
 `extract` writes what a generator is trained on: the codes of several crops of every picture, with its label and name,
 in shards (see `data.extraction`). DATA is a folder of pictures, one that `fvq_jax.data.prepare` wrote, `photos` (the
@@ -115,7 +116,7 @@ def encode(
             if good:
                 kept = [name for name, crop in zip(names, crops, strict=True) if crop is not None]
                 codes = tokenizer.encode(np.stack(good), _all_of_class(condition, len(good)))
-                writer.write(codes, [_below(source, name) for name in kept])
+                writer.write(codes, [_below(source.parent if source.is_file() else source, name) for name in kept])
             bar.update(len(names))
         if not writer.rows:
             raise InputError(f"none of the {len(files)} files in {source} is a readable picture")

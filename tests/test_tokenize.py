@@ -49,6 +49,13 @@ def folder(tmp_path):
     return tmp_path / "in"
 
 
+def test_a_single_picture_is_named_by_its_file(saved, folder, tmp_path):
+    picture, out = folder / "cats" / "a.png", tmp_path / "codes.npz"
+    assert tokenize.main(["encode", str(picture), str(out), f"--tokenizer={saved}", "--size=16"]) == 0
+    with np.load(out) as file:
+        assert file["names"].tolist() == ["a.png"]
+
+
 @pytest.mark.parametrize("command", ["encode", "decode"])
 def test_a_signal_keeps_whole_files_only_and_says_so(saved, folder, tmp_path, capsys, monkeypatch, command):
     codes, out = tmp_path / "codes.npz", tmp_path / "out"

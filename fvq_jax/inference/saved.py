@@ -25,7 +25,7 @@ from fvq_jax.models.tokenizer import TokenizerNet, fold
 from fvq_jax.runtime.errors import InputError, require
 from fvq_jax.runtime.files import read_json, replace_whole
 from fvq_jax.runtime.names import flatten, nest
-from fvq_jax.runtime.storage import CHECKPOINTS, CONFIG
+from fvq_jax.runtime.storage import CHECKPOINTS, CONFIG, split_step
 
 FORMAT, VERSION = "fvq_jax tokenizer", 2
 WEIGHTS, BRIDGE = "weights.safetensors", "bridge.safetensors"
@@ -67,7 +67,8 @@ def load(
     like: Quantizer | None = None,
     track: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> SavedTokenizer:
-    """Loads the tokenizer in a published checkpoint, a native folder, or a training workdir (its newest checkpoint).
+    """Loads the tokenizer in a published checkpoint, a native folder, a training workdir (its newest checkpoint), or one
+    checkpoint of a workdir, WORKDIR/checkpoints/step_N.
 
     From a workdir, the moving average of the parameters is taken if there is one. The keywords are for published
     checkpoints, see `read_checkpoint`, also for `like`; `track` wraps the names of their tensors while they are read,
@@ -76,7 +77,7 @@ def load(
     Raises:
       InputError: there is no tokenizer at `path`, it is damaged or incomplete, or a keyword contradicts it.
     """
-    path = Path(path).expanduser()
+    path, step = split_step(Path(path).expanduser())
     if not path.exists():
         raise InputError(f"there is no tokenizer at {path}: the path does not exist")
     if not path.is_dir():
@@ -90,7 +91,7 @@ def load(
     if (path / WEIGHTS).exists():
         saved = _read_folder(path)
     elif (path / CHECKPOINTS).is_dir() and (path / CONFIG).exists():
-        saved = _read_workdir(path)
+        saved = _read_workdir(path, step)
     else:
         raise InputError(
             f"there is no tokenizer in the folder {path}: it has neither {WEIGHTS} (a saved tokenizer) nor "
@@ -195,7 +196,7 @@ def _read_folder(path: Path) -> SavedTokenizer:
     return SavedTokenizer(net, nest(weights | trained), weights.get("quantizer/codebook"))
 
 
-def _read_workdir(path: Path) -> SavedTokenizer:
+def _read_workdir(path: Path, step: int | None) -> SavedTokenizer:
     config = read_json(path / CONFIG)
     net = _network(config.get("tokenizer"), path / CONFIG)
     state = abstract_variables(net)
@@ -208,7 +209,7 @@ def _read_workdir(path: Path) -> SavedTokenizer:
     wanted |= {"variables": state} if state else {}
     like = ({"ema": params} if averaged else {}) | ({"networks": {"tokenizer": wanted}} if wanted else {})
     with Checkpoints(path, read_only=True) as checkpoints:
-        part = checkpoints.restore_part(like)
+        part = checkpoints.restore_part(like, step)
     network = part.get("networks", {}).get("tokenizer", {})
     params = part["ema"] if averaged else network["params"]
     if not state:
