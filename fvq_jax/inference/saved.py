@@ -67,8 +67,9 @@ def load(
     like: Quantizer | None = None,
     track: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> SavedTokenizer:
-    """Loads the tokenizer in a published checkpoint, a native folder, a training workdir (its newest checkpoint), or one
-    checkpoint of a workdir, WORKDIR/checkpoints/step_N.
+    """Loads the tokenizer in a published checkpoint, a native folder, or a training workdir (its newest checkpoint).
+
+    WORKDIR/checkpoints/step_N is one checkpoint of a workdir.
 
     From a workdir, the moving average of the parameters is taken if there is one. The keywords are for published
     checkpoints, see `read_checkpoint`, also for `like`; `track` wraps the names of their tensors while they are read,
