@@ -54,7 +54,8 @@ def _run(argv: list[str]) -> int:
     keep_memory()
     set_up_logging()
     there = place()
-    return exits.run(lambda: main(argv), None if there is None else there.join)
+    kept = "the steps since the last checkpoint are lost"
+    return exits.run(lambda: main(argv), None if there is None else there.join, kept=kept)
 
 
 if __name__ == "__main__":

@@ -172,4 +172,4 @@ def _size(size: int) -> str:
 
 
 if __name__ == "__main__":
-    app.run(lambda argv: exits.run(lambda: main(argv)), flags_parser=parse_flags)
+    app.run(lambda argv: exits.run(lambda: main(argv), kept="no plan was made"), flags_parser=parse_flags)

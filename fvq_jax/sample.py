@@ -12,7 +12,8 @@ Score would hold few classes each, and it would collapse.
 
 The last line on standard output is JSON with `samples`, `condition` (what a tokenizer with a table per class was given,
 or none), `seconds`, `samples_per_second` and `files`. With --distributed it is one of several processes, and only the
-first one writes. Exit codes: 0, and 2 for bad input.
+first one writes. Exit codes: 0, 2 for bad input, and 75 if it was interrupted
+(start it again).
 """
 
 import argparse
@@ -60,7 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     """Samples; returns the exit code."""
     args = _parse(argv)
     where = place(args)
-    return exits.run(lambda: _sample(args), where.join if where else None)
+    kept = "whole batches of samples are kept, start me again"
+    return exits.run(lambda: _sample(args), where.join if where else None, kept=kept, resumes=True)
 
 
 def _sample(args: argparse.Namespace) -> int:

@@ -4,17 +4,19 @@
   python -m fvq_jax.tokenize decode CODES.npz FOLDER --tokenizer=PATH
   python -m fvq_jax.tokenize extract --tokenizer=PATH --data=DATA --out=DIR --size=256 --crops=ten --scales=1.1,1.05
 
-`encode` writes `codes` int32 [N, h, w] of central crops (of another shape if the quantizer has levels or scales), and
-`names` [N], paths below the folder. PATH is anything that `Tokenizer.from_pretrained` reads. Files that are no readable
-pictures are named and skipped. Memory does not grow with the number of pictures, except for their sorted names (about
-100 bytes each).
+FOLDER may be a single picture too. `encode` writes `codes` int32 [N, h, w] of central crops (of another shape if the
+quantizer has levels or scales), and `names` [N], paths below the folder; `decode` takes files without `names` too, and
+numbers the pictures. PATH is anything that `Tokenizer.from_pretrained` reads. Files that are no readable pictures are
+named and skipped. Memory does not grow with the number of pictures, except for their sorted names (about 100 bytes
+each).
 
 `extract` writes what a generator is trained on: the codes of several crops of every picture, with its label and name,
 in shards (see `data.extraction`). DATA is a folder of pictures, one that `fvq_jax.data.prepare` wrote, `photos` (the
 bundled ones) or `tfds:NAME[:SPLIT]`. It may be killed at any moment, and goes on where it was when it is started again.
 With `--distributed` it is one of several processes, which share the work.
 
-Exit codes: 0 done, 2 bad input, 75 interrupted (start it again), 1 if pictures stop coming or a process is lost.
+Exit codes: 0 done, 2 bad input, 75 `extract` was interrupted (start it again), 130 or 143 the others were (SIGINT,
+SIGTERM), 1 if pictures stop coming, a process is lost or memory runs out.
 """
 
 import argparse
@@ -48,6 +50,7 @@ from fvq_jax.runtime import exits
 from fvq_jax.runtime.agreement import everywhere
 from fvq_jax.runtime.arguments import Parser, add_place, class_or_null, place, true_or_false
 from fvq_jax.runtime.errors import InputError, require
+from fvq_jax.runtime.files import replace_whole
 from fvq_jax.runtime.interrupt import Interrupt
 
 Crop = UInt8[np.ndarray, "s s 3"] | str  # of a file that cannot be read, the reason
@@ -60,7 +63,13 @@ def main(argv: list[str] | None = None) -> int:
     """Encodes or decodes; returns the exit code."""
     args = _parse(argv)
     where = place(args) if args.command == "extract" else None
-    return exits.run(lambda: _tokenize(args), where.join if where else None)
+    kept = {
+        "encode": "nothing was written",
+        "decode": "the pictures written so far are whole",
+        "extract": "whole shards are kept, start me again",
+    }
+    join, resumes = where.join if where else None, args.command == "extract"
+    return exits.run(lambda: _tokenize(args), join, kept=kept[args.command], resumes=resumes)
 
 
 def _tokenize(args: argparse.Namespace) -> int:
@@ -107,7 +116,7 @@ def encode(
             if good:
                 kept = [name for name, crop in zip(names, crops, strict=True) if not isinstance(crop, str)]
                 codes = tokenizer.encode(np.stack(good), _all_of_class(condition, len(good)))
-                writer.write(codes, [_below(source, name) for name in kept])
+                writer.write(codes, [_below(source.parent if source.is_file() else source, name) for name in kept])
             bar.update(len(names))
         if not writer.rows:
             raise InputError(f"none of the {len(files)} files in {source} is a readable picture")
@@ -138,7 +147,8 @@ def decode(
                 path = _picture_path(target, name, written)
                 try:
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    Image.fromarray(pixels).save(path)
+                    with replace_whole(path) as unfinished:
+                        Image.fromarray(pixels).save(unfinished, "PNG")
                 except OSError as error:
                     raise InputError(f"cannot write {path}: {error.strerror or error}") from error
                 written.add(path)

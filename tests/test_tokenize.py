@@ -49,6 +49,36 @@ def folder(tmp_path):
     return tmp_path / "in"
 
 
+def test_a_single_picture_is_named_by_its_file(saved, folder, tmp_path):
+    picture, out = folder / "cats" / "a.png", tmp_path / "codes.npz"
+    assert tokenize.main(["encode", str(picture), str(out), f"--tokenizer={saved}", "--size=16"]) == 0
+    with np.load(out) as file:
+        assert file["names"].tolist() == ["a.png"]
+
+
+@pytest.mark.parametrize("command", ["encode", "decode"])
+def test_a_signal_keeps_whole_files_only_and_says_so(saved, folder, tmp_path, capsys, monkeypatch, command):
+    codes, out = tmp_path / "codes.npz", tmp_path / "out"
+    options = (f"--tokenizer={saved}", "--batch=4")
+    if command == "decode":
+        assert tokenize.main(["encode", str(folder), str(codes), *options, "--size=16"]) == 0
+    works, calls = getattr(Tokenizer, command), []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return works(*args)
+
+    monkeypatch.setattr(Tokenizer, command, interrupted)
+    args = [str(folder), str(codes), "--size=16"] if command == "encode" else [str(codes), str(out)]
+    assert tokenize.main([command, *args, *options]) == 143
+    kept = "nothing was written" if command == "encode" else "the pictures written so far are whole"
+    assert capsys.readouterr().err.splitlines()[-1] == f"fvq_jax: interrupted by SIGTERM: {kept}"
+    assert codes.exists() == (command == "decode")
+    assert len([path for path in out.rglob("*") if path.is_file()]) == (0 if command == "encode" else 4)
+
+
 def test_a_folder_becomes_codes_and_pictures_again(saved, folder, tmp_path, capsys):
     (folder / "cats" / "broken.jpg").write_text("no picture")
     (folder / "dogs" / "empty.png").write_bytes(b"")

@@ -23,7 +23,9 @@ SHARED: dict[str, Field] = {
     "batch_size": Field(128, "Examples in one step, over all devices and hosts.", above=0, stays=True),
     "steps": Field(0, "Length of the run in steps; 0: the field epochs gives it."),
     "epochs": Field(40.0, "Length of the run in epochs; 0: the field steps gives it."),
-    "init_from": Field("", "Where the main network of a new run starts: checkpoint, saved network or workdir."),
+    "init_from": Field(
+        "", "Where the main network of a new run starts: file, saved network, workdir or WORKDIR/checkpoints/step_N."
+    ),
     "on_nan": Field(
         "stop",
         "If a loss or gradient is not finite: stop, or skip and count the step; after 100 in a row stop too.",

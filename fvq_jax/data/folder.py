@@ -17,7 +17,7 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class FolderSource:
-    """Every JPEG, PNG and WebP file of a directory tree, in the same order on every machine.
+    """Every JPEG, PNG and WebP file of a directory tree, in the same order on every machine; or a single such file.
 
     The class of a file is the first folder on its way from `root`; classes are numbered in the order of
     their names. Files directly in `root` form a class of their own, number 0. Hidden files and folders and
@@ -31,11 +31,14 @@ class FolderSource:
 
     def __init__(self, root: str | os.PathLike[str]):
         self._root = os.path.abspath(root)
-        if not os.path.isdir(self._root):
+        only = ""
+        if os.path.isfile(self._root) and self._root.lower().endswith(ENDINGS):
+            self._root, only = os.path.split(self._root)
+        elif not os.path.isdir(self._root):
             raise InputError(f"image folder {str(root)!r} does not exist or is not a folder")
         names, ends, labels, sizes = bytearray(), array.array("q"), array.array("i"), array.array("q")
         classes, beside, digest = {"": 0}, array.array("q"), hashlib.sha256()
-        for name, size in _image_files(self._root):
+        for name, size in [(only, os.path.getsize(root))] if only else _image_files(self._root):
             folder = name.split(os.sep, 1)[0] if os.sep in name else ""
             if not folder:
                 beside.append(len(ends))

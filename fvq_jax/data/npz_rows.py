@@ -6,6 +6,7 @@ rows is known only at the end. So the rows first go to temporary files beside th
 is whole. `numpy.load` reads it.
 """
 
+import contextlib
 import io
 import math
 import os
@@ -159,37 +160,43 @@ class CodeWriter(_RowWriter):
 
 
 class CodeReader:
-    """The rows of a file of codes; `shape` is that of `codes`. InputError if `path` is no such file."""
+    """The rows of a file of codes; `shape` is that of `codes`. InputError if `path` is no such file.
+
+    A file without `names` counts: its rows are named by their numbers.
+    """
 
     def __init__(self, path: str | os.PathLike[str]):
         self._path = Path(path)
         with reading(path, "codes"), zipfile.ZipFile(path) as archive:
             with archive.open("codes.npy") as member:
                 self.shape, self._type = _read_header(member)
-            with archive.open("names.npy") as member:
-                names, self._name_type = _read_header(member)
+            self._named = "names.npy" in archive.namelist()
+            names, self._name_type = self.shape[:1], np.dtype("U1")
+            if self._named:
+                with archive.open("names.npy") as member:
+                    names, self._name_type = _read_header(member)
         right = len(self.shape) >= 2 and self._type.kind in "iu" and self._name_type.kind == "U"
         if not right or names != self.shape[:1]:
             raise InputError(
                 f"{path} is no file of codes: it needs whole numbers `codes` [N, h, w], or of another shape behind N, "
-                f"and text `names` [N], and has "
+                f"and text `names` [N] or none, and has "
                 f"{self._type} {list(self.shape)} and {self._name_type} {list(names)}"
             )
 
     def batches(self, size: int) -> Iterator[tuple[Int[np.ndarray, "n ..."], list[str]]]:
         """The rows with their names, at most `size` at a time. InputError if the file is damaged."""
-        with (
-            reading(self._path, "codes"),
-            zipfile.ZipFile(self._path) as archive,
-            archive.open("codes.npy") as codes,
-            archive.open("names.npy") as names,
-        ):
-            _read_header(codes)
-            _read_header(names)
+        with reading(self._path, "codes"), contextlib.ExitStack() as stack:
+            archive = stack.enter_context(zipfile.ZipFile(self._path))
+            codes = stack.enter_context(archive.open("codes.npy"))
+            names = stack.enter_context(archive.open("names.npy")) if self._named else None
+            for member in filter(None, (codes, names)):
+                _read_header(member)
+            digits = max(5, len(str(self.shape[0])))
             for start in range(0, self.shape[0], size):
                 count = min(size, self.shape[0] - start)
                 rows = self._read(codes, self._type, (count, *self.shape[1:]))
-                yield rows, self._read(names, self._name_type, (count,)).tolist()
+                numbers = [f"{row:0{digits}d}" for row in range(start, start + count)]
+                yield rows, numbers if names is None else self._read(names, self._name_type, (count,)).tolist()
 
     def _read(self, member: _Member, dtype: np.dtype, shape: Iterable[int]) -> np.ndarray:
         return _read_rows(self._path, member, dtype, tuple(shape))

@@ -38,7 +38,7 @@ _POLL_SECONDS = 0.2
 def main(argv: list[str] | None = None) -> int:
     """Prepares a folder; returns the exit code."""
     args = _parse(argv)
-    return exits.run(lambda: _prepare(args))
+    return exits.run(lambda: _prepare(args), kept="whole shards are kept, start me again", resumes=True)
 
 
 def _prepare(args: argparse.Namespace) -> int:

@@ -60,7 +60,7 @@ from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.files import json_text, make_folder, write_whole
 from fvq_jax.runtime.hosts import rows_of_all_hosts
 from fvq_jax.runtime.names import dotted
-from fvq_jax.runtime.storage import CONFIG
+from fvq_jax.runtime.storage import CONFIG, split_step
 from fvq_jax.tasks import default_config
 from fvq_jax.tasks.tokenizer.fields import QUANTIZER, upgraded, use_quantizer
 from fvq_jax.tasks.tokenizer.pictures import data_name, source_of
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     """Evaluates; returns the exit code."""
     args = parse(argv)
     where = place(args)
-    return exits.run(lambda: _evaluate(args), where.join if where else None)
+    return exits.run(lambda: _evaluate(args), where.join if where else None, kept="no figures were written")
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -133,7 +133,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         not_computed=not_computed(networks, sums),
         found=found,
         plane=None if table is None else jax.device_get(jax.jit(principal_plane)(table)),
-        rows=read_metrics(path) if trained else (),
+        rows=read_metrics(split_step(path)[0]) if trained else (),
         batch_tokens=_tokens(trained, tokenizer) if trained else None,
         config=dotted(trained) if trained else {},
         compared=[
@@ -312,6 +312,7 @@ def _source(given: str | None, size: int, images: int, trained: ConfigDict | Non
 
 def _config_of_run(path: Path) -> ConfigDict | None:
     """The config of the run in a workdir; None for any other path (a wrong one is noticed on loading)."""
+    path, _ = split_step(path)
     try:
         saved = json.loads((path / CONFIG).read_text())
     except (OSError, ValueError):

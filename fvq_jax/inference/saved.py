@@ -20,12 +20,12 @@ from fvq_jax.interop.named_tensors import abstract_params, abstract_variables, c
 from fvq_jax.interop.tokenizer_checkpoint import read_checkpoint
 from fvq_jax.interop.torch_file import read_tensors
 from fvq_jax.models.layers import levels_from_zero
-from fvq_jax.models.quantizers import make_quantizer, quantizer_settings
+from fvq_jax.models.quantizers import Quantizer, make_quantizer, quantizer_settings
 from fvq_jax.models.tokenizer import TokenizerNet, fold
 from fvq_jax.runtime.errors import InputError, require
 from fvq_jax.runtime.files import read_json, replace_whole
 from fvq_jax.runtime.names import flatten, nest
-from fvq_jax.runtime.storage import CHECKPOINTS, CONFIG
+from fvq_jax.runtime.storage import CHECKPOINTS, CONFIG, split_step
 
 FORMAT, VERSION = "fvq_jax tokenizer", 2
 WEIGHTS, BRIDGE = "weights.safetensors", "bridge.safetensors"
@@ -64,22 +64,27 @@ def load(
     layout: str | None = None,
     l2_norm: bool | None = None,
     scales: tuple[int, ...] | None = None,
+    like: Quantizer | None = None,
     track: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> SavedTokenizer:
     """Loads the tokenizer in a published checkpoint, a native folder, or a training workdir (its newest checkpoint).
 
+    WORKDIR/checkpoints/step_N is one checkpoint of a workdir.
+
     From a workdir, the moving average of the parameters is taken if there is one. The keywords are for published
-    checkpoints, see `read_checkpoint`; `track` wraps the names of their tensors while they are read, for instance in a
-    progress bar.
+    checkpoints, see `read_checkpoint`, also for `like`; `track` wraps the names of their tensors while they are read,
+    for instance in a progress bar.
 
     Raises:
       InputError: there is no tokenizer at `path`, it is damaged or incomplete, or a keyword contradicts it.
     """
-    path = Path(path).expanduser()
+    path, step = split_step(Path(path).expanduser())
     if not path.exists():
         raise InputError(f"there is no tokenizer at {path}: the path does not exist")
     if not path.is_dir():
-        found, net, params = read_checkpoint(path, layout=layout, l2_norm=l2_norm, scales=scales, track=track)
+        found, net, params = read_checkpoint(
+            path, layout=layout, l2_norm=l2_norm, scales=scales, like=like, track=track
+        )
         return SavedTokenizer(net, params, layout=found.name)
     require(
         layout is None and scales is None, f"layout and scales are for files, and {path} is a folder: leave them out"
@@ -87,7 +92,7 @@ def load(
     if (path / WEIGHTS).exists():
         saved = _read_folder(path)
     elif (path / CHECKPOINTS).is_dir() and (path / CONFIG).exists():
-        saved = _read_workdir(path)
+        saved = _read_workdir(path, step)
     else:
         raise InputError(
             f"there is no tokenizer in the folder {path}: it has neither {WEIGHTS} (a saved tokenizer) nor "
@@ -104,7 +109,7 @@ def load_params(path: str | os.PathLike[str], net: TokenizerNet) -> dict[str, An
     Raises:
       InputError: there is no tokenizer, or one of another architecture (the message names every difference).
     """
-    saved = load(path)
+    saved = load(path, like=net.quantizer)
     there, here = _architecture(saved.net), _architecture(net)
     differences = [
         f"tokenizer.{name} is {there.get(name)!r} there and {here.get(name)!r} here"
@@ -192,7 +197,7 @@ def _read_folder(path: Path) -> SavedTokenizer:
     return SavedTokenizer(net, nest(weights | trained), weights.get("quantizer/codebook"))
 
 
-def _read_workdir(path: Path) -> SavedTokenizer:
+def _read_workdir(path: Path, step: int | None) -> SavedTokenizer:
     config = read_json(path / CONFIG)
     net = _network(config.get("tokenizer"), path / CONFIG)
     net = net.clone(quantizer=net.quantizer.without_training_state())
@@ -206,7 +211,7 @@ def _read_workdir(path: Path) -> SavedTokenizer:
     wanted |= {"variables": state} if state else {}
     like = ({"ema": params} if averaged else {}) | ({"networks": {"tokenizer": wanted}} if wanted else {})
     with Checkpoints(path, read_only=True) as checkpoints:
-        part = checkpoints.restore_part(like)
+        part = checkpoints.restore_part(like, step)
     network = part.get("networks", {}).get("tokenizer", {})
     params = part["ema"] if averaged else network["params"]
     if not state:

@@ -23,7 +23,7 @@ from fvq_jax.models.gpt import GPT
 from fvq_jax.runtime.errors import InputError, require
 from fvq_jax.runtime.files import read_json, replace_whole
 from fvq_jax.runtime.names import flatten, nest
-from fvq_jax.runtime.storage import CHECKPOINTS, CONFIG, PROVENANCE
+from fvq_jax.runtime.storage import CHECKPOINTS, CONFIG, PROVENANCE, split_step
 
 FORMAT, VERSION = "fvq_jax generator", 1
 WEIGHTS = "weights.safetensors"
@@ -72,7 +72,7 @@ def load_generator(
     """Loads the generator in a file of LlamaGen, a native folder, or a training workdir (its newest checkpoint).
 
     Args:
-      path: the file or folder.
+      path: the file or folder; or WORKDIR/checkpoints/step_N, one checkpoint of a workdir.
       heads, grid, classes: what the tensors of a file do not tell, see `interop.gpt_checkpoint.read_gpt`. For a folder
         they must be what it says, if they are given.
       use_ema: whether the moving average of the parameters is taken from a workdir; None: if there is one.
@@ -81,14 +81,14 @@ def load_generator(
     Raises:
       InputError: there is no generator at `path`, it is damaged or incomplete, or a keyword contradicts it.
     """
-    path = Path(path).expanduser()
+    path, step = split_step(Path(path).expanduser())
     require(path.exists(), f"there is no generator at {path}: the path does not exist")
     workdir = (path / CHECKPOINTS).is_dir() and (path / CONFIG).exists()
     require(use_ema is None or workdir, f"{path} is no training workdir, so use_ema does nothing: leave it out")
     if not path.is_dir():
         return SavedGenerator(*read_gpt(path, heads=heads, grid=grid, classes=classes, track=track))
     if workdir:
-        saved = _read_workdir(path, use_ema)
+        saved = _read_workdir(path, use_ema, step)
     elif (path / WEIGHTS).exists():
         saved = _read_folder(path)
     else:
@@ -107,7 +107,7 @@ def is_generator(path: str | os.PathLike[str]) -> bool:
 
     Looks at names of tensors and at config.json only. InputError if these are damaged.
     """
-    path = Path(path).expanduser()
+    path, _ = split_step(Path(path).expanduser())
     if path.is_file():
         return is_gpt_file(path)
     config = read_json(path / CONFIG) if (path / CONFIG).exists() else {}
@@ -158,7 +158,7 @@ def _read_folder(path: Path) -> SavedGenerator:
     return SavedGenerator(net, nest(weights), _provenance(config.get("provenance", {}), path / CONFIG))
 
 
-def _read_workdir(path: Path, use_ema: bool | None) -> SavedGenerator:
+def _read_workdir(path: Path, use_ema: bool | None, step: int | None) -> SavedGenerator:
     config = read_json(path / CONFIG)
     net = _network(config.get(SECTION), path / CONFIG)
     averaged = config.get("optim", {}).get("ema_decay", 0) > 0
@@ -169,11 +169,10 @@ def _read_workdir(path: Path, use_ema: bool | None) -> SavedGenerator:
     params = _abstract_params(net)
     with Checkpoints(path, read_only=True) as checkpoints:
         if averaged and use_ema is not False:
-            params = checkpoints.restore_part({"ema": params})["ema"]
+            params = checkpoints.restore_part({"ema": params}, step)["ema"]
         else:
-            params = checkpoints.restore_part({"networks": {SECTION: {"params": params}}})["networks"][SECTION][
-                "params"
-            ]
+            like = {"networks": {SECTION: {"params": params}}}
+            params = checkpoints.restore_part(like, step)["networks"][SECTION]["params"]
     known = read_json(path / PROVENANCE) if (path / PROVENANCE).exists() else {}
     return SavedGenerator(net, params, _provenance(known, path / PROVENANCE))
 

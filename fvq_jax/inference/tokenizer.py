@@ -25,6 +25,7 @@ from fvq_jax.inference.saved import SavedTokenizer, load, save_folder
 from fvq_jax.interop.layouts import LAYOUTS
 from fvq_jax.interop.named_tensors import ENDINGS
 from fvq_jax.interop.tokenizer_checkpoint import write_checkpoint
+from fvq_jax.models.layers import SCORES, levels_from_zero
 from fvq_jax.models.quantizers import quantizer_settings
 from fvq_jax.models.tokenizer import TokenizerNet, quantization_error
 from fvq_jax.ops.pixels import to_float
@@ -32,6 +33,7 @@ from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.names import flatten
 
 MAX_PER_DEVICE = 16  # images at once: larger batches go through in parts
+BUDGET = 4 << 30  # bytes on a device for what `images_at_once` counts, so that large images go through in smaller parts
 
 
 class Reconstruction(NamedTuple):
@@ -57,7 +59,7 @@ class Tokenizer:
     Then `encode` and `decode` need the labels, and codes must be decoded with those that they were encoded with.
 
     Programs are compiled once for every height and width, and for few batch sizes: a batch is padded to the next power
-    of two of images per device, at most `MAX_PER_DEVICE`.
+    of two of images per device, at most `images_at_once`.
     """
 
     def __init__(self, saved: SavedTokenizer):
@@ -144,6 +146,17 @@ class Tokenizer:
             raise InputError(f"this tokenizer takes images of {fitting} pixels only, not of {height} x {width}: {self}")
         return self.net.quantizer.code_shape(height // factor, width // factor)
 
+    def images_at_once(self, height: int, width: int) -> int:
+        """How many images of so many pixels a device takes at once: at most `MAX_PER_DEVICE`, and fewer large ones.
+
+        An image counts as four arrays of the widest level of the networks, and three of its attention's scores.
+        """
+        net, pixels = self.net, height * width
+        widest = max(net.ch * mult * pixels // 4**level for level, mult in enumerate(net.ch_mult))
+        lowest = min(levels_from_zero(net.attention_levels, len(net.ch_mult)), default=len(net.ch_mult) - 1)
+        each = 4 * (4 * widest + 3 * min((pixels // 4**lowest) ** 2, SCORES))
+        return 2 ** (min(max(BUDGET // each, 1), MAX_PER_DEVICE).bit_length() - 1)
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """Says which codes come out, in 16 hexadecimal digits: codes of one tokenizer are noise to another.
@@ -222,7 +235,7 @@ class Tokenizer:
         numbers = self._numbers(labels, len(images))
         nothing = np.zeros((0, *self.net.quantizer.code_shape(*grid)), np.int32)
         if numbers is None:
-            return self._in_parts(self._encode, images, nothing)
+            return self._in_parts(self._encode, images, nothing, at_once=self.images_at_once(*images.shape[1:3]))
         return self._by_class(self._search, self._all_latents(images, grid), numbers, nothing)
 
     def reconstruct(
@@ -246,7 +259,8 @@ class Tokenizer:
         else:
             codes = self._by_class(self._search, latents, numbers, codes)
             vectors = self._by_class(self._look_up, codes, numbers, vectors)
-        pixels = self._in_parts(self._pixels, vectors, np.zeros((0, *images.shape[1:]), np.float32))
+        nothing, at_once = np.zeros((0, *images.shape[1:]), np.float32), self.images_at_once(*images.shape[1:3])
+        pixels = self._in_parts(self._pixels, vectors, nothing, at_once=at_once)
         error, power = quantization_error(quantizer.compared(jnp.asarray(latents)), jnp.asarray(vectors))
         return Reconstruction(pixels, codes, np.asarray(error), np.asarray(power))
 
@@ -269,7 +283,7 @@ class Tokenizer:
 
     def _all_latents(self, images: np.ndarray, grid: tuple[int, int]) -> Float[np.ndarray, "b h w d"]:
         nothing = np.zeros((0, *grid, self.net.quantizer.latent_dim), np.float32)
-        return self._in_parts(self._latents, images, nothing)
+        return self._in_parts(self._latents, images, nothing, at_once=self.images_at_once(*images.shape[1:3]))
 
     def decode(
         self, codes: ArrayLike, labels: ArrayLike | str | None = None, *, upto: int | None = None
@@ -300,12 +314,12 @@ class Tokenizer:
         height, width = (side * self.downsampling for side in grid)
         codes, nothing = codes.astype(np.int32), np.zeros((0, height, width, 3), np.float32)
         upto = upto if quantizer.level_names else None
-        numbers = self._numbers(labels, len(codes))
+        numbers, at_once = self._numbers(labels, len(codes)), self.images_at_once(height, width)
         if numbers is None:
-            return self._in_parts(functools.partial(self._decode, upto=upto), codes, nothing)
+            return self._in_parts(functools.partial(self._decode, upto=upto), codes, nothing, at_once=at_once)
         vectors = np.zeros((0, *grid, quantizer.latent_dim), np.float32)
         vectors = self._by_class(functools.partial(self._look_up, upto=upto), codes, numbers, vectors)
-        return self._in_parts(self._pixels, vectors, nothing)
+        return self._in_parts(self._pixels, vectors, nothing, at_once=at_once)
 
     def save_pretrained(
         self,
@@ -382,16 +396,23 @@ class Tokenizer:
         return results
 
     def _in_parts(
-        self, program: Callable[[Any, Any], Any], rows: np.ndarray, nothing: np.ndarray, params: Any = None
+        self,
+        program: Callable[[Any, Any], Any],
+        rows: np.ndarray,
+        nothing: np.ndarray,
+        params: Any = None,
+        *,
+        at_once: int = MAX_PER_DEVICE,
     ) -> np.ndarray:
         """Runs `program` on a batch of any size, in parts; an empty batch gives `nothing`.
 
+        `at_once` is how many rows a device takes.
         `params` are its parameters, on the devices; None takes those of the networks.
         """
         params = self._on_devices if params is None else params
-        results = [nothing]
-        for start in range(0, len(rows), MAX_PER_DEVICE * self._devices):
-            part = rows[start : start + MAX_PER_DEVICE * self._devices]
+        results, most = [nothing], at_once * self._devices
+        for start in range(0, len(rows), most):
+            part = rows[start : start + most]
             per_device = -(-len(part) // self._devices)
             size = self._devices * 2 ** (per_device - 1).bit_length()
             padded = np.zeros((size, *part.shape[1:]), part.dtype)

@@ -6,17 +6,20 @@ layout is: `fvq_jax.interop.layouts`.
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import logging
 
-from fvq_jax.interop.layouts import LAYOUTS, layout_of
+from fvq_jax.interop.layouts import LAYOUTS, layout_of, recognised
+from fvq_jax.interop.layouts.fvq import FVQ, FVQ_RQ
 from fvq_jax.interop.layouts.layout import Layout
 from fvq_jax.interop.lightning import averaged
 from fvq_jax.interop.named_tensors import check_ending, read_checkpoint_file, write_checkpoint_file
+from fvq_jax.models.quantizers.base import Quantizer
+from fvq_jax.models.quantizers.residual import ResidualQuantizer
 from fvq_jax.models.tokenizer import TokenizerNet
 from fvq_jax.runtime.errors import require
 
@@ -30,6 +33,7 @@ def read_checkpoint(
     layout: str | None = None,
     l2_norm: bool | None = None,
     scales: tuple[int, ...] | None = None,
+    like: Quantizer | None = None,
     track: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> tuple[Layout, TokenizerNet, dict[str, Any]]:
     """The layout of a published tokenizer checkpoint, its network, and the parameters, float32 on the host.
@@ -42,6 +46,8 @@ def read_checkpoint(
       layout: the name of its layout, where tensors do not tell; None recognises it.
       l2_norm: whether codes have unit length; None takes what the file says, or else False.
       scales: the sides of the grids of codes of a multi-scale quantizer; None takes the published ones.
+      like: decides what neither the tensors, nor what stands beside them, nor the keywords tell; for whoever wants this
+        quantizer.
       track: wraps the names of the tensors while they are read, for a progress bar.
 
     Raises:
@@ -51,9 +57,11 @@ def read_checkpoint(
     tensors, facts = read_checkpoint_file(path, track)
     if str(path).endswith(".safetensors"):
         track = iter  # a .pt file was only mapped, and is read as it is converted
-    tensors = unwrap(tensors)
+    tensors = unwrap(tensors, recognised=recognised)
     ours = facts if str(facts.get("layout")) in LAYOUTS else {}  # other programs may mean other things by these names
     chosen = layout_of(tensors, str(path), layout or ours.get("layout"))
+    if layout is None and chosen is FVQ and isinstance(like, ResidualQuantizer):  # the same tensors
+        chosen = FVQ_RQ
     read = f"{path} is read as {chosen.name} ({chosen.title})"
     require(
         scales is None or chosen.quantizer == "multi_scale",
@@ -64,8 +72,11 @@ def read_checkpoint(
         f"l2_norm is for a tokenizer with a vector quantizer, and {read}: leave it out",
     )
     tensors = averaged(tensors, _PARTS, str(path))
-    said = {"l2_norm": _said_l2_norm(facts) if l2_norm is None else l2_norm, "depth": ours.get("depth")}
-    said["scales"] = ours.get("scales") if scales is None else scales
+    said = {
+        "l2_norm": _first(l2_norm, _said_l2_norm(facts), getattr(like, "l2_normalize", None)),
+        "depth": _first(ours.get("depth"), getattr(like, "depth", None)),
+        "scales": _first(scales, ours.get("scales"), getattr(like, "scales", None)),
+    }
     net = chosen.network(tensors, said, str(path))
     if said["l2_norm"] is None and chosen.name == "llamagen":
         logging.warning(
@@ -93,21 +104,37 @@ def write_checkpoint(path: str | os.PathLike[str], layout: str, net: TokenizerNe
     write_checkpoint_file(path, tensors | form.beside(net, tensors), form.facts(net), form.wrapper)
 
 
-def unwrap(tensors: Mapping[str, np.ndarray], parts: str = _PARTS) -> dict[str, np.ndarray]:
-    """The weights under their own names, which start with one of `parts`, from whatever they are wrapped in."""
+def unwrap(
+    tensors: Mapping[str, np.ndarray],
+    parts: str = _PARTS,
+    recognised: Callable[[Collection[str]], bool] = lambda names: True,
+) -> dict[str, np.ndarray]:
+    """The weights under their own names, which start with one of `parts`, from whatever they are wrapped in.
+
+    Other networks may lie beside them, with names of the same kind. So of several groups, those whose names are
+    `recognised` come first, then moving averages, then the largest.
+    """
     plain = {re.sub(r"(^|(?<=\.))(module|_orig_mod)\.", "", name): value for name, value in tensors.items()}
     sizes: dict[str, int] = {}
     for name in plain:
-        if match := re.match(rf"((?:.*?\.)??){parts}", name):
-            sizes[match[1]] = sizes.get(match[1], 0) + 1
+        for match in re.finditer(rf"(?:^|(?<=\.)){parts}", name):
+            sizes[name[: match.start()]] = sizes.get(name[: match.start()], 0) + 1
 
-    def rank(prefix: str) -> tuple[bool, int]:
-        return "ema" in re.split(r"[._]", prefix), sizes[prefix]
+    def group(prefix: str) -> list[str]:
+        return [name.removeprefix(prefix) for name in plain if name.startswith(prefix)]
+
+    def rank(prefix: str) -> tuple[bool, bool, int]:
+        return recognised(group(prefix)), "ema" in re.split(r"[._]", prefix), sizes[prefix]
 
     prefix = max(sizes, key=rank, default="")
     if prefix:
         logging.info("the weights are taken from %r", prefix.rstrip("."))
-    return {name.removeprefix(prefix): value for name, value in plain.items() if name.startswith(prefix)}
+    return {name: plain[prefix + name] for name in group(prefix)}
+
+
+def _first(*answers: Any) -> Any:
+    """The first answer that is not None, or None."""
+    return next((answer for answer in answers if answer is not None), None)
 
 
 def _said_l2_norm(facts: Mapping[str, Any]) -> bool | None:

@@ -1,14 +1,17 @@
 """How every program of this package ends: with one line on standard error if anything was wrong, and an exit code.
 
-Exit codes: 0 done; 2 bad input; 75 interrupted after saving, so that it can be started again; 1 anything else.
+Exit codes: 0 done; 2 bad input; 75 interrupted after saving, so that it can be started again; 130 ended by Ctrl-C
+(SIGINT) and 143 by SIGTERM where nothing can go on, as shells count them; 1 anything else.
 """
 
 import contextlib
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
@@ -20,9 +23,12 @@ from fvq_jax.runtime.errors import InputError, NonFiniteError, RunError
 from fvq_jax.runtime.hosts import rows_of_all_hosts
 
 BAD_INPUT, INTERRUPTED, FAILED = 2, 75, 1
+_BY_SIGNAL = 128  # plus the number of the signal that ended a program
+_NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|[Oo]ut of memory")
 
 # Words in the errors of collectives and of JAX's coordination service when another process has gone.
 _OTHERS = re.compile(r"Gloo|NCCL|Connection (reset|closed)|UNAVAILABLE|heartbeat|Barrier|coordination service")
+_REMEDY = "take fewer or smaller pictures at once (--batch, or batch_size in a config), or a machine with more memory"
 _KILLED = (
     "fvq_jax: process {} on {} was ended from outside: another process of the run fell silent, or this one was killed; "
     "start all of them again"
@@ -31,12 +37,24 @@ _LAST = 1.0  # seconds that the first process waits, so that it leaves after the
 _LISTENER = "import sys; sys.stdin.read() or sys.stderr.write(sys.argv[1])"
 
 
-def run(program: Callable[[], int], join: Callable[[], None] | None = None) -> int:
+class Ended(KeyboardInterrupt):
+    """SIGTERM, raised as Python raises SIGINT, so that files are closed and temporary ones removed."""
+
+
+def run(
+    program: Callable[[], int],
+    join: Callable[[], None] | None = None,
+    *,
+    kept: str = "nothing was written",
+    resumes: bool = False,
+) -> int:
     """Runs a program and returns its exit code. An error that a user can act on becomes one line and a code.
 
     Args:
       program: does the work and returns the exit code.
       join: called first, makes this process one of several, see `processes.Place.join`; None if it runs alone.
+      kept: what there is after a signal (SIGINT, SIGTERM) that the program does not handle itself.
+      resumes: whether the program, started again after such a signal, goes on: the exit code is then INTERRUPTED.
 
     Returns:
       The exit code. After an error that leaves threads or other processes hanging (`RunError`, or a collective that
@@ -48,7 +66,12 @@ def run(program: Callable[[], int], join: Callable[[], None] | None = None) -> i
             if join is not None:
                 join()
                 stack.enter_context(last_words(_KILLED.format(jax.process_index(), socket.gethostname())))
+            stack.enter_context(_sigterm_raises())
             return program()
+    except KeyboardInterrupt as error:
+        number = signal.SIGTERM if isinstance(error, Ended) else signal.SIGINT
+        code = INTERRUPTED if resumes else _BY_SIGNAL + number
+        return _end(f"interrupted by {number.name}: {kept}", code)
     except InputError as error:
         return fail(str(error), BAD_INPUT)
     except NonFiniteError as error:
@@ -56,11 +79,45 @@ def run(program: Callable[[], int], join: Callable[[], None] | None = None) -> i
     except RunError as error:
         _leave(str(error), together=error.shared)
     except Exception as error:
+        if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+            return _end(f"{_memory_ran_out(error)}: {_REMEDY}", FAILED)
         if missing := missing_platform():
             return fail(missing, BAD_INPUT)
         if jax.process_count() == 1 or not _OTHERS.search(str(error)):
             raise
         _leave(f"lost another process of this run: {str(error).strip().splitlines()[0]}; start all of them again")
+
+
+def _end(message: str, code: int) -> int:
+    """Writes the message and returns the code; one of several processes, which the others wait for, ends at once."""
+    fail(message)
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)
+    return code
+
+
+def _memory_ran_out(error: Exception) -> str:
+    """That memory ran out, and what was asked for if the error says so."""
+    asked = re.search(r"(?:allocate|allocating) (\d+) bytes|Unable to allocate (\S+ \S+)", str(error))
+    return "memory ran out" + (f" when {asked[1] + ' bytes' if asked[1] else asked[2]} were asked for" if asked else "")
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Inside the block SIGTERM raises `Ended`, unless somebody handles it already or this is not the main thread."""
+
+    def end(number: int, frame: object) -> NoReturn:
+        raise Ended
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def missing_platform() -> str:

@@ -3,13 +3,13 @@
 import os
 import re
 import sys
-import traceback
 
 import jax
 from absl import flags
 from ml_collections import config_flags
 
-from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.config_file import explain, let_import
+from fvq_jax.runtime.errors import InputError, require
 from fvq_jax.runtime.exits import BAD_INPUT, fail
 from fvq_jax.runtime.names import did_you_mean, dotted
 from fvq_jax.runtime.paths import with_home
@@ -33,19 +33,24 @@ def parse_flags(argv: list[str]) -> list[str]:
 
     --help ends it with exit code 0.
     """
+    argv = with_home(argv)
+    given = _config_file(argv)
     try:
-        rest = flags.FLAGS(with_home(argv))
+        if given is not None:
+            require(given != "", "--config= is empty: give it a config file")
+            let_import(given)
+        rest = flags.FLAGS(argv)
         if CONFIG.value is not None:
             CONFIG.value.keys()  # a file that could not be read raises only at this access
+        elif given is not None:
+            raise InputError(f"get_config() of {given} returns nothing: it must return a ConfigDict")
         return rest
     except SystemExit:  # absl ends --help with exit code 1
         if any(arg.lstrip("-").startswith(("help", "?")) for arg in argv):
             sys.exit(0)
         raise
-    except (KeyError, AttributeError, ImportError) as error:
-        sys.exit(fail(_unknown_field(argv) or _in_file(error), BAD_INPUT))
-    except (flags.Error, InputError, TypeError, ValueError, OSError) as error:
-        sys.exit(fail(_last_line(error), BAD_INPUT))
+    except Exception as error:
+        sys.exit(fail(_unknown_field(argv, given or "") or _explained(error, given or ""), BAD_INPUT))
 
 
 def place() -> Place | None:
@@ -64,11 +69,15 @@ def keep_compiled(workdir: str) -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.abspath(workdir), "compilation_cache"))
 
 
-def _unknown_field(argv: list[str]) -> str:
-    """Names the first overridden field that the config does not have, and what may be meant; empty if there is none."""
-    # The flags may not have been parsed to their end, so the file is looked up in the command line itself.
+def _config_file(argv: list[str]) -> str | None:
+    """The config file of the command line, without the argument that may follow it; None if there is no --config."""
+    # The flags may not have been parsed to their end, so the command line itself is looked into.
     words = re.findall(r"(?:^|\0)--?config[=\0]([^\0]*)", "\0".join(argv))
-    given = words[0] if words else ""
+    return words[-1].partition(":")[0] if words else None
+
+
+def _unknown_field(argv: list[str], given: str) -> str:
+    """Names the first overridden field that the config does not have, and what may be meant; empty if there is none."""
     overrides = [match[1] for text in argv if (match := _OVERRIDE.match(text))]
     if not given or not overrides:
         return ""
@@ -85,21 +94,13 @@ def _unknown_field(argv: list[str]) -> str:
     return ""
 
 
-def _in_file(error: Exception) -> str:
-    """The message for an error in the config file, with the line that raised it."""
-    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if "ml_collections" not in frame.filename]
-    where = f" ({os.path.relpath(lines[-1].filename)}, line {lines[-1].lineno}: {lines[-1].line})" if lines else ""
-    while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps one error into another
-        error = error.args[0]
-    text = str(error.args[0]) if error.args else type(error).__name__
-    text = " ".join(re.sub(r"Other fields present:.*?(?=Did you mean|$)", "", text, flags=re.DOTALL).split())
-    return f"the config file cannot be used: {text}{where}"
-
-
-def _last_line(error: Exception) -> str:
-    """What went wrong, without what ml_collections puts around it: a traceback, or its attempts to open a file."""
-    text = re.sub("Configuration is not available.*load:", "the config file cannot be read:", str(error).strip())
-    text = re.sub(r"Failed loading .*No such file or directory: '(.*)'", r"there is no file \1", text, flags=re.DOTALL)
-    if "Traceback (most recent call last)" not in text:
-        return text
-    return re.sub(r"^[\w.]+: ", "", text.splitlines()[-1])
+def _explained(error: Exception, given: str) -> str:
+    """What went wrong, without what absl and ml_collections put around what the config file `given` has raised."""
+    text = str(error).strip()
+    if "Traceback (most recent call last)" in text or text.startswith("Configuration is not available"):
+        raised: BaseException = error
+        while (before := raised.__cause__ or raised.__context__) is not None:
+            raised = before
+        return explain(raised, given) if isinstance(raised, Exception) else text
+    # A value of the command line is what the first ones are about.
+    return text if isinstance(error, flags.Error | TypeError | ValueError | OSError) else explain(error, given)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from fvq_jax.runtime.errors import InputError, RunError, StorageError
+from fvq_jax.runtime.errors import InputError, RunError, StorageError, require
 
 # In the workdir of a run. The config is that of its latest start, and the history has a line for every start.
 CHECKPOINTS, CONFIG, HISTORY, PROVENANCE = "checkpoints", "config.json", "config_history.jsonl", "provenance.json"
@@ -50,6 +50,21 @@ def complete_steps(workdir: Path) -> list[int]:
     """The steps of all complete checkpoints; the folder of one that was not completed has a longer name."""
     matches = [re.fullmatch(r"step_(\d+)", path.name) for path in (workdir / CHECKPOINTS).glob("step_*")]
     return [int(match[1]) for match in matches if match]
+
+
+def split_step(path: Path) -> tuple[Path, int | None]:
+    """The workdir and the step that a path WORKDIR/checkpoints/step_N names; any other path as it is, and None.
+
+    InputError if that workdir has no complete checkpoint of the step.
+    """
+    found = re.fullmatch(r"step_(\d+)", path.name)
+    workdir = path.parent.parent
+    if not found or path.parent.name != CHECKPOINTS or not (workdir / CONFIG).exists():
+        return path, None
+    steps = sorted(complete_steps(workdir))
+    there = f"its checkpoints are of step {', '.join(map(str, steps))}" if steps else "it has no checkpoint"
+    require(int(found[1]) in steps, f"there is no checkpoint of step {found[1]} in {workdir}: {there}")
+    return workdir, int(found[1])
 
 
 def brief(error: BaseException) -> str:

@@ -11,7 +11,6 @@ failed. docs/sweeps.md says more.
 """
 
 import re
-import runpy
 import shlex
 import sys
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from ml_collections import ConfigDict, config_flags
 
 from fvq_jax.runtime import exits
 from fvq_jax.runtime.arguments import Parser
+from fvq_jax.runtime.config_file import explained, run_file
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.exits import BAD_INPUT, FAILED, INTERRUPTED
 from fvq_jax.runtime.files import json_text
@@ -57,7 +57,9 @@ def main(argv: list[str]) -> int:
 
     def with_argument(argument: str) -> ConfigDict:
         path, _, whole = joined_argument(config_file, argument).partition(":")
-        config = runpy.run_path(path)["get_config"](whole)
+        get_config = run_file(path)["get_config"]
+        with explained(path):
+            config = get_config(whole)
         config.update_from_flattened_dict(given)
         return config
 
@@ -141,4 +143,7 @@ def _report(argv: list[str]) -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["report"]:
         sys.exit(exits.run(lambda: _report(sys.argv[2:])))
-    app.run(lambda argv: exits.run(lambda: main(argv)), flags_parser=parse_flags)
+    app.run(
+        lambda argv: exits.run(lambda: main(argv), kept="points keep what they saved", resumes=True),
+        flags_parser=parse_flags,
+    )

@@ -11,7 +11,6 @@ import inspect
 import json
 import os
 import re
-import runpy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from fvq_jax.config.checks import validate
+from fvq_jax.runtime.config_file import explained, run_file
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.files import replace_whole
 from fvq_jax.runtime.names import dotted
@@ -80,10 +80,11 @@ def read_sweep(config_file: str) -> list[dict[str, Any]]:
     InputError if there is no `sweep`, or nothing in it.
     """
     path, _, arg = config_file.partition(":")
-    sweep = runpy.run_path(path).get("sweep")
+    sweep = run_file(path).get("sweep")
     if sweep is None:
         raise InputError(f"{path} has no sweep(): a generator of overrides, see docs/sweeps.md")
-    overrides = list(sweep(arg) if inspect.signature(sweep).parameters else sweep())
+    with explained(path):
+        overrides = list(sweep(arg) if inspect.signature(sweep).parameters else sweep())
     if not overrides:
         raise InputError(f"sweep() of {path} yields no point")
     return overrides

@@ -143,10 +143,10 @@ class Checkpoints:
         items = self._newest_readable(lambda step: self._manager.restore(step, args=args), like, step)
         return Checkpoint(items.state, items.record)
 
-    def restore_part(self, like: dict[str, Any]) -> dict[str, Any]:
-        """Reads only some arrays of the newest undamaged checkpoint, those of `like` (nested as in `TrainState`).
+    def restore_part(self, like: dict[str, Any], step: int | None = None) -> dict[str, Any]:
+        """Reads only some arrays of the newest undamaged checkpoint, or of that of `step`: those of `like`.
 
-        Returns numpy arrays, nested as in `like`.
+        They are nested as in `TrainState`. Returns numpy arrays, nested as in `like`.
 
         Raises:
           InputError: there is no checkpoint, all are damaged, or the one taken has no such arrays.
@@ -154,7 +154,7 @@ class Checkpoints:
         kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
         part = ocp.args.PyTreeRestore(item=like, restore_args=kinds, partial_restore=True)
         args = ocp.args.Composite(state=part)
-        return self._newest_readable(lambda step: self._manager.restore(step, args=args).state, like)
+        return self._newest_readable(lambda step: self._manager.restore(step, args=args).state, like, step)
 
     def _newest_readable(self, read: Callable[[int], T], like: Any, step: int | None = None) -> T:
         """What `read` returns for the newest checkpoint (or that of `step`) that is not damaged."""

@@ -39,6 +39,14 @@ def test_folder_without_classes_has_one(tmp_path, monkeypatch):
     assert [int(source[index]["label"]) for index in range(2)] == [0, 0]
 
 
+def test_a_single_picture_stands_for_a_folder_of_it(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(name.encode())
+    source = FolderSource(tmp_path / "b.png")
+    assert (len(source), source.relative_name(0), source.classes) == (1, "b.png", [""])
+    assert source[0]["image"] == b"b.png"
+
+
 def test_pictures_beside_class_folders_become_class_0_with_a_warning(tmp_path, monkeypatch):
     messages = []
     monkeypatch.setattr(folder.logging, "warning", lambda text, *args: messages.append(text % args))
@@ -81,8 +89,9 @@ def test_folder_refuses_what_is_missing_empty_or_closed(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="does not exist"):
         FolderSource(tmp_path / "nowhere")
     write_pictures(tmp_path, ("file.png",))
+    (tmp_path / "file.txt").write_text("text")
     with pytest.raises(InputError, match="not a folder"):
-        FolderSource(tmp_path / "file.png")
+        FolderSource(tmp_path / "file.txt")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"empty' holds no file .*\.jpg, \.jpeg, \.png, \.webp"):
         FolderSource(tmp_path / "empty")

@@ -48,6 +48,13 @@ def test_files_of_numpy_itself_are_read(tmp_path):
         assert names == NAMES
 
 
+def test_codes_without_names_are_numbered(tmp_path):
+    np.savez(tmp_path / "x.npz", codes=ROWS)
+    rows, names = zip(*CodeReader(tmp_path / "x.npz").batches(4), strict=True)
+    np.testing.assert_array_equal(np.concatenate(rows), ROWS)
+    assert sum(names, []) == [f"{number:05d}" for number in range(len(ROWS))]  # noqa: RUF017
+
+
 def test_an_exception_leaves_no_file(tmp_path):
     def write_too_few_names():
         with CodeWriter(tmp_path / "x.npz", (2, 3)) as writer:

@@ -1,13 +1,16 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from fvq_jax.inference.saved import SavedTokenizer, load, save_folder
+from fvq_jax.inference.saved import SavedTokenizer, load, load_params, save_folder
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.names import flatten
+from fvq_jax.training.checkpoint import Checkpoints
+from fvq_jax.training.state import NetworkState, TrainState
 from tests.helpers.random_tokenizer import random_tokenizer
 from tests.helpers.trained_workdir import trained_workdir
 
@@ -72,6 +75,19 @@ def test_a_workdir_with_region_loss_keeps_its_bridge(tmp_path):
     loaded = load(tmp_path)
     assert loaded.net.quantizer == saved.net.quantizer
     assert_same_params(loaded.params, saved.params)
+
+
+def test_a_single_checkpoint_of_a_workdir_is_read(tmp_path):
+    saved = trained_workdir(tmp_path)
+    state = jax.tree.map(jnp.asarray, {"tokenizer": NetworkState(saved.params, {}, {})})
+    zero = jnp.zeros((), jnp.int32)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(TrainState(zero, zero, jax.tree.map(lambda leaf: 3 * leaf, state), {}), 7, {})
+    for path, factor in (("", 3), ("checkpoints/step_7", 3), ("checkpoints/step_0", 1)):
+        assert_same_params(load(tmp_path / path).params, jax.tree.map(lambda leaf, by=factor: by * leaf, saved.params))
+    assert_same_params(load_params(tmp_path / "checkpoints" / "step_0", saved.net), saved.params)
+    with pytest.raises(InputError, match=r"no checkpoint of step 5 in .*: its checkpoints are of step 0, 7$"):
+        load(tmp_path / "checkpoints" / "step_5")
 
 
 def test_a_workdir_whose_config_was_changed_is_refused(tmp_path):

@@ -9,13 +9,14 @@ import pytest
 import safetensors.numpy
 
 import fvq_jax
+from fvq_jax.inference import tokenizer as module
 from fvq_jax.inference.saved import SavedTokenizer
 from fvq_jax.inference.tokenizer import MAX_PER_DEVICE, Tokenizer
 from fvq_jax.models.quantizers import make_quantizer
 from fvq_jax.models.tokenizer import TokenizerNet
 from fvq_jax.runtime.errors import InputError
 from tests.helpers.golden_case import load_case, relative_error
-from tests.helpers.random_tokenizer import NETWORK, random_params, random_tokenizer
+from tests.helpers.random_tokenizer import NETWORK, random_params, random_tokenizer, tiny_net
 from tests.helpers.slow_cases import slow
 
 
@@ -272,3 +273,19 @@ def test_multi_scale_takes_images_of_one_size():
     net = TokenizerNet(make_quantizer({**LEVELS[1][0], **sizes}), **NETWORK)
     with pytest.raises(InputError, match="takes images of 8 x 8 pixels only, not of 16 x 16"):
         Tokenizer(SavedTokenizer(net, random_params(net))).encode(pictures(1, 16, 16))
+
+
+@pytest.mark.parametrize(("ch", "side", "most"), [(32, 32, 16), (32, 512, 8), (128, 1024, 1), (128, 8192, 1)])
+def test_fewer_large_images_go_through_at_once(ch, side, most):
+    tok = Tokenizer.__new__(Tokenizer)  # without the weights
+    tok.net = tiny_net(ch=ch, ch_mult=(1, 1, 2))
+    assert tok.images_at_once(side, side) == most
+
+
+def test_large_images_in_small_parts_give_the_same(monkeypatch):
+    tok, images = tokenizer(), pictures(2 * jax.local_device_count())
+    whole = tok.reconstruct(images)
+    monkeypatch.setattr(module, "BUDGET", 1)
+    assert tok.images_at_once(16, 16) == 1
+    np.testing.assert_array_equal(tok.encode(images), whole.codes)
+    np.testing.assert_allclose(tok.decode(whole.codes), whole.images, atol=1e-5)

@@ -89,6 +89,21 @@ def test_a_safetensors_file_needs_nothing_but_the_keys(prefix, saved, tmp_path):
     assert_same_params(params, saved.params)
 
 
+@pytest.mark.parametrize("prefix", ["", "first_stage.", "encoder.vae."])
+@pytest.mark.parametrize("other", ["text.encoder.layers.", "ema.text.encoder.layers.", "unet.decoder.blocks."])
+def test_a_larger_network_beside_it_is_left_alone(prefix, other, saved, tmp_path):
+    tensors = {prefix + key: value for key, value in published(saved, buffer=False).items()}
+    tensors |= {f"{other}{i}.weight": np.zeros(1, np.float32) for i in range(2 * len(tensors))}
+    safetensors.numpy.save_file(tensors, tmp_path / "x.safetensors")
+    if not prefix:  # nothing says which names are the tokenizer's
+        with pytest.raises(InputError, match=r"extra: .*layers|extra: .*blocks"):
+            read_checkpoint(tmp_path / "x.safetensors")
+        return
+    net, params = read_checkpoint(tmp_path / "x.safetensors")
+    assert net == saved.net
+    assert_same_params(params, saved.params)
+
+
 @pytest.mark.parametrize("value", [True, False])
 def test_l2_norm_comes_from_args_unless_it_is_given(value, tmp_path, caplog):
     torch = pytest.importorskip("torch")

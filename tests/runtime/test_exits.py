@@ -1,8 +1,10 @@
 import os
+import signal
 import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 
 from fvq_jax.runtime import exits
@@ -50,6 +52,36 @@ def test_a_program_that_ends_well_has_its_own_code_and_says_nothing(capsys, code
 def test_an_error_that_all_processes_see_is_one_line_and_a_code(capsys, error, code):
     assert exits.run(raising(error)) == code
     assert capsys.readouterr() == ("", "fvq_jax: no such folder\n")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("resumes", [False, True])
+def test_a_signal_is_one_line_that_says_what_is_kept(capsys, number, code, resumes):
+    def program():
+        os.kill(os.getpid(), number)
+        return 0
+
+    assert exits.run(program, kept="half of it", resumes=resumes) == (exits.INTERRUPTED if resumes else code)
+    assert capsys.readouterr() == ("", f"fvq_jax: interrupted by {number.name}: half of it\n")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "memory ran out: take fewer"),
+        (
+            np._core._exceptions._ArrayMemoryError((1 << 40,), np.dtype("f4")),
+            "when 4.00 TiB were asked for: take fewer",
+        ),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 77 bytes."), "when 77 bytes were asked for: take"),
+    ],
+)
+def test_the_end_of_memory_is_one_line_that_says_what_to_reduce(capsys, error, said):
+    assert exits.run(raising(error)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert "--batch" in line
 
 
 def test_an_error_of_a_user_before_the_processes_have_joined_is_one_line_and_code_2(capsys):

@@ -20,6 +20,23 @@ LAYOUTS: dict[str, Layout] = {
 SHOWN = 3  # names in the message about a file that is not recognised
 
 
+def recognised(names: Collection[str]) -> bool:
+    """Whether tensors of these names are in one of the layouts, or are those of a relative that is refused."""
+    return _layout(names) is not None or any(_found(patterns, names) for patterns in REFUSED)
+
+
+def _found(patterns: Collection[str], names: Collection[str]) -> bool:
+    """Whether each pattern is at the start of a name."""
+    return all(any(re.match(pattern, name) for name in names) for pattern in patterns)
+
+
+def _layout(names: Collection[str]) -> Layout | None:
+    for layout in LAYOUTS.values():
+        if _found(layout.marks, names) and not any(_found((pattern,), names) for pattern in layout.absent):
+            return layout
+    return None
+
+
 def layout_of(names: Collection[str], source: str, chosen: str | None = None) -> Layout:
     """The layout that tensors of these names are in: the one of the name `chosen`, or else the one that is recognised.
 
@@ -27,21 +44,17 @@ def layout_of(names: Collection[str], source: str, chosen: str | None = None) ->
     the first tensors that differ.
     """
 
-    def found(pattern: str) -> bool:
-        return any(re.match(pattern, name) for name in names)
-
     for patterns, reason in REFUSED.items():
-        if all(map(found, patterns)):
+        if _found(patterns, names):
             raise InputError(f"{source} is {reason}")
     if chosen is not None:
         require(chosen in LAYOUTS, f"there is no layout {chosen!r}: use one of {', '.join(LAYOUTS)}")
         return LAYOUTS[chosen]
-    for layout in LAYOUTS.values():
-        if all(map(found, layout.marks)) and not any(map(found, layout.absent)):
-            return layout
+    if (known_layout := _layout(names)) is not None:
+        return known_layout
 
     def likeness(layout: Layout) -> tuple[int, int]:
-        lacking = sum(not found(mark) for mark in layout.marks)
+        lacking = sum(not _found((mark,), names) for mark in layout.marks)
         return sum(bool(re.fullmatch(layout.pattern, name)) for name in names), -lacking
 
     closest = max(LAYOUTS.values(), key=likeness)
@@ -50,7 +63,7 @@ def layout_of(names: Collection[str], source: str, chosen: str | None = None) ->
     if not known:
         raise InputError(f"{read}, nor like one: its first tensors are {_first(names)}")
     foreign = [name for name in names if not re.fullmatch(f"{closest.pattern}|{closest.unread}", name)]
-    lacking = [mark for mark in closest.marks if not found(mark)]
+    lacking = [mark for mark in closest.marks if not _found((mark,), names)]
     differences = [f"lacks {_first([mark.replace(chr(92), '') for mark in lacking])}"] if lacking else []
     differences += [f"has {_first(foreign)} besides"] if foreign else []
     raise InputError(

@@ -10,9 +10,13 @@ import pytest
 from jax.sharding import AxisType
 
 from fvq_jax.config.checks import validate
-from fvq_jax.inference.saved import load
+from fvq_jax.inference.saved import load, load_params
 from fvq_jax.inference.tokenizer import Tokenizer
+from fvq_jax.interop.layouts import LAYOUTS
+from fvq_jax.interop.named_tensors import write_safetensors
 from fvq_jax.models.discriminators.stylegan import StyleGANDiscriminator
+from fvq_jax.models.quantizers import make_quantizer
+from fvq_jax.models.tokenizer import TokenizerNet
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.mesh import make_mesh
 from fvq_jax.runtime.names import flatten
@@ -20,7 +24,7 @@ from fvq_jax.tasks.tokenizer.task import TokenizerTask
 from fvq_jax.training.checkpoint import Checkpoints
 from fvq_jax.training.loop import train
 from fvq_jax.training.state import create_state, with_params
-from tests.helpers.random_tokenizer import random_tokenizer
+from tests.helpers.random_tokenizer import random_params, random_tokenizer
 from tests.helpers.tiny import make_step, random_images, spread_codes, tiny_config
 
 ONE_LEVEL = {"tokenizer.ch_mult": (1,), "tokenizer.z_channels": 16, "tokenizer.attention_levels": (-1,)}
@@ -219,6 +223,22 @@ def test_every_kind_of_saved_tokenizer_can_be_started_from(name, saved):
     else:
         with pytest.raises(InputError, match=r"quantizer\.bridge_groups is '2d' there and '1d' here"):
             loaded(**groups)
+
+
+@pytest.mark.parametrize(
+    ("layout", "settings"),
+    [
+        ("llamagen", {"l2_normalize": True}),
+        ("fvq_rq", {"name": "residual", "depth": 3, "bridge": "XS/2"}),
+        ("var", {"name": "multi_scale", "scales": (1, 3, 8), "phi_count": 2}),
+    ],
+)
+def test_the_config_says_what_the_tensors_of_a_file_do_not(layout, settings, tmp_path):
+    settings = {"name": "vector", "codebook_size": 64, "code_dim": 16, "bridge": "none", **settings}
+    net = TokenizerNet(make_quantizer(settings), ch=32, ch_mult=(1,), num_res_blocks=1, z_channels=16)
+    params = random_params(net)
+    write_safetensors(tmp_path / "x.safetensors", LAYOUTS[layout].tensors(net, params))
+    assert not changed(load_params(tmp_path / "x.safetensors", net), params)
 
 
 @pytest.mark.parametrize(
