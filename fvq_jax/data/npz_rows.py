@@ -22,6 +22,7 @@ from jaxtyping import Int, UInt8
 
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.files import replace_whole
+from fvq_jax.runtime.paths import require_no_device
 
 _BUFFER = 1 << 20
 _Writer = TypeVar("_Writer", bound="_RowWriter")
@@ -168,6 +169,7 @@ class CodeReader:
 
     def __init__(self, path: str | os.PathLike[str]):
         self._path = Path(path)
+        require_no_device(path)
         try:
             with zipfile.ZipFile(path) as archive:
                 with archive.open("codes.npy") as member:
@@ -218,6 +220,7 @@ class ImageReader:
         self._path = Path(path)
         self.labels: np.ndarray | None = None
         self.classes: Sequence[str] = ()  # such files hold no names
+        require_no_device(path)
         try:
             with zipfile.ZipFile(path) as archive:
                 with archive.open("arr_0.npy") as member:
