@@ -24,7 +24,6 @@ from fvq_jax.inference.generator import Generator
 from fvq_jax.inference.tokenizer import Tokenizer
 from fvq_jax.runtime import exits
 from fvq_jax.runtime.errors import InputError
-from tests.helpers.program import Prepared
 from tests.helpers.random_generator import random_generator
 from tests.helpers.random_tokenizer import random_tokenizer
 
@@ -397,69 +396,3 @@ def test_places_to_save_that_cannot_be(path, keywords, tok, tmp_path, monkeypatc
 @pytest.mark.parametrize("load", [Tokenizer.from_pretrained, Generator.from_pretrained, fvq_jax.load_quantizer])
 def test_places_to_load_from_that_cannot_be(path, load):
     _assert_raises(load, path, **({"name": "vector"} if load is fvq_jax.load_quantizer else {}))
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    program = Prepared(tmp_path_factory.mktemp("prepared"), ())
-    yield program
-    program.close()
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "",
-        "more",
-        "--bogus",
-        "--explain",
-        "--workdir={out}",
-        "--config= --workdir={out}",
-        "--config={out} --workdir={out}",
-        "--config={good} --workdir={out}",
-        "--config={good}/codes.npz --workdir={out}",
-        "--config={file} --workdir={out}",
-        "--config={smoke} --workdir=",
-        "--config={smoke} --workdir={file}",
-        "--config={smoke} --workdir={file}/x",
-        "--config={smoke}",
-        "--config={smoke},nothing --workdir={out}",
-        "--config={smoke},batch=0 --workdir={out}",
-        "--config={smoke},batch=-8 --workdir={out}",
-        "--config={smoke},batch=x --workdir={out}",
-        *(
-            f"--config={{smoke}} --workdir={{out}} --config.{field}"
-            for field in (
-                "nothing=1",
-                "steps=0",
-                "steps=-5",
-                "steps=x",
-                "batch_size=0",
-                "optim.learning_rate=nan",
-                "optim.learning_rate=-1",
-                "tokenizer.ch_mult=()",
-                "tokenizer.ch=0",
-                "tokenizer.quantizer.bridge=x",
-                "tokenizer.quantizer.codebook_size=-1",
-                "data.image_size=0",
-                "data.source=nothing",
-                "data.source=folder",
-                "init_from={out}",
-                "init_from={file}",
-                "mesh.data=0",
-                "mesh.data=7",
-                "task=nothing",
-            )
-        ),
-        "--config={smoke} --workdir={out} --profile_steps=x",
-        "--config={smoke} --workdir={out} --profile_steps=5:1",
-    ],
-)
-def test_runs_that_cannot_be(line, prepared, good, tmp_path):
-    (tmp_path / "file").write_text("text")
-    places = {"good": good, "out": tmp_path / "out", "file": tmp_path / "file", "smoke": "configs/quickstart.py:smoke"}
-    program = prepared.start(*line.format(**places).split())
-    code, last = program.end()
-    assert code == exits.BAD_INPUT, program.said()
-    assert len(last) > 20
-    assert "Traceback" not in program.said()

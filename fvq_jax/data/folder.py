@@ -108,12 +108,12 @@ def _image_files(root: str) -> Iterator[tuple[str, int]]:
                     yield from below(entry.path, name + os.sep, (*way, real))
             elif entry.name.lower().endswith(ENDINGS):
                 try:
-                    found = entry.stat()
+                    status = entry.stat()
                 except OSError:
                     yield name, -1
                     continue
-                if stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever
-                    yield name, found.st_size
+                if stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+                    yield name, status.st_size
 
     return below(root, "", (os.path.realpath(root),))
 
