@@ -4,6 +4,7 @@ import array
 import errno
 import hashlib
 import os
+import stat
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -128,9 +129,12 @@ def _image_files(root: str) -> Iterator[tuple[str, int]]:
                     yield from below(entry.path, name + os.sep, (*way, real))
             elif entry.name.lower().endswith(ENDINGS):
                 try:
-                    yield name, entry.stat().st_size
+                    status = entry.stat()
                 except OSError:
                     yield name, -1
+                    continue
+                if stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+                    yield name, status.st_size
 
     return below(root, "", (os.path.realpath(root),))
 

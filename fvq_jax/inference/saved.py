@@ -25,6 +25,7 @@ from fvq_jax.models.tokenizer import TokenizerNet, fold
 from fvq_jax.runtime.errors import InputError, require
 from fvq_jax.runtime.files import read_json, replace_whole
 from fvq_jax.runtime.names import flatten, nest
+from fvq_jax.runtime.paths import require_there
 from fvq_jax.runtime.storage import CHECKPOINTS, CONFIG, split_step
 
 FORMAT, VERSION = "fvq_jax tokenizer", 2
@@ -79,8 +80,7 @@ def load(
       InputError: there is no tokenizer at `path`, it is damaged or incomplete, or a keyword contradicts it.
     """
     path, step = split_step(Path(path).expanduser())
-    if not path.exists():
-        raise InputError(f"there is no tokenizer at {path}: the path does not exist")
+    path = require_there(path, "tokenizer")
     if not path.is_dir():
         found, net, params = read_checkpoint(
             path, layout=layout, l2_norm=l2_norm, scales=scales, like=like, track=track
@@ -130,6 +130,8 @@ def save_folder(path: str | os.PathLike[str], saved: SavedTokenizer) -> None:
     path = Path(path)
     if (path / CHECKPOINTS).exists() or ((path / CONFIG).exists() and not (path / WEIGHTS).exists()):
         raise InputError(f"{path} holds a training run, which a tokenizer must not overwrite: use another folder")
+    if (path / CONFIG).exists() and read_json(path / CONFIG).get("format") != FORMAT:
+        raise InputError(f"{path} holds something else than a tokenizer, and is not overwritten: use another folder")
     config = {"format": FORMAT, "version": VERSION, "tokenizer": _settings(saved.net)}
     named = flatten(saved.params)
     bridged = saved.net.quantizer.foldable

@@ -23,6 +23,7 @@ from fvq_jax.models.gpt import GPT
 from fvq_jax.runtime.errors import InputError, require
 from fvq_jax.runtime.files import read_json, replace_whole
 from fvq_jax.runtime.names import flatten, nest
+from fvq_jax.runtime.paths import require_there
 from fvq_jax.runtime.storage import CHECKPOINTS, CONFIG, PROVENANCE, split_step
 
 FORMAT, VERSION = "fvq_jax generator", 1
@@ -82,7 +83,7 @@ def load_generator(
       InputError: there is no generator at `path`, it is damaged or incomplete, or a keyword contradicts it.
     """
     path, step = split_step(Path(path).expanduser())
-    require(path.exists(), f"there is no generator at {path}: the path does not exist")
+    path = require_there(path, "generator")
     workdir = (path / CHECKPOINTS).is_dir() and (path / CONFIG).exists()
     require(use_ema is None or workdir, f"{path} is no training workdir, so use_ema does nothing: leave it out")
     if not path.is_dir():
@@ -103,11 +104,12 @@ def load_generator(
 
 
 def is_generator(path: str | os.PathLike[str]) -> bool:
-    """Whether a file or folder is one that `load_generator` reads, and not a tokenizer; False if nothing is there.
+    """Whether a file or folder is one that `load_generator` reads, and not a tokenizer.
 
-    Looks at names of tensors and at config.json only. InputError if these are damaged.
+    Looks at names of tensors and at config.json only. InputError if these are damaged, or nothing is there.
     """
     path, _ = split_step(Path(path).expanduser())
+    path = require_there(path, "tokenizer or generator")
     if path.is_file():
         return is_gpt_file(path)
     config = read_json(path / CONFIG) if (path / CONFIG).exists() else {}

@@ -268,7 +268,7 @@ class Tokenizer:
         self, images: ArrayLike, value_range: tuple[float | int, float | int] | None
     ) -> tuple[np.ndarray, tuple[int, int]]:
         """The images, uint8 or float32 in [-1, 1], and their grid. InputError for what is no image or does not fit."""
-        images = np.asarray(images)
+        images = _array(images, "images")
         factor = self.downsampling
         if images.ndim != 4 or images.shape[-1] != 3:
             first = " (the channels come last)" if images.ndim == 4 and images.shape[1] == 3 else ""
@@ -298,7 +298,7 @@ class Tokenizer:
         Raises:
           InputError: another shape, type or range; labels are missing, or not needed.
         """
-        codes, quantizer = np.asarray(codes), self.net.quantizer
+        codes, quantizer = _array(codes, "codes"), self.net.quantizer
         if not jnp.issubdtype(codes.dtype, jnp.integer):
             raise InputError(f"codes must be whole numbers, not {codes.dtype}")
         try:
@@ -359,6 +359,8 @@ class Tokenizer:
                 f'the layout "{layout}" holds a single table, and this tokenizer has one for each of {self.classes} '
                 f'classes: give condition, a label in 0..{self.classes - 1}, or "{NULL}" for no class'
             )
+        if "\0" in str(path):
+            raise InputError(f"there can be no file at {str(path)!r}: it has a null byte")
         path = Path(path).expanduser()
         if layout is None:
             if path.suffix in ENDINGS or path.is_file():
@@ -454,6 +456,14 @@ def _folded_codebook(net: TokenizerNet, params: dict[str, Any]) -> np.ndarray:
     return np.asarray(table({"params": params}))
 
 
+def _array(values: ArrayLike, what: str) -> np.ndarray:
+    """The values as an array. InputError, which says `what` they are, for lists of different lengths."""
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise InputError(f"{what} must be an array: {error}") from None
+
+
 def _layouts() -> str:
     return f"use layout={' or layout='.join(repr(name) for name in LAYOUTS)} for a file, and no layout for a folder"
 
@@ -461,7 +471,7 @@ def _layouts() -> str:
 def _centred(images: np.ndarray, value_range: tuple[float | int, float | int] | None) -> np.ndarray:
     """Floating-point images in [-1, 1]. InputError for values far beyond their range, a warning for an unlikely one."""
     black, white = value_range or (-1, 1)
-    if not black < white:
+    if not (black < white and np.isfinite([black, white]).all()):
         raise InputError(f"value_range must be black and white, such as (0, 1), not {value_range}")
     low, high = (images.min(), images.max()) if images.size else (black, white)
     images = images if (black, white) == (-1, 1) else (images - black) * (2 / (white - black)) - 1

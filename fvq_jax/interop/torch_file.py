@@ -22,6 +22,7 @@ import numpy as np
 import safetensors
 
 from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.paths import require_no_device
 
 # PyTorch stores numbers in the byte order of its machine. Big-endian files are refused, so "<" is right.
 _STORAGES = {
@@ -80,6 +81,7 @@ def load_torch_file(path: str | os.PathLike[str]) -> Any:
     is ml_dtypes.bfloat16; tensors that share storage share memory. InputError, in one line, if the file is missing,
     damaged, in neither format, or names a Python object beyond tensors and plain containers.
     """
+    require_no_device(path)
     try:
         with open(path, "rb") as file:
             is_zip = file.read(4) == b"PK\x03\x04"
@@ -282,6 +284,7 @@ class _Parameter(np.ndarray):
 @contextlib.contextmanager
 def open_safetensors(path: str | os.PathLike[str]) -> Iterator[Any]:
     """A .safetensors file, open for reading. InputError if it is missing or damaged."""
+    require_no_device(path)
     try:
         with safetensors.safe_open(path, "np") as file:
             yield file

@@ -26,3 +26,23 @@ def require_no_pattern(folder: Path) -> None:
             f"the path {folder} has a {found.group()!r}, with which checkpoints could not be read: "
             f"use another folder, or rename this one"
         )
+
+
+def require_there(path: str | os.PathLike[str], what: str) -> Path:
+    """The path, with `~` as the home directory. InputError unless a file or a folder is there; `what` should be."""
+    try:
+        found = Path(path).expanduser()
+        found.stat()
+    except FileNotFoundError:
+        raise InputError(f"there is no {what} at {path}: the path does not exist") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"there is no {what} at {str(path)!r}: {reason}") from None
+    require_no_device(found)
+    return found
+
+
+def require_no_device(path: str | os.PathLike[str]) -> None:
+    """InputError for a pipe, a socket or a device: reading it could wait for ever."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise InputError(f"{path} is a pipe, a socket or a device, and no file or folder")
