@@ -85,8 +85,8 @@ def test_other_files_are_refused_in_one_line(tmp_path):
         np.savez(path, **arrays)
         with pytest.raises(InputError, match=r"x\.npz is no file of codes: it needs"):
             CodeReader(path)
-    np.savez(path, codes=ROWS)
-    with pytest.raises(InputError, match=r"cannot read codes from .*names\.npy"):
+    np.savez(path, names=np.array(NAMES))
+    with pytest.raises(InputError, match=r"cannot read codes from .*codes\.npy"):
         CodeReader(path)
     path.write_text("no zip file")
     with pytest.raises(InputError, match=r"cannot read codes from .*x\.npz: File is not a zip file"):

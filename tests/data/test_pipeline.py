@@ -301,7 +301,7 @@ def test_training_decodes_no_larger_than_it_needs_and_evaluation_whole(tmp_path,
     source, seen = FolderSource(tmp_path), []
     opened = pipeline.open_stored
 
-    def spy(data, min_side):
+    def spy(data, min_side=0):
         image = opened(data, min_side)
         seen.append((min_side, image.size))
         return image

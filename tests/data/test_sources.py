@@ -58,8 +58,8 @@ def test_every_source_by_its_name(fields, name):
 def test_a_config_names_its_source(fields, name):
     """Every field of the config reaches its source."""
     given = {field: value for field, value in fields(name).items() if field not in ("image_size", "eval_images")}
-    if name in ("photos", "tfds"):
-        given |= {"train_dir": "", "eval_dir": ""}
+    used = {"photos": (), "tfds": ("tfds_name", "tfds_dir", "train_split", "eval_split")}
+    given = {field: given[field] for field in used.get(name, ("train_dir", "eval_dir"))}
     changes = {f"data.{field}": value for field, value in given.items()}
     config = tiny_config(**changes, **{"data.source": name, "data.image_size": 32, "eval.images": 7})
     validate(config, task_of(config), 8)

@@ -114,6 +114,11 @@ def test_every_field_of_its_config_has_a_name_today(written):
         assert there == (tuple(value) if isinstance(value, list) else value), name
     # Fields that were added since.
     new = {"tokenizer.quantizer.init_std", "tokenizer.quantizer.estimator", "tokenizer.quantizer.region_window"}
-    new |= {"tokenizer.quantizer.restart_after", "tokenizer.attention_levels", "tokenizer.quant_kernel"}
+    new |= {
+        "data.max_unreadable",
+        "tokenizer.quantizer.restart_after",
+        "tokenizer.attention_levels",
+        "tokenizer.quant_kernel",
+    }
     now = upgraded(json.loads(config.to_json()))
     assert {name: value for name, value in now.items() if name not in new} == flat
