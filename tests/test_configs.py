@@ -63,7 +63,7 @@ def test_all_configs_are_here():
 def test_every_config_is_valid(name):
     config = get_config(name)
     assert config.is_locked
-    sources = {"quickstart": "photos"} | dict.fromkeys(("photographs", "full_codebook", "rivals"), "folder")
+    sources = {"quickstart": "photos"} | dict.fromkeys(("photographs", "full_codebook", "rivals", "small"), "folder")
     assert config.data.source == sources.get(name, "tfds")
     if config.data.source == "folder":
         config.data.train_dir, config.data.eval_dir = "train", "eval"
@@ -239,6 +239,18 @@ def test_groups_and_tokens_of_a_full_codebook_grow_with_it(codes, bridge, tokens
     other = get_config("full_codebook", f"codes={codes},bridge=linear")
     assert differences(config, other) == {
         **{"tokenizer.quantizer.bridge": "linear", "data.train_dir": "", "data.eval_dir": ""},
+    }
+
+
+@pytest.mark.parametrize(("size", "batch"), [(32, 32), (64, 8), (128, 2), (256, 2)])
+def test_small_takes_crops_of_any_size_and_fewer_large_ones(size, batch):
+    config = get_config("small", f"size={size}")
+    assert (config.data.image_size, config.data.resize_min, config.batch_size) == (size, size, batch)
+    assert config.data.resize_max > size
+    config.data.train_dir, config.data.eval_dir = "train", "eval"
+    check(config, 2)
+    assert differences(config, get_config("small", f"size={size},batch={batch}")) == {
+        **{"data.train_dir": "", "data.eval_dir": ""},
     }
 
 
