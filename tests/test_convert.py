@@ -169,7 +169,7 @@ def test_large_files_have_a_progress_bar(large, tmp_path, capsys, monkeypatch):
 def test_the_program_reports_bad_input_in_one_line_and_exits_2(tmp_path):
     code, out, err = program(tmp_path / "nowhere.pt", tmp_path / "out")
     assert (code, out) == (2, "")
-    assert err == f"fvq_jax: there is no tokenizer at {tmp_path}/nowhere.pt: the path does not exist\n"
+    assert err == f"fvq_jax: there is no tokenizer or generator at {tmp_path}/nowhere.pt: the path does not exist\n"
     assert not list(tmp_path.iterdir())
 
 
