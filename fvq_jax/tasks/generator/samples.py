@@ -57,6 +57,7 @@ class Samples:
         self._tokenizer = Tokenizer.from_pretrained(config.data.tokenizer)
         _check_fits(self._net, self._provenance, self._tokenizer)
         evaluation, self._inception, self._reference = config.eval, None, None
+        self._real = _real_pictures(evaluation.pictures, self._size) if evaluation.pictures else None
         if evaluation.inception or evaluation.reference:
             for name in ("inception", "reference"):
                 path = evaluation[name]
@@ -145,10 +146,9 @@ class Samples:
 
         Every process trains the same one.
         """
-        path = self._config.eval.pictures
-        if not path:
+        if self._real is None:
             return None
-        learn, held_out = _real_pictures(path, self._size)
+        learn, held_out = self._real
         judge = ClassJudge.fit(*_read(learn, self._size))
         return judge, judge.accuracy(*_read(held_out, self._size))
 

@@ -136,8 +136,10 @@ def test_samples_are_compared_with_a_reference(folder, monkeypatch):
     ],
 )
 def test_what_cannot_be_drawn_or_scored_is_refused(folder, changes, named):
+    """Before the workdir is made, and not in the first evaluation."""
     with pytest.raises(InputError, match=named) as caught:
         run(folder, "refused", **changes)
+    assert not (folder / "refused" / "checkpoints").exists()
     assert "\n" not in str(caught.value)
 
 
