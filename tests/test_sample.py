@@ -111,6 +111,7 @@ def test_killed_in_the_middle_it_goes_on_with_the_same_samples(run, tmp_path, mo
     assert len(set(labels)) > 4
 
 
+@pytest.mark.slow
 def test_after_sigkill_another_process_makes_the_same_files(paths, run, tmp_path):
     options = ["--random=160", "--guidance=1", "--batch=4", "--npz"]
     command = [sys.executable, "-m", "fvq_jax.sample", *paths, f"--out={tmp_path / 'out'}", *options]

@@ -248,6 +248,7 @@ def test_photographs_are_cropped_at_random_without_resizing(saved, tmp_path, mon
     assert centre == Cropping("center", 1, (1.0,), 16)
 
 
+@pytest.mark.slow
 def test_a_bridge_with_classes_is_given_the_label_or_no_class(folder, tmp_path, capsys):
     """The folder has three classes."""
     tok = Tokenizer(random_tokenizer(bridge="dit-XS/2-c3"))
@@ -388,6 +389,7 @@ def saved_with(quantizer, path):
 PLAIN = {"codebook_size": 64, "code_dim": 8, "bridge": "none", "init_std": 1.0}
 
 
+@pytest.mark.slow
 def test_codes_with_levels_are_written_and_read(folder, tmp_path, capsys):
     path = saved_with(ResidualQuantizer(**PLAIN, depth=3), tmp_path / "tokenizer")
     assert tokenize.main(["encode", str(folder), str(tmp_path / "c.npz"), f"--tokenizer={path}", "--size=16"]) == 0

@@ -76,14 +76,21 @@ def interrupt_before_step(monkeypatch, step):
         monkeypatch.setattr(kind, "__next__", counted(kind.__next__))
 
 
-def test_stop_and_resume_gives_the_weights_of_never_stopping(finished, tmp_path, monkeypatch):
-    """Stopped after step 3, when a checkpoint is a step old."""
-    config = tiny_config(**WHOLE)
+@pytest.mark.slow
+def test_stopped_by_a_signal_it_saves_the_last_step(tmp_path, monkeypatch):
+    """After step 3, when a checkpoint is a step old."""
     with monkeypatch.context() as patch:
         interrupt_before_step(patch, 3)
-        assert train(config, tmp_path).interrupted
+        assert train(tiny_config(**WHOLE), tmp_path).interrupted
     assert int(restored(tmp_path).state.step) == 3
-    result = train(config, tmp_path)
+
+
+def test_from_a_checkpoint_it_goes_on_to_the_weights_of_never_stopping(finished, tmp_path):
+    for name in ("config.json", "metrics.jsonl", "checkpoints/step_2"):
+        copy = shutil.copytree if (finished[0] / name).is_dir() else shutil.copy
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        copy(finished[0] / name, tmp_path / name)
+    result = train(tiny_config(**WHOLE), tmp_path)
     assert not result.interrupted
     ours, theirs = restored(tmp_path), restored(finished[0])
     assert_same_bits(ours.state, theirs.state)
