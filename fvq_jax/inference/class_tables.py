@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 from numpy.typing import ArrayLike
 
+from fvq_jax.inference.arguments import host_array
 from fvq_jax.models.quantizers.base import Quantizer
 from fvq_jax.runtime.errors import InputError
 
@@ -81,7 +82,7 @@ class ClassTables:
             )
         if isinstance(labels, str):
             return np.full(rows, self.number(labels), np.int32)
-        array = np.asarray(labels)
+        array = host_array(labels, "labels")
         if array.shape != (rows,) or (rows and not np.issubdtype(array.dtype, np.integer)):
             raise InputError(
                 f'labels must be whole numbers [{rows}], one for every row, or "{NULL}", not '

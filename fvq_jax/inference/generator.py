@@ -51,6 +51,7 @@ class Generator:
 
     Everything runs on all local devices, which each hold the whole network; results are in the host's memory. Batches
     may have any size: they are padded to the next power of two of images per device, so that few programs are compiled.
+    A generator may be pickled.
     """
 
     def __init__(self, saved: SavedGenerator, tokenizer: Tokenizer | None = None, *, dtype: DTypeLike = "float32"):
@@ -107,6 +108,9 @@ class Generator:
         other = Generator(dataclasses.replace(self._saved, params=params), self.tokenizer, dtype=self.net.dtype)
         other._samplers = self._samplers
         return other
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(Generator, dtype=jnp.dtype(self.net.dtype).name), (self._saved, self.tokenizer)
 
     @property
     def provenance(self) -> Provenance:

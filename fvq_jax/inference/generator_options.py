@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 
+from fvq_jax.inference.arguments import host_array
 from fvq_jax.inference.saved_generator import Provenance, SavedGenerator
 from fvq_jax.inference.tokenizer import Tokenizer
 from fvq_jax.models.gpt import GPT
@@ -123,7 +124,7 @@ def guidance_of(net: GPT, sampling: Sampling) -> Float[np.ndarray, "t"]:
 
 def checked_labels(net: GPT, labels: ArrayLike) -> Int[np.ndarray, "b"]:
     """Labels as an int32 array. InputError unless they are whole numbers, from 0 to the class for "no class"."""
-    array = np.asarray(labels)
+    array = host_array(labels, "labels")
     array = array.astype(np.int32) if array.size == 0 else array
     if array.ndim != 1 or not jnp.issubdtype(array.dtype, jnp.integer):
         raise InputError(f"labels must be whole numbers [b], not {array.dtype} {list(array.shape)}")
@@ -136,7 +137,7 @@ def checked_labels(net: GPT, labels: ArrayLike) -> Int[np.ndarray, "b"]:
 
 def checked_codes(net: GPT, codes: ArrayLike, rows: int) -> Int[np.ndarray, "b t"]:
     """The codes of `rows` images as an int32 array [b, t]. InputError for another shape, type or range."""
-    array = np.asarray(codes)
+    array = host_array(codes, "codes")
     fitting = ((rows, net.length), (rows, *net.grid))
     if array.shape not in fitting or not jnp.issubdtype(array.dtype, jnp.integer):
         raise InputError(

@@ -41,6 +41,9 @@ class LoadedQuantizer:
             )
         return self._quantize(self.variables, latents.astype(jnp.float32))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LoadedQuantizer, (self.quantizer, jax.device_get(self.variables))
+
     def decode(self, codes: Int[Array, "b ..."], upto: int | None = None) -> Float[Array, "b h w d"]:
         """The vectors that codes stand for; `upto` limits a quantizer with levels or scales to the first ones."""
         return self._decode(self.variables, jnp.asarray(codes), upto)

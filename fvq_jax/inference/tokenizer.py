@@ -7,7 +7,6 @@ tokenizer that has one per class.
 import functools
 import hashlib
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 from numpy.typing import ArrayLike
 
+from fvq_jax.inference.arguments import checked_codes, checked_images
 from fvq_jax.inference.class_tables import NULL, ClassTables
 from fvq_jax.inference.saved import SavedTokenizer, load, save_folder
 from fvq_jax.interop.layouts import LAYOUTS
@@ -231,7 +231,8 @@ class Tokenizer:
           InputError: another shape, type or range; labels are missing, or not needed; the quantizer takes images of
             another size only.
         """
-        images, grid = self._checked(images, value_range)
+        images = checked_images(images, value_range)
+        grid = self._grid_of(images)
         numbers = self._numbers(labels, len(images))
         nothing = np.zeros((0, *self.net.quantizer.code_shape(*grid)), np.int32)
         if numbers is None:
@@ -249,7 +250,8 @@ class Tokenizer:
 
         Arguments and errors are those of `encode`. What comes out is in [-1, 1], whatever `value_range` is.
         """
-        images, grid = self._checked(images, value_range)
+        images = checked_images(images, value_range)
+        grid = self._grid_of(images)
         numbers, quantizer = self._numbers(labels, len(images)), self.net.quantizer
         latents, codes = self._all_latents(images, grid), np.zeros((0, *quantizer.code_shape(*grid)), np.int32)
         vectors, params = np.zeros((0, *grid, quantizer.latent_dim), np.float32), self._on_devices.get("quantizer", {})
@@ -264,22 +266,11 @@ class Tokenizer:
         error, power = quantization_error(quantizer.compared(jnp.asarray(latents)), jnp.asarray(vectors))
         return Reconstruction(pixels, codes, np.asarray(error), np.asarray(power))
 
-    def _checked(
-        self, images: ArrayLike, value_range: tuple[float | int, float | int] | None
-    ) -> tuple[np.ndarray, tuple[int, int]]:
-        """The images, uint8 or float32 in [-1, 1], and their grid. InputError for what is no image or does not fit."""
-        images = _array(images, "images")
-        factor = self.downsampling
-        if images.ndim != 4 or images.shape[-1] != 3:
-            first = " (the channels come last)" if images.ndim == 4 and images.shape[1] == 3 else ""
-            raise InputError(f"images must be [b, H, W, 3], not {list(images.shape)}{first}")
+    def _grid_of(self, images: np.ndarray) -> tuple[int, int]:
+        """Rows and columns of latents of images [b, H, W, 3]. InputError for a size that does not fit."""
         height, width = images.shape[1:3]
         self.code_shape(height, width)
-        if images.dtype != np.uint8:
-            if not jnp.issubdtype(images.dtype, jnp.floating):
-                raise InputError(f"images must be uint8, or floating-point in [-1, 1], not {images.dtype}")
-            images = _centred(images.astype(np.float32), value_range)
-        return images, (height // factor, width // factor)
+        return height // self.downsampling, width // self.downsampling
 
     def _all_latents(self, images: np.ndarray, grid: tuple[int, int]) -> Float[np.ndarray, "b h w d"]:
         nothing = np.zeros((0, *grid, self.net.quantizer.latent_dim), np.float32)
@@ -298,21 +289,10 @@ class Tokenizer:
         Raises:
           InputError: another shape, type or range; labels are missing, or not needed.
         """
-        codes, quantizer = _array(codes, "codes"), self.net.quantizer
-        if not jnp.issubdtype(codes.dtype, jnp.integer):
-            raise InputError(f"codes must be whole numbers, not {codes.dtype}")
-        try:
-            grid = quantizer.grid(codes.shape[1:])
-        except ValueError as error:
-            raise InputError(f"{error}, not {list(codes.shape)}") from None
-        most = max(len(quantizer.level_names), 1)
-        if upto is not None and not 1 <= upto <= most:
-            raise InputError(f"upto must be in 1..{most}, the number of levels, not {upto}")
-        size = quantizer.size
-        if codes.size and not 0 <= codes.min() <= codes.max() < size:
-            raise InputError(f"codes must be in 0..{size - 1}, and these are from {codes.min()} to {codes.max()}")
+        quantizer = self.net.quantizer
+        codes, grid = checked_codes(quantizer, codes, upto)
         height, width = (side * self.downsampling for side in grid)
-        codes, nothing = codes.astype(np.int32), np.zeros((0, height, width, 3), np.float32)
+        nothing = np.zeros((0, height, width, 3), np.float32)
         upto = upto if quantizer.level_names else None
         numbers, at_once = self._numbers(labels, len(codes)), self.images_at_once(height, width)
         if numbers is None:
@@ -371,6 +351,9 @@ class Tokenizer:
             write_checkpoint(path, layout, self.net, {**self.params, **table})
         else:
             write_checkpoint(path, layout, self.trained_net, self.trained_params)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokenizer, (self._saved,)
 
     def __repr__(self) -> str:
         quantizer = self.trained_net.quantizer
@@ -456,35 +439,5 @@ def _folded_codebook(net: TokenizerNet, params: dict[str, Any]) -> np.ndarray:
     return np.asarray(table({"params": params}))
 
 
-def _array(values: ArrayLike, what: str) -> np.ndarray:
-    """The values as an array. InputError, which says `what` they are, for lists of different lengths."""
-    try:
-        return np.asarray(values)
-    except ValueError as error:
-        raise InputError(f"{what} must be an array: {error}") from None
-
-
 def _layouts() -> str:
     return f"use layout={' or layout='.join(repr(name) for name in LAYOUTS)} for a file, and no layout for a folder"
-
-
-def _centred(images: np.ndarray, value_range: tuple[float | int, float | int] | None) -> np.ndarray:
-    """Floating-point images in [-1, 1]. InputError for values far beyond their range, a warning for an unlikely one."""
-    black, white = value_range or (-1, 1)
-    if not (black < white and np.isfinite([black, white]).all()):
-        raise InputError(f"value_range must be black and white, such as (0, 1), not {value_range}")
-    low, high = (images.min(), images.max()) if images.size else (black, white)
-    images = images if (black, white) == (-1, 1) else (images - black) * (2 / (white - black)) - 1
-    # Resizing and networks may go a little beyond the range; values far beyond it were never scaled.
-    if images.size and not np.abs(images).max() <= 2:
-        raise InputError(
-            f"floating-point images must be in [{black:g}, {white:g}], not from {low:g} to {high:g} "
-            "(value_range=(black, white) says what theirs is; uint8 images are scaled here)"
-        )
-    if value_range is None and images.size and low >= 0:
-        warnings.warn(
-            f"no value of these images is below 0 (they are from {low:g} to {high:g}), and they are taken for [-1, 1]: "
-            "give value_range=(0, 1) if that is meant, or (-1, 1) to say so",
-            stacklevel=4,
-        )
-    return images

@@ -1,5 +1,6 @@
 import functools
 import json
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -265,6 +266,14 @@ def test_saved_and_loaded_it_draws_the_same(name, layout, tmp_path):
     assert back.provenance == (known if layout is None else Provenance())
     np.testing.assert_array_equal(back.sample_codes(np.arange(5)), gen.sample_codes(np.arange(5)))
     assert "64" in repr(back)
+
+
+def test_pickled_it_draws_the_same():
+    back = pickle.loads(pickle.dumps(Generator(random_generator(), tokenizer(), dtype="bfloat16")))
+    assert back.net.dtype == jnp.bfloat16
+    assert back.tokenizer.fingerprint == tokenizer().fingerprint
+    again = pickle.loads(pickle.dumps(generator()))
+    np.testing.assert_array_equal(again.sample_codes(np.arange(5)), generator().sample_codes(np.arange(5)))
 
 
 def write_workdir(folder, params, ema):

@@ -1,4 +1,5 @@
 import functools
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +80,12 @@ def test_settings_that_tensors_do_not_tell_are_heeded(tmp_path):
     upto = fvq_jax.load_quantizer(path, "residual", depth=2)
     codes = upto(latents).codes
     np.testing.assert_allclose(upto.decode(codes, 1), book[np.asarray(codes)[..., 0]])
+
+
+def test_pickled_it_quantizes_the_same(tmp_path):
+    book, latents = small()
+    quantize = fvq_jax.load_quantizer(write(tmp_path / "x.safetensors", {"embedding.weight": book}), "vector")
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(quantize))(latents).codes, quantize(latents).codes)
 
 
 @pytest.mark.parametrize("shared", [True, False])
