@@ -23,6 +23,7 @@ from fvq_jax.runtime import chips, exits
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.files import json_text
 from fvq_jax.runtime.flags import CONFIG, parse_flags
+from fvq_jax.runtime.libtpu import NO_TPU
 from fvq_jax.runtime.mesh import mesh_shape
 from fvq_jax.tasks import task_of
 from fvq_jax.training.step_plan import Plan, compile_step, largest_batch, make_plan, plan_config
@@ -39,11 +40,10 @@ FIT_BATCH = flags.DEFINE_bool(
 )
 flags.declare_key_flag(CONFIG)  # else --help would leave it out
 
-# What libtpu wants to know on a machine without a TPU; the slice itself is named by --topology.
+# What libtpu wants to know to compile for a slice, which is named by --topology.
 LIBTPU_ENVIRONMENT = {
+    **NO_TPU,
     "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-    "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_MIN_LOG_LEVEL": "3",
