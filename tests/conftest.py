@@ -41,6 +41,12 @@ gc.set_threshold(100_000, 20, 100)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _older_objects_are_no_garbage():
+    """A pipeline that closes has Python look for garbage, which takes seconds among all that tests leave behind."""
+    gc.freeze()
+
+
 @pytest.fixture
 def no_drawing(monkeypatch):
     """For pages of which only the words matter: plots are drawn in tests of their own."""
