@@ -456,6 +456,7 @@ def test_a_condition_that_does_not_fit_is_one_line(saved, folder, tmp_path, caps
     assert "--condition=null is for a tokenizer whose bridge has classes" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_condition_is_for_those_of_several_tokenizers_that_have_classes(saved, folder, tmp_path, capsys):
     Tokenizer(random_tokenizer(bridge="dit-XS/2-c3")).save_pretrained(tmp_path / "classes")
     options = [f"--data={folder}", f"--size={SIZE}", f"--out={tmp_path / 'out'}", "--condition=null"]

@@ -204,7 +204,12 @@ def test_exported_names_and_shapes_are_those_of_llamagen(tmp_path):
 
 
 LEVELS = [
-    ({"name": "residual", "depth": 3}, (4, 4, 3), r"codes must be \[b, h, w, 3\], not \[1, 4, 4\]"),
+    pytest.param(
+        {"name": "residual", "depth": 3},
+        (4, 4, 3),
+        r"codes must be \[b, h, w, 3\], not \[1, 4, 4\]",
+        marks=pytest.mark.slow,
+    ),
     ({"name": "multi_scale", "scales": (1, 2, 4), "phi_count": 3}, (21,), r"codes must be \[b, 21\], not \[1, 4, 4\]"),
 ]
 

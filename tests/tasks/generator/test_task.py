@@ -128,6 +128,7 @@ def test_an_evaluation_of_part_of_the_set(folder):
     assert re.match(r"6\.000 bits per code \(unigram .*, bigram .*\), .* of 160 codes were the likeliest", found.line)
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_those_of_the_whole_batch():
     """Without anything that is dropped."""
     off = {"generator.dropout": 0.0, "generator.class_dropout": 0.0}

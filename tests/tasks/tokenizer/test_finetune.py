@@ -65,15 +65,14 @@ def changed(before, after):
 
 
 @functools.cache
-def run(train_only):
-    changes = {"adversarial.weight": 0.5, "optim.ema_decay": 0.9, "tokenizer.quantizer.restart_after": 1.0}
-    return two_steps(**{"optim.train_only": train_only, **changes})
+def run(train_only, **changes):
+    return two_steps(**{"optim.train_only": train_only, "tokenizer.quantizer.restart_after": 1.0, **changes})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("train_only", ["tokenizer", "decoder"])
 def test_only_what_is_asked_for_changes(train_only):
-    before, after, scalars = run(train_only)
+    before, after, scalars = run(train_only, **{"adversarial.weight": 0.5, "optim.ema_decay": 0.9})
     tokenizers = [state.networks["tokenizer"].params for state in (before, after)]
     moved = {name.split("/")[0] for name in changed(*tokenizers)}
     everything = {"encoder", "quant_conv", "quantizer", "post_quant_conv", "decoder"}
