@@ -175,7 +175,7 @@ def _all_of_class(condition: int | str | None, rows: int) -> np.ndarray | str | 
 
 def _extract(args: argparse.Namespace) -> int:
     """Extracts codes; returns the exit code."""
-    with Interrupt() as interrupt:
+    with Interrupt("the program ends as soon as the batch under way is done") as interrupt:
         source, cropping, encoder = everywhere(lambda: _prepare(args))
         work = Work(args.batch, args.shard_size, args.workers, args.timeout, args.verify)
         message = extract(source, cropping, encoder, args.out, work, interrupt)

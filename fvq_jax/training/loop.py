@@ -20,7 +20,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from fvq_jax.data.prefetch import Prefetch
-from fvq_jax.runtime import chips
+from fvq_jax.runtime import chips, clock
 from fvq_jax.runtime.agreement import check_same, everywhere, gather_texts
 from fvq_jax.runtime.errors import InputError, NonFiniteError
 from fvq_jax.runtime.heartbeat import Heartbeat
@@ -42,6 +42,7 @@ from fvq_jax.training.trace import Trace
 
 MOST_SKIPPED = 100  # steps in a row that `on_nan=skip` passes over; then the run would only go on to its end in vain
 AGREE_EVERY = 5  # steps between two checks whether any process was told to stop; each check waits for all of them
+_WHEN_TOLD = "the run saves and ends as soon as what is under way (compiling, a step, saving) is done"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,7 @@ def train(
     started = time.monotonic()
     keep = {"keep_last": config.checkpoint.keep_last, "keep_every": config.checkpoint.keep_every}
     with contextlib.ExitStack() as stack:
-        interrupt = stack.enter_context(Interrupt())  # first: a signal during preparation is not lost
+        interrupt = stack.enter_context(Interrupt(_WHEN_TOLD))  # first: a signal during preparation is not lost
         stack.enter_context(storage_errors(Path(workdir).expanduser().absolute()))
         check_same({"config": config.to_dict()})
         run = everywhere(lambda: prepare(task_class, config, workdir, stack))
@@ -143,10 +144,12 @@ class _Loop:
         self._checkpoints, self._writer, self._progress = checkpoints, writer, progress
         self._trace, self._interrupt = trace, interrupt
         self._heartbeat = Heartbeat(run.workdir, jax.process_index())
-        self._began = record.get("began", time.time())  # seconds since 1970: includes the time between two calls
         # Earlier calls are included: `seconds` is the wall time of the whole run.
-        self._started = started - record.get("seconds", 0.0)
         self._seconds = record.get("seconds", 0.0)
+        self._started = started - self._seconds
+        # And the time between two calls: only the clock on the wall knows it, which somebody may have set back.
+        now = clock.wall()
+        self._began = time.monotonic() - max(self._seconds, now - record.get("began", now))
         self._timed = record.get("timed", {"steps": 0, "seconds": 0.0})
         self._timer = StepTimer(self._config.batch_size)
         self._unchecked: tuple[int, dict[str, jax.Array]] | None = None
@@ -175,7 +178,7 @@ class _Loop:
         return {
             "data": self._run.data_position(self.step, self._unreadable_anywhere()),
             "config": json.loads(self._config.to_json()),
-            "began": self._began,
+            "began": clock.wall() - (time.monotonic() - self._began),  # in seconds since 1970, as the clock is now
             "seconds": self._seconds,
             "timed": timed,
             f"{self._run.task.unit}_per_second": rate,
@@ -276,7 +279,7 @@ class _Loop:
             "time/data": times.data,
             "time/compute": times.compute,
             "time/longest_silence": self._heartbeat.longest_silence(),
-            "goodput": self._timed["seconds"] / max(1e-9, time.time() - self._began),
+            "goodput": self._timed["seconds"] / max(1e-9, time.monotonic() - self._began),
             "mfu": chips.model_flops_utilisation(self._flops, seconds, jax.devices(), task.dtype),
             "data/skipped_files": skipped_files,
             "memory/peak_bytes": chips.peak_device_memory_bytes(),

@@ -8,7 +8,6 @@ import dataclasses
 import json
 import math
 import os
-import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,19 @@ from ml_collections import ConfigDict
 from fvq_jax.config.checks import all_fields, validate
 from fvq_jax.config.effects import too_late, without_effect
 from fvq_jax.config.resume import changes, check_continues, with_defaults
+from fvq_jax.runtime import clock
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.files import json_text, replace_whole
 from fvq_jax.runtime.mesh import make_mesh
 from fvq_jax.runtime.names import dotted, nest
 from fvq_jax.runtime.paths import require_no_pattern
-from fvq_jax.runtime.storage import CONFIG, HISTORY, PROVENANCE, complete_steps
+from fvq_jax.runtime.storage import (
+    CONFIG,
+    HISTORY,
+    PROVENANCE,
+    complete_steps,
+    require_prompt_listing,
+)
 from fvq_jax.runtime.workdir_lock import hold
 from fvq_jax.training.metric_files import read_metrics
 from fvq_jax.training.optim import Annealing
@@ -97,6 +103,7 @@ def prepare(
     before = _check_workdir(workdir, task_class, config)
     if first:
         stack.enter_context(hold(workdir))
+        require_prompt_listing(workdir)
     task = task_class(config, mesh)
     total, warmup = _length(dotted(config), len(task.source("train")))
     task.source("eval")
@@ -193,7 +200,7 @@ def note_start(run: Run, step: int, record: dict[str, Any]) -> None:
         _warn_of_rate(run, step, with_defaults(before, fields))
     if not run.first:
         return
-    line = {"step": step, "time": time.time(), "changed": changed}
+    line = {"step": step, "time": clock.wall(), "changed": changed}
     with (run.workdir / HISTORY).open("a") as file:
         file.write(json_text(line) + "\n")
     if changed:
