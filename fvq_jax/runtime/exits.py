@@ -21,6 +21,7 @@ import numpy as np
 
 from fvq_jax.runtime.errors import InputError, NonFiniteError, RunError
 from fvq_jax.runtime.hosts import rows_of_all_hosts
+from fvq_jax.runtime.starting import done
 
 BAD_INPUT, INTERRUPTED, FAILED = 2, 75, 1
 _BY_SIGNAL = 128  # plus the number of the signal that ended a program
@@ -61,6 +62,7 @@ def run(
       fails because another process has gone) it does not return: the process ends at once, since the interpreter would
       wait for them. `NonFiniteError` is found by all processes at the same step, so that none has to leave early.
     """
+    done()
     try:
         with contextlib.ExitStack() as stack:
             if join is not None:
