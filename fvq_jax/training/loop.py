@@ -41,7 +41,7 @@ from fvq_jax.training.task import Evaluation, Task
 from fvq_jax.training.trace import Trace
 
 MOST_SKIPPED = 100  # steps in a row that `on_nan=skip` passes over; then the run would only go on to its end in vain
-AGREE_EVERY = 5  # steps between two checks whether any process was told to stop; each check waits for all of them
+AGREE_EVERY = 5  # steps between two checks whether any process has to stop; each check waits for all of them
 _WHEN_TOLD = "the run saves and ends as soon as what is under way (compiling, a step, saving) is done"
 
 
@@ -66,7 +66,7 @@ def train(
 
     Raises:
       InputError: before anything compiles, if config, data, weights or workdir cannot work; later, if too
-        many files turn out to be unreadable; what was done until then is saved, unless there are several processes.
+        many files turn out to be unreadable; what was done until then is saved.
       NonFiniteError: a loss or gradient norm is not finite and `on_nan` is "stop", or so many steps in a row were
         skipped that no later one is likely to be finite. Nothing of these steps is kept.
       StorageError: a checkpoint or a log could not be written.
@@ -108,9 +108,9 @@ def train(
                 why = interrupt.signal.name if interrupt.signal else "another process was told to stop"
                 logging.warning("%s: saved step %d, start me again to go on", why, loop.step)
                 return Result({}, interrupted=True)
-            except InputError:  # unreadable files
-                # Of several processes, the others know nothing of it and would not save.
-                if loop.step > step and jax.process_count() == 1:
+            except InputError as error:  # unreadable files
+                # All processes save, or none.
+                if loop.step > step and (jax.process_count() == 1 or error.shared):
                     loop.save()
                     checkpoints.wait()
                     logging.warning("saved step %d", loop.step)
@@ -154,6 +154,7 @@ class _Loop:
         self._timer = StepTimer(self._config.batch_size)
         self._unchecked: tuple[int, dict[str, jax.Array]] | None = None
         self._skipped_in_a_row = 0
+        self._no_batch: InputError | None = None  # why this one of several processes has no more batches
         self._skipped: Mapping[str, Any] = {}
         self._skipped_before = frozenset(record.get("data", {}).get("unreadable", {}).get("names", ()))
 
@@ -211,7 +212,7 @@ class _Loop:
 
     def _steps(self, batches: Prefetch[tuple[dict[str, jax.Array], int]]) -> None:
         config, run = self._config, self._run
-        batch, skipped_files = next(batches)
+        batch, skipped_files = everywhere(lambda: next(batches))
         train_step = self._compile(batch)
         counts = None
         self._timer.read()
@@ -234,6 +235,7 @@ class _Loop:
             else:
                 self._progress.update(self.step)
             if last:
+                self._agree()
                 return
             if self.step % config.checkpoint.every_steps == 0:
                 self.save()
@@ -242,7 +244,24 @@ class _Loop:
             if not batches.ready():
                 jax.block_until_ready(metrics.scalars)  # while the devices have work, nothing waits for data
             with self._timer.data():
-                batch, skipped_files = next(batches)
+                batch, skipped_files = self._following(batches, batch, skipped_files)
+
+    def _following(
+        self, batches: Prefetch[tuple[dict[str, jax.Array], int]], batch: dict[str, jax.Array], skipped_files: int
+    ) -> tuple[dict[str, jax.Array], int]:
+        """The batch after `batch`, with its number of skipped files.
+
+        One of several processes that meets too many unreadable files takes the same batch again: the others would wait
+        for it in their next step. When they agree the next time, all save and end.
+        """
+        if self._no_batch is None:
+            try:
+                return next(batches)
+            except InputError as error:
+                if jax.process_count() == 1:
+                    raise
+                self._no_batch = error
+        return batch, skipped_files
 
     def _compile(self, batch: dict[str, jax.Array]) -> jax.stages.Compiled:
         run = self._run
@@ -327,9 +346,16 @@ class _Loop:
 
     def _interrupted(self) -> bool:
         """Whether to stop now; several processes agree on it every few steps."""
-        here = self._interrupt.signal is not None
-        if jax.process_count() == 1:
-            return here
-        if self.step % AGREE_EVERY:
-            return False
-        return bool(rows_of_all_hosts(np.array([here])).any())
+        return (jax.process_count() == 1 or self.step % AGREE_EVERY == 0) and self._agree()
+
+    def _agree(self) -> bool:
+        """Whether any process was told to stop. InputError in all of them if one has no more batches."""
+        here = np.array([[self._interrupt.signal is not None, self._no_batch is not None]], np.int32)
+        told, ended = rows_of_all_hosts(here).max(axis=0).tolist()
+        if ended:
+            everywhere(self._raise_why)
+        return bool(told)
+
+    def _raise_why(self) -> None:
+        if self._no_batch is not None:
+            raise self._no_batch
