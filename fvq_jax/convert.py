@@ -28,7 +28,7 @@ from fvq_jax.models.gpt import SIZES
 from fvq_jax.models.quantizers import Quantizer, VectorQuantizer, quantizer_settings
 from fvq_jax.models.quantizers.bridge import parse_bridge
 from fvq_jax.runtime import exits
-from fvq_jax.runtime.arguments import Parser, class_or_null, grid_sides, true_or_false, whole_numbers
+from fvq_jax.runtime.arguments import Parser, class_or_null, grid_sides, some_path, true_or_false, whole_numbers
 from fvq_jax.runtime.errors import require
 
 LARGE = 100e6  # bytes; reading a file of this size or more shows a progress bar
@@ -44,8 +44,10 @@ VARIANTS = {  # by the kind of bridge
 def main(argv: list[str] | None = None) -> int:
     """Converts; returns the exit code."""
     parser = Parser(prog="fvq_jax.convert", description="Converts tokenizers and generators between layouts.")
-    parser.add_argument("source", metavar="SRC", type=Path, help="checkpoint file, saved folder or training workdir")
-    parser.add_argument("target", metavar="DST", type=Path, help="file to write, or folder for --layout=jax")
+    parser.add_argument(
+        "source", metavar="SRC", type=some_path, help="checkpoint file, saved folder or training workdir"
+    )
+    parser.add_argument("target", metavar="DST", type=some_path, help="file to write, or folder for --layout=jax")
     parser.add_argument("--layout", choices=("jax", *LAYOUTS), default="jax", help="what to write (default: jax)")
     parser.add_argument("--source_layout", choices=tuple(LAYOUTS), help="the layout of SRC, if its tensors do not tell")
     parser.add_argument(

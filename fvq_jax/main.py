@@ -14,6 +14,7 @@ from fvq_jax.config.checks import all_fields
 from fvq_jax.config.explain import explain
 from fvq_jax.runtime import exits
 from fvq_jax.runtime.allocation import keep_memory
+from fvq_jax.runtime.clock import keep_steady
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.files import json_text
 from fvq_jax.runtime.flags import CONFIG, ONE_RUN, PROFILE_STEPS, WORKDIR, keep_compiled, parse_flags, place
@@ -52,6 +53,7 @@ def main(argv: list[str]) -> int:
 def _run(argv: list[str]) -> int:
     """Runs `main`, as one of several processes if the flags say so."""
     keep_memory()
+    keep_steady()
     set_up_logging()
     there = place()
     kept = "the steps since the last checkpoint are lost"

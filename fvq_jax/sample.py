@@ -46,7 +46,7 @@ from fvq_jax.report.generator import first_of_classes
 from fvq_jax.report.pictures import sample_grid
 from fvq_jax.runtime import exits
 from fvq_jax.runtime.agreement import check_same, everywhere
-from fvq_jax.runtime.arguments import Parser, add_place, grid_sides, place, true_or_false
+from fvq_jax.runtime.arguments import Parser, add_place, grid_sides, place, some_path, true_or_false
 from fvq_jax.runtime.errors import InputError, require
 from fvq_jax.runtime.files import json_text, replace_whole
 from fvq_jax.runtime.hosts import rows_of_all_hosts
@@ -54,6 +54,7 @@ from fvq_jax.runtime.names import did_you_mean
 
 GRID, LABELS, NPZ, PNG = "grid.png", "labels.npy", "samples.npz", "png"
 _ROWS, _COLUMNS = 10, 8  # of the grid, at most
+_MOST, _LARGEST_SIDE = 10_000_000, 16_384  # samples of a class, and pixels: more could only be a mistake
 _THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -135,10 +136,13 @@ class _Job:
 def _prepare(args: argparse.Namespace) -> _Job:
     """Checks the options and loads what they name; InputError for whatever cannot work."""
     require(args.batch >= 1, f"--batch must be at least 1, not {args.batch}")
-    require(args.resize is None or args.resize >= 1, f"--resize must be at least 1, not {args.resize}")
+    require(
+        args.resize is None or 1 <= args.resize <= _LARGEST_SIDE,
+        f"--resize must be 1 to {_LARGEST_SIDE:,}, not {args.resize}",
+    )
     require(0 <= args.seed < 2**32, f"--seed must be in 0..{2**32 - 1}, not {args.seed}")
     for option, count in (("--per-class", args.per_class), ("--random", args.random)):
-        require(count is None or count >= 1, f"{option} must be at least 1, not {count}")
+        require(count is None or 1 <= count <= _MOST, f"{option} must be 1 to {_MOST:,}, not {count}")
     sampling = Sampling(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Sampling)})
     sampling.check()
     generator = Generator.from_pretrained(
@@ -273,9 +277,9 @@ def _of_first_process(number: int) -> int:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="fvq_jax.sample", description="Draws pictures from a trained generator.")
-    parser.add_argument("--generator", required=True, metavar="PATH", type=Path, help="file, folder or workdir")
-    parser.add_argument("--tokenizer", required=True, metavar="PATH", type=Path, help="whose codes it generates")
-    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="where all files go")
+    parser.add_argument("--generator", required=True, metavar="PATH", type=some_path, help="file, folder or workdir")
+    parser.add_argument("--tokenizer", required=True, metavar="PATH", type=some_path, help="whose codes it generates")
+    parser.add_argument("--out", required=True, metavar="DIR", type=some_path, help="where all files go")
     parser.add_argument(
         "--classes", default="all", help="numbers or names, separated by commas, or all (default: %(default)s)"
     )

@@ -48,7 +48,7 @@ from fvq_jax.inference.tokenizer import Tokenizer
 from fvq_jax.ops.pixels import to_uint8
 from fvq_jax.runtime import exits
 from fvq_jax.runtime.agreement import everywhere
-from fvq_jax.runtime.arguments import Parser, add_place, class_or_null, place, true_or_false
+from fvq_jax.runtime.arguments import Parser, add_place, class_or_null, place, some_path, some_text, true_or_false
 from fvq_jax.runtime.errors import InputError, require
 from fvq_jax.runtime.files import replace_whole
 from fvq_jax.runtime.interrupt import Interrupt
@@ -175,7 +175,7 @@ def _all_of_class(condition: int | str | None, rows: int) -> np.ndarray | str | 
 
 def _extract(args: argparse.Namespace) -> int:
     """Extracts codes; returns the exit code."""
-    with Interrupt() as interrupt:
+    with Interrupt("the program ends as soon as the batch under way is done") as interrupt:
         source, cropping, encoder = everywhere(lambda: _prepare(args))
         work = Work(args.batch, args.shard_size, args.workers, args.timeout, args.verify)
         message = extract(source, cropping, encoder, args.out, work, interrupt)
@@ -232,8 +232,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="encode|decode|extract")
     for name, source, target in (("encode", "FOLDER", "CODES.npz"), ("decode", "CODES.npz", "FOLDER")):
         command = commands.add_parser(name, help=f"{source} to {target}")
-        command.add_argument("source", metavar=source, type=Path)
-        command.add_argument("target", metavar=target, type=Path)
+        command.add_argument("source", metavar=source, type=some_path)
+        command.add_argument("target", metavar=target, type=some_path)
         _add_tokenizer(command)
         command.add_argument("--batch", type=int, default=64, help="images at a time (default: 64)")
         command.add_argument(
@@ -249,7 +249,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _add_tokenizer(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--tokenizer", required=True, type=Path, help="checkpoint, saved tokenizer or workdir")
+    command.add_argument("--tokenizer", required=True, type=some_path, help="checkpoint, saved tokenizer or workdir")
     command.add_argument("--l2_norm", type=true_or_false, help="whether codes have unit length, if a file does not say")
 
 
@@ -258,10 +258,11 @@ def _add_extract(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--data",
         required=True,
+        type=some_text,
         help="folder of pictures or of prepared files, photos, or tfds:NAME[:SPLIT]",
     )
     command.add_argument("--split", choices=("train", "eval"), help="of photos and tfds (default: train)")
-    command.add_argument("--out", required=True, metavar="DIR", type=Path, help="new folder, or one begun before")
+    command.add_argument("--out", required=True, metavar="DIR", type=some_path, help="new folder, or one begun before")
     command.add_argument("--size", type=int, default=256, help="side of a crop, in pixels (default: 256)")
     command.add_argument(
         "--crops",

@@ -236,8 +236,10 @@ def good(tmp_path_factory):
     folder = tmp_path_factory.mktemp("good")
     Tokenizer(random_tokenizer()).save_pretrained(folder / "tok")
     Generator(random_generator()).save_pretrained(folder / "gen")
-    (folder / "in").mkdir()
-    Image.new("RGB", (20, 20)).save(folder / "in" / "a.png")
+    for name, count in (("in", 1), ("many", 20)):
+        (folder / name).mkdir()
+        for number in range(count):
+            Image.new("RGB", (20, 20)).save(folder / name / f"{number}.png")
     np.savez(folder / "codes.npz", codes=GRID, names=np.array(["a", "b"]))
     return folder
 
@@ -275,6 +277,19 @@ def test_codes_that_are_none(name, tmp_path, good):
 
 # Options of programs; {good} is the folder of what is right, {out} a new path, {file} a file.
 ENCODE = "tokenize encode {good}/in {out} --tokenizer={good}/tok "
+EXTRACT = "tokenize extract --tokenizer={good}/tok --data={good}/in --out={out} --size=16 "
+EVALUATE = "evaluate --tokenizer={good}/tok --data={good}/in --out={out} --size=16 "
+SCORE = "evaluate --samples={good}/many --reference={good}/many --inception={file} --out={out} "
+SAMPLE = "sample --generator={good}/gen --tokenizer={good}/tok --out={out} "
+DRAW = "evaluate --generator={good}/gen --tokenizer={good}/tok --reference={good}/many --inception={file} --out={out} "
+
+
+def _each(command, options):
+    """The command with every value of every option: "--size: 0 x" are two lines. {} is an empty value."""
+    lines = [line.split(":", 1) for line in options.strip().splitlines()]
+    return [f"{command}{name.strip()}={value.replace('{}', '')}" for name, values in lines for value in values.split()]
+
+
 OPTIONS = [
     "tokenize",
     "tokenize nothing",
@@ -314,6 +329,121 @@ OPTIONS = [
     "prepare {good}/in {file}",
     "prepare {good}/in {file}/x",
     *("prepare {good}/in {out} " + option for option in ("--workers=0", "--workers=x", "--shard-size=0")),
+    *_each(
+        EXTRACT,
+        """
+        --size: 0 -16 15 x {} 1.5 nan 99999999999999999999
+        --crops: {} nine center:2 random random:0 random:-1 random:x random:9999999
+        --scales: x nan inf 0 -1 0.5 17 1,,2 ,
+        --seed: -1 4294967296 x 1.5
+        --condition: label 3 {}
+        --batch: 0 -1 x 1e3
+        --workers: -1 x
+        --shard-size: 0 -1 x
+        --timeout: -1 nan x
+        --split: train eval test
+        --l2_norm: true maybe
+        --bogus: 1
+        --data: {} tfds: {good}/tok {good}/codes.npz {out}
+        --out: {} {good}/in {good}/tok {file} {file}/x
+        --tokenizer: {} {good}/gen {good}/in {file} {out}
+        --num_processes: 2
+        --distributed_timeout: 0 99999999999
+        """,
+    ),
+    *_each(
+        EVALUATE,
+        """
+        --size: 0 -16 15 x {}
+        --batch: 0 -1 x
+        --images: -1 x
+        --crops: -1 x
+        --seed: -1 x
+        --protocol: other
+        --condition: label 3
+        --l2_norm: true maybe
+        --compare: {} , {good}/gen {out}
+        --inception: {} {out} {file} {good}
+        --data: {} {good}/tok {good}/codes.npz {out}
+        --out: {} {file} {file}/x
+        --tokenizer: {} {good}/gen {good}/in {file} {out}
+        --workdir: {good}/tok
+        --reference: {good}/in
+        --guidance: 1
+        --count: 3
+        --top_k: 3
+        --process_id: 0
+        """,
+    ),
+    EVALUATE + "--images=1 --crops=1",
+    "evaluate --workdir={good}/gen --out={out}",
+    "evaluate --workdir={good}/in --out={out}",
+    *_each(
+        SCORE,
+        """
+        --samples: {} , {good}/in {good}/codes.npz {good}/tok {file} {out}
+        --guidance: 1,2 x nan {}
+        --batch: 0 -1 x
+        --reference: {} {file} {good}/tok {good}/codes.npz {out}
+        --inception: {} {out} {file} {good}
+        --distances: float16
+        --data: {good}/in
+        --size: 16
+        --seed: 1
+        --out: {} {file} {file}/x
+        """,
+    ),
+    "evaluate --samples={good}/many --out={out}",
+    "evaluate --samples={good}/many --reference={good}/many --out={out}",
+    "evaluate --generator={good}/gen --out={out}",
+    *_each(
+        DRAW,
+        """
+        --count: 0 -1 x 1
+        --guidance: x nan -1 , 1,,2
+        --temperature: -1 nan inf x
+        --top_k: -1 x 1.5
+        --top_p: 0 -1 1.5 nan x
+        --schedule: square
+        --rounding: up
+        --seed: -1 4294967296 x
+        --condition: label null
+        --generator: {} {good}/tok {out}
+        --size: 16
+        """,
+    ),
+    *_each(
+        SAMPLE + "--random=1 ",
+        """
+        --classes: {} 10 -1 x 1,,2 1;2 1.5
+        --random: 0 -1 x 99999999999
+        --per-class: 1
+        --guidance: -1 nan inf x
+        --temperature: -1 nan inf x
+        --top_k: -1 x 1.5
+        --top_p: 0 -1 1.5 nan x
+        --schedule: square
+        --power: 0 -1 nan
+        --interval: -2 x
+        --seed: -1 4294967296 x
+        --batch: 0 -1 x
+        --resize: 0 -1 x 99999999999
+        --rounding: up
+        --condition: label null
+        --dtype: float16
+        --use_ema: true maybe
+        --heads: 0 -1 3 x
+        --grid: 4 0x0 4x x4
+        --l2_norm: true maybe
+        --generator: {} {good}/tok {good}/in {file} {out}
+        --tokenizer: {} {good}/gen {good}/in {file} {out}
+        --out: {} {file} {file}/x {good}/tok {good}/in
+        --num_processes: 2
+        """,
+    ),
+    SAMPLE,
+    SAMPLE + "--per-class=0",
+    SAMPLE + "--per-class=99999999999",
 ]
 
 
@@ -321,7 +451,9 @@ OPTIONS = [
 def test_options_that_cannot_be(line, tmp_path, good):
     (tmp_path / "file").write_text("text")
     places = {"good": good, "out": tmp_path / "out", "file": tmp_path / "file"}
+    before = sorted(good.rglob("*"))
     _assert_refused(*(word.format(**places) for word in line.split()))
+    assert sorted(good.rglob("*")) == before
 
 
 IMAGES = [

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 
+from tests.helpers.pictures import write_pictures
 from tests.helpers.program import Prepared
 from tests.helpers.two_hosts import free_port
 
@@ -58,3 +59,20 @@ def test_a_signal_to_one_process_is_one_save_of_all(prepared, tmp_path):
         heartbeat = json.loads((tmp_path / "heartbeat" / f"host_00{index}.json").read_text())
         assert (heartbeat["step"], heartbeat["phase"], heartbeat["pid"]) == (int(saved[1]), "saving", program.pid)
         assert '"step"' not in program.out.read_text()  # no result
+
+
+@pytest.mark.slow
+def test_a_picture_that_one_process_cannot_read_is_one_save_of_all(prepared, tmp_path):
+    paths = {split: write_pictures(tmp_path / split, [f"{n:02}.png" for n in range(32)]) for split in ("train", "eval")}
+    options = [f"--workdir={tmp_path / 'run'}", "--distributed_timeout=60", "--config.steps=100000"]
+    options += [f"--config.data.{split}_dir={tmp_path / split}" for split in paths]
+    options += ["--config.data.source=folder", "--config.data.max_unreadable=0.0"]
+    programs = start(prepared, options, options)
+    assert programs[0].wait_for(lambda: "step 2/" in programs[0].said()), programs[0].said()
+    paths["train"][7].write_bytes(b"no picture")
+    ends = [program.end() for program in programs]
+    assert [code for code, _ in ends] == [2, 2], [program.said() for program in programs]
+    assert ends[0][1] == ends[1][1]
+    assert re.match(r"fvq_jax: process [01]: 1 of 32 pictures are unreadable, and 0 may be .*07\.png", ends[0][1])
+    (step,) = {re.search(r"saved step (\d+)", program.said())[1] for program in programs}
+    assert (tmp_path / "run" / "checkpoints" / f"step_{step}").is_dir()

@@ -165,6 +165,20 @@ def test_sigterm_saves_says_so_and_exits_75(tmp_path):
         ),
         pytest.param(["--config=configs/fvq16k.py:smok"], ["smok", "smoke"], marks=pytest.mark.slow),
         (["--workdir=/dev/null/x"], ["workdir /dev/null/x"]),
+        (["--workdir="], ["--workdir= is empty"]),
+        pytest.param(["--workdir=EMPTY/a*b"], ["a*b", "'*'"], marks=pytest.mark.slow),
+        pytest.param(["--config="], ["--config= is empty"], marks=pytest.mark.slow),
+        pytest.param(["--config=EMPTY"], ["EMPTY", "cannot be read"], marks=pytest.mark.slow),
+        pytest.param(["--explain=maybe"], ["--explain=maybe"], marks=pytest.mark.slow),
+        pytest.param(["--profile_steps=5:4"], ["--profile_steps=5:4"], marks=pytest.mark.slow),
+        pytest.param(["--distributed_timeout=0"], ["--distributed_timeout must be 1 to"], marks=pytest.mark.slow),
+        pytest.param(
+            ["--distributed", "--num_processes=2", "--process_id=2"], ["none of the 2"], marks=pytest.mark.slow
+        ),
+        pytest.param(["--config.init_from=EMPTY"], ["init_from: ", "EMPTY"], marks=pytest.mark.slow),
+        pytest.param(
+            ["--config.data.source=array_record", "--config.data.train_dir=EMPTY"], ["EMPTY"], marks=pytest.mark.slow
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) and value[0].startswith(("-", "s")) else None,
 )

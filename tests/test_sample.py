@@ -182,9 +182,9 @@ def test_without_a_row_for_each_class_the_grid_is_a_square(run, tmp_path):
     ("options", "message"),
     [
         (["--random=4", "--batch=0"], "--batch must be at least 1, not 0"),
-        (["--random=0"], "--random must be at least 1, not 0"),
-        (["--per-class=0"], "--per-class must be at least 1, not 0"),
-        (["--random=4", "--resize=0"], "--resize must be at least 1, not 0"),
+        (["--random=0"], "--random must be 1 to 10,000,000, not 0"),
+        (["--per-class=0"], "--per-class must be 1 to 10,000,000, not 0"),
+        (["--random=4", "--resize=0"], "--resize must be 1 to 16,384, not 0"),
         (["--random=4", "--seed=-1"], "--seed must be in 0..4294967295, not -1"),
         (["--random=4", "--top_p=2"], "top_p must be above 0 and at most 1"),
         (["--random=4", "--classes=1,10"], "--classes: there is no class 10: the generator has 0..9"),

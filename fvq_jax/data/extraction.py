@@ -238,7 +238,8 @@ class _Writer:
     @property
     def _block(self) -> int:
         """Pictures in a batch. Every shard begins with a new one, so its bytes do not depend on the others."""
-        return max(1, self.work.batch // (len(self.cropping.scales) * self.cropping.crops))
+        most = min(self.work.shard_size, len(self.source))  # the rest of a batch would be filled up in vain
+        return max(1, min(most, self.work.batch // (len(self.cropping.scales) * self.cropping.crops)))
 
     def _batches(self, shards: list[range]) -> Prefetch[dict[str, np.ndarray]]:
         """The pictures of these shards; the last batch of a shard is filled up."""

@@ -1,9 +1,11 @@
 """Folders of picture files as a source."""
 
 import array
+import collections
 import errno
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -14,15 +16,17 @@ from absl import logging
 from fvq_jax.data.record import Record
 from fvq_jax.runtime.errors import InputError
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+# Of all formats that `decode` reads, however their files are called.
+ENDINGS = (".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".bmp", ".gif")
+_NAMED = 5  # endings in a message, at most
 
 
 class FolderSource:
-    """Every JPEG, PNG and WebP file of a directory tree, in the same order on every machine; or a single such file.
+    """Every JPEG, PNG, WebP, BMP and GIF file of a directory tree, in the same order on every machine; or one file.
 
     The class of a file is the first folder on its way from `root`; classes are numbered in the order of
-    their names. Files directly in `root` form a class of their own, number 0. Hidden files and folders and
-    other file types are ignored, symbolic links followed.
+    their names. Files directly in `root` form a class of their own, number 0. Symbolic links are followed, hidden files
+    and folders ignored; how many files of other types there are, and of which, is said in the log.
 
     The whole tree is listed at once, and the size of every file is read. Names are kept as one string of bytes: 1.3
     million Python strings would take several times as much memory, in every worker process.
@@ -39,7 +43,8 @@ class FolderSource:
             raise InputError(f"image folder {str(root)!r} does not exist or is not a folder")
         names, ends, labels, sizes = bytearray(), array.array("q"), array.array("i"), array.array("q")
         classes, beside, digest = {"": 0}, array.array("q"), hashlib.sha256()
-        for name, size in [(only, os.path.getsize(root))] if only else _image_files(self._root):
+        others: collections.Counter[str] = collections.Counter()
+        for name, size in [(only, os.path.getsize(root))] if only else _image_files(self._root, others):
             folder = name.split(os.sep, 1)[0] if os.sep in name else ""
             if not folder:
                 beside.append(len(ends))
@@ -50,7 +55,18 @@ class FolderSource:
             sizes.append(size)
             digest.update(_line(encoded, size))
         if not ends:
-            raise InputError(f"image folder {str(root)!r} holds no file that ends in one of {', '.join(ENDINGS)}")
+            raise InputError(
+                f"image folder {str(root)!r} holds no file that ends in one of {', '.join(ENDINGS)}"
+                + (f", but {others.total():,} others: {_most_frequent(others)}" if others else "")
+            )
+        if others:
+            logging.warning(
+                "%s: leaves out %s: %s; pictures are %s",
+                self._root,
+                f"{others.total():,} file{'s' if others.total() > 1 else ''}",
+                _most_frequent(others),
+                " ".join(ENDINGS),
+            )
         self._names, self._ends, self._sizes = bytes(names), np.array(ends, np.int64), np.array(sizes, np.int64)
         # Without files directly in the root, the classes of the folders begin at 0.
         self._labels = np.array(labels, np.int32) - (0 if beside else 1)
@@ -108,10 +124,24 @@ def _line(name: bytes, size: int) -> bytes:
     return b"%s\0%d\n" % (name, size)
 
 
-def _image_files(root: str) -> Iterator[tuple[str, int]]:
+def _most_frequent(others: collections.Counter[str]) -> str:
+    """How many files of each ending there are, the most frequent endings first: ".txt 50, .tiff 3, more 7"."""
+    shown = others.most_common(_NAMED)
+    rest = others.total() - sum(count for _, count in shown)
+    return ", ".join(f"{ending} {count:,}" for ending, count in [*shown, *([("more", rest)] if rest else [])])
+
+
+def _ending(name: str) -> str:
+    """The ending of a file's name, in small letters; names that only look as if they had one have "no ending"."""
+    found = re.fullmatch(r"\.[a-z]\w{0,7}", os.path.splitext(name)[1].lower())
+    return found[0] if found else "no ending"
+
+
+def _image_files(root: str, others: collections.Counter[str]) -> Iterator[tuple[str, int]]:
     """Path below `root` and size of all files that look like pictures, sorted by the parts of their paths.
 
-    A broken link has size -1, so that it is named among the unreadable files and not left out in silence.
+    A broken link has size -1, so that it is named among the unreadable files and not left out in silence. The endings
+    of all other files are counted in `others`.
     """
 
     def below(folder: str, prefix: str, way: tuple[str, ...]) -> Iterator[tuple[str, int]]:
@@ -135,6 +165,8 @@ def _image_files(root: str) -> Iterator[tuple[str, int]]:
                     continue
                 if stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
                     yield name, status.st_size
+            else:
+                others[_ending(entry.name)] += 1
 
     return below(root, "", (os.path.realpath(root),))
 

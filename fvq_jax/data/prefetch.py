@@ -47,7 +47,7 @@ class Prefetch(Iterator[T]):
 
     def __next__(self) -> T:
         try:
-            placed = self._placed.get(timeout=self._patience or None)
+            placed = self._placed.get(timeout=min(self._patience, threading.TIMEOUT_MAX) or None)
         except queue.Empty:
             raise DataError(
                 f"no batch for {self._patience:g} s: a picture cannot be read, or its file system does not answer; "

@@ -28,7 +28,7 @@ from fvq_jax.data.shards import MANIFEST, Manifest, Shard, ShardWriter
 from fvq_jax.data.unreadable import UNREADABLE, said
 from fvq_jax.data.worker import follow_parent
 from fvq_jax.runtime import exits
-from fvq_jax.runtime.arguments import Parser
+from fvq_jax.runtime.arguments import Parser, some_path
 from fvq_jax.runtime.errors import InputError, RunError
 from fvq_jax.runtime.interrupt import Interrupt
 
@@ -97,8 +97,8 @@ def prepare(args: argparse.Namespace, interrupt: Interrupt) -> str:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="fvq_jax.data.prepare", description="A folder of pictures to ArrayRecord files.")
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of JPEG, PNG or WebP files")
-    parser.add_argument("out", metavar="OUT", type=Path, help="new folder, or one begun before")
+    parser.add_argument("folder", metavar="FOLDER", type=some_path, help="folder of JPEG, PNG, WebP, BMP or GIF files")
+    parser.add_argument("out", metavar="OUT", type=some_path, help="new folder, or one begun before")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
     parser.add_argument("--shard-size", type=int, default=4096, help="pictures in one file (default: 4096)")
     parser.add_argument("--check", action="store_true", help="decode every picture, and leave out what is unreadable")

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from fvq_jax.runtime.errors import InputError
-from fvq_jax.runtime.files import replace_whole
+from fvq_jax.runtime.files import UNFINISHED, replace_whole
 
 SETTINGS, PARTS = "sampling.json", "parts"
 _NAME = re.compile(r"(\d+)-(\d+)\.npy")
@@ -25,7 +25,7 @@ _NAME = re.compile(r"(\d+)-(\d+)\.npy")
 class SampleFolder:
     """The samples in a folder that were made with `settings`, plain JSON that decides every one of them.
 
-    InputError if the folder holds samples of other settings, or cannot be written to.
+    InputError if the folder holds samples of other settings or something else, or cannot be written to.
     """
 
     def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any]):
@@ -42,6 +42,8 @@ class SampleFolder:
         self.result: dict[str, Any] | None = known.get("result")
         try:
             self._path.mkdir(parents=True, exist_ok=True)
+            if not known and any(not path.name.endswith(UNFINISHED) for path in self._path.iterdir()):
+                raise InputError(f"{path} holds something else: give a new or empty folder")
         except OSError as error:
             raise InputError(f"cannot write to {path}: {error.strerror or error}") from error
         if not known:
@@ -99,7 +101,9 @@ class SampleFolder:
             content = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise InputError(f"{path} cannot be read: {error}") from error
-        return content if isinstance(content, dict) else {}
+        if not isinstance(content, dict):
+            raise InputError(f"{path} cannot be read: it does not hold names and values")
+        return content
 
     def _write(self) -> None:
         content = {"settings": self._settings, **({"result": self.result} if self.result else {})}

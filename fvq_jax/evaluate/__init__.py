@@ -262,6 +262,8 @@ def _prepare(args: argparse.Namespace) -> _Prepared:
     """Checks the options and loads what they name; InputError for whatever cannot work."""
     if args.batch < 1 or min(args.images, args.crops, args.seed) < 0:
         raise InputError("--batch must be at least 1, and --images, --crops and --seed at least 0")
+    if args.size is not None and args.size < 1:
+        raise InputError(f"--size must be at least 1, the side of the crops in pixels, not {args.size}")
     if args.images and args.crops:
         raise InputError("--images and --crops exclude each other: both say how many to score")
     make_folder(args.out)  # before hours of work, not after

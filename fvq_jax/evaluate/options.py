@@ -7,7 +7,7 @@ from pathlib import Path
 from fvq_jax.evals.networks import FILES, option
 from fvq_jax.evals.protocol import PROTOCOLS
 from fvq_jax.evaluate.samples import OF_DRAWING, OF_SAMPLES, add_arguments
-from fvq_jax.runtime.arguments import Parser, add_place, true_or_false
+from fvq_jax.runtime.arguments import Parser, add_place, some_path, some_text, true_or_false
 
 NPZ = "reconstructions.npz"
 _SCORED = {"tokenizer": "a tokenizer", "samples": "stored samples", "generator": "a generator"}
@@ -30,11 +30,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options; ends the program with one line if they do not fit each other."""
     parser = Parser(prog="fvq_jax.evaluate", description="Scores a trained tokenizer, or samples of a generator.")
     tokenizer = parser.add_mutually_exclusive_group(required=True)
-    tokenizer.add_argument("--workdir", metavar="DIR", type=Path, help="of a training run: its newest checkpoint")
-    tokenizer.add_argument("--tokenizer", metavar="PATH", type=Path, help="checkpoint file or saved tokenizer")
+    tokenizer.add_argument("--workdir", metavar="DIR", type=some_path, help="of a training run: its newest checkpoint")
+    tokenizer.add_argument("--tokenizer", metavar="PATH", type=some_path, help="checkpoint file or saved tokenizer")
     tokenizer.add_argument(
         "--samples",
         metavar="PATHS",
+        type=some_text,
         help="generated pictures instead of a tokenizer: .npz files with arr_0, or folders of pictures, with commas "
         "between them",
     )
@@ -49,10 +50,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--l2_norm", type=true_or_false, help="whether codes have unit length, if a file does not say")
     parser.add_argument(
         "--data",
+        type=some_text,
         help="folder of pictures or of prepared ArrayRecord files, or photos: the bundled ones (for a folder of that "
         "name: ./photos); not needed with --workdir",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="where metrics.json and report/ go")
+    parser.add_argument("--out", required=True, metavar="DIR", type=some_path, help="where metrics.json and report/ go")
     parser.add_argument(
         "--protocol",
         choices=PROTOCOLS,
@@ -70,7 +72,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="of --crops, or of samples (default: 0)")
     for name, what in FILES.items():
-        parser.add_argument(option(name), metavar="FILE", type=Path, help=what)
+        parser.add_argument(option(name), metavar="FILE", type=some_path, help=what)
     parser.add_argument(
         "--condition",
         choices=("label", "null"),
@@ -81,7 +83,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--reference-cache",
         metavar="DIR",
-        type=Path,
+        type=some_path,
         default=Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fvq_jax",
         help="where statistics of real pictures are kept (default: %(default)s)",
     )

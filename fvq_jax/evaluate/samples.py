@@ -5,10 +5,10 @@
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,6 +31,7 @@ from fvq_jax.ops.pixels import ROUNDINGS
 from fvq_jax.ops.sampling import SCHEDULES
 from fvq_jax.report.generator import GeneratorReport, SampleSet, best_of, first_of_classes, write_generator_report
 from fvq_jax.runtime.agreement import everywhere
+from fvq_jax.runtime.arguments import some_path, some_text
 from fvq_jax.runtime.errors import InputError, require
 from fvq_jax.runtime.files import json_text, make_folder, write_whole
 from fvq_jax.runtime.hosts import sum_over_hosts
@@ -55,9 +56,10 @@ class _Set:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options that only the scoring of samples has."""
     group = parser.add_argument_group("samples of a generator")
-    group.add_argument("--generator", metavar="PATH", type=Path, help="draw samples of it; needs --tokenizer")
+    group.add_argument("--generator", metavar="PATH", type=some_path, help="draw samples of it; needs --tokenizer")
     group.add_argument(
         "--reference",
+        type=some_text,
         help="real pictures: .npz of ADM's suite (statistics, pictures or both), a folder of pictures or of prepared "
         "ArrayRecord files, or photos",
     )
@@ -136,7 +138,8 @@ def evaluate_samples(args: argparse.Namespace) -> dict[str, Any]:
 
 def _prepare(args: argparse.Namespace) -> tuple[list[_Set], Inception]:
     """Checks the options and opens what they name; InputError for whatever cannot work."""
-    require(args.batch >= 1 and args.seed >= 0, "--batch must be at least 1, and --seed at least 0")
+    require(args.batch >= 1, f"--batch must be at least 1, not {args.batch}")
+    require(0 <= args.seed < 2**32, f"--seed must be in 0..{2**32 - 1}, not {args.seed}")
     require(args.reference is not None, "--reference is missing: give the real pictures, or ADM's reference file")
     require(args.inception is not None, f"--inception is missing: get {WHERE} and pass --inception=FILE")
     require(args.batch % jax.process_count() == 0, "--batch must be a multiple of the number of processes")
@@ -165,8 +168,10 @@ def _stored(args: argparse.Namespace) -> list[_Set]:
 def _drawn(args: argparse.Namespace) -> list[_Set]:
     guidances = _guidances(args.guidance) or [float(Sampling().guidance)]
     require(args.count >= 1, f"--count must be at least 1, not {args.count}")
-    generator = Generator.from_pretrained(args.generator, tokenizer=args.tokenizer)
     rest = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "schedule")}
+    for guidance in guidances:
+        Sampling(guidance=guidance, **rest).check()
+    generator = Generator.from_pretrained(args.generator, tokenizer=args.tokenizer)
     sets = []
     for guidance in guidances:
         options = {"guidance": guidance, **rest}
@@ -178,9 +183,11 @@ def _drawn(args: argparse.Namespace) -> list[_Set]:
 
 def _guidances(text: str | None) -> list[float]:
     try:
-        return [float(part) for part in text.split(",")] if text else []
+        values = [float(part) for part in text.split(",")] if text is not None else []
     except ValueError as error:
         raise InputError(f"--guidance must be numbers such as 1,1.5,2, not {text!r}") from error
+    require(all(map(math.isfinite, values)), f"--guidance must be finite numbers such as 1,1.5,2, not {text!r}")
+    return values
 
 
 def _reference(

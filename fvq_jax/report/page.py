@@ -12,8 +12,9 @@ from pathlib import Path
 
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.files import replace_whole
+from fvq_jax.runtime.storage import REPORT
 
-FOLDER, PAGE = "report", "index.html"
+PAGE = "index.html"
 TIMES = "\N{MULTIPLICATION SIGN}"
 PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 NONE = "\N{EN DASH}"
@@ -30,7 +31,7 @@ def write_page(folder: str | os.PathLike[str], page: str) -> Path:
 
     InputError if that cannot be written.
     """
-    path = Path(folder) / FOLDER / PAGE
+    path = Path(folder) / REPORT / PAGE
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replace_whole(path) as unfinished:

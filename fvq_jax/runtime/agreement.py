@@ -41,9 +41,7 @@ def everywhere(action: Callable[[], T]) -> T:
     else:
         text = "; ".join(f"process {index}: {text}" for index, text in failed.items())
     # All processes end with the same exit code: if one raised RunError, all do, even one that saw bad input.
-    if 2 not in kinds:
-        raise InputError(text) from own
-    ending = RunError(text)
+    ending: InputError | RunError = RunError(text) if 2 in kinds else InputError(text)
     ending.shared = True
     raise ending from own
 

@@ -3,6 +3,7 @@
 import argparse
 import re
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 from fvq_jax.runtime.errors import InputError
@@ -21,6 +22,18 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Writes the message in one line and ends the program with exit code 2."""
         sys.exit(fail(f"{message} (see python -m {self.prog} --help)"))
+
+
+def some_text(text: str) -> str:
+    """Refuses an empty argument, as a shell makes of a variable that is not set; for `type` of argparse."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("is empty" if not text else "holds a null byte")
+    return text
+
+
+def some_path(text: str) -> Path:
+    """Converts a path that is not empty, for an empty one would be the folder one is in; for `type` of argparse."""
+    return Path(some_text(text))
 
 
 def true_or_false(text: str) -> bool:

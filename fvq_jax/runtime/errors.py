@@ -2,7 +2,13 @@
 
 
 class InputError(ValueError):
-    """A configuration, path or file that cannot work (exit code 2). The message is one full line."""
+    """A configuration, path or file that cannot work (exit code 2). The message is one full line.
+
+    Attributes:
+      shared: whether all of several processes raise it at the same point.
+    """
+
+    shared = False
 
 
 class RunError(RuntimeError):

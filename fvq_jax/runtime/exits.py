@@ -19,6 +19,7 @@ from typing import NoReturn
 import jax
 import numpy as np
 
+from fvq_jax.runtime import starting
 from fvq_jax.runtime.errors import InputError, NonFiniteError, RunError
 from fvq_jax.runtime.hosts import rows_of_all_hosts
 from fvq_jax.runtime.libtpu import say_that_there_is_none
@@ -62,6 +63,7 @@ def run(
       fails because another process has gone) it does not return: the process ends at once, since the interpreter would
       wait for them. `NonFiniteError` is found by all processes at the same step, so that none has to leave early.
     """
+    starting.done()
     say_that_there_is_none()
     try:
         with contextlib.ExitStack() as stack:

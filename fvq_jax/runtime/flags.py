@@ -40,6 +40,7 @@ def parse_flags(argv: list[str]) -> list[str]:
             require(given != "", "--config= is empty: give it a config file")
             let_import(given)
         rest = flags.FLAGS(argv)
+        require(WORKDIR.value != "", "--workdir= is empty: give it a folder")
         if CONFIG.value is not None:
             CONFIG.value.keys()  # a file that could not be read raises only at this access
         elif given is not None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from fvq_jax.runtime.clock import wall
 from fvq_jax.runtime.files import replace_whole
 
 HEARTBEATS = "heartbeat"
@@ -19,7 +20,8 @@ HEARTBEATS = "heartbeat"
 class Heartbeat:
     """Writes `{"step", "phase", "time", "pid", "host"}`: at each new phase, else at most every `every` seconds.
 
-    `time` is in seconds since 1970. Files are replaced whole, so that no reader sees half of one.
+    `time` is in seconds since 1970, by `wall`, a clock that may be set back; `clock` is one for durations. Files are
+    replaced whole, so that no reader sees half of one.
     """
 
     def __init__(
@@ -28,12 +30,13 @@ class Heartbeat:
         process_index: int,
         *,
         every: float = 5.0,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = wall,
     ):
         self._path = Path(workdir) / HEARTBEATS / f"host_{process_index:03d}.json"
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._every = every
-        self._clock = clock
+        self._clock, self._wall = clock, wall
         self._who = {"pid": os.getpid(), "host": socket.gethostname()}
         self._last = self._written = clock()
         self._longest = 0.0
@@ -46,7 +49,9 @@ class Heartbeat:
         if phase != self._phase or now - self._written >= self._every:
             self._phase, self._written = phase, now
             with replace_whole(self._path) as unfinished:
-                unfinished.write_text(json.dumps({"step": step, "phase": phase, "time": now, **self._who}) + "\n")
+                unfinished.write_text(
+                    json.dumps({"step": step, "phase": phase, "time": self._wall(), **self._who}) + "\n"
+                )
 
     def longest_silence(self) -> float:
         """The longest time between two beats since the last call, in seconds."""

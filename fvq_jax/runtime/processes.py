@@ -11,6 +11,7 @@ from fvq_jax.runtime.errors import InputError, require
 from fvq_jax.runtime.exits import FAILED, fail
 
 TIMEOUT = 120  # seconds
+_MOST = 10_000_000  # processes or seconds: more could only be a mistake, and JAX does not take every number
 # What the command-line options mean that make a program one of several processes.
 OPTIONS = {
     "distributed": "Run as one of several processes: TPU pods and Slurm are detected, elsewhere give --coordinator, "
@@ -55,7 +56,11 @@ class Place:
             ("num_processes", place.count, 1),
             ("process_id", place.index, 0),
         ):
-            require(value is None or value >= least, f"--{name} must be {least} or more, not {value}")
+            require(value is None or least <= value <= _MOST, f"--{name} must be {least} to {_MOST:,}, not {value}")
+        require(
+            count is None or index is None or index < count,
+            f"--process_id={index} is none of the {count} processes: they are numbered from 0",
+        )
         require(
             distributed or (coordinator, count, index) == (None, None, None),
             "--coordinator, --num_processes and --process_id do nothing without --distributed",

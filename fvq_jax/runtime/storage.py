@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ from fvq_jax.runtime.errors import InputError, RunError, StorageError, require
 
 # In the workdir of a run. The config is that of its latest start, and the history has a line for every start.
 CHECKPOINTS, CONFIG, HISTORY, PROVENANCE = "checkpoints", "config.json", "config_history.jsonl", "provenance.json"
+REPORT = "report"  # also in the folder of an evaluation
+UNFINISHED = ".orbax-checkpoint-tmp"  # follows the name of a checkpoint's folder until the checkpoint is complete
 # The disk is full, over quota, read-only, broken, or gone: errors that a mistake in the program would not raise.
 _ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 _SAID = re.compile(r"No space left on device|Disk quota exceeded|Read-only file system|Input/output error")
@@ -47,9 +50,27 @@ def not_written(what: str, workdir: Path, error: Exception) -> StorageError:
 
 
 def complete_steps(workdir: Path) -> list[int]:
-    """The steps of all complete checkpoints; the folder of one that was not completed has a longer name."""
-    matches = [re.fullmatch(r"step_(\d+)", path.name) for path in (workdir / CHECKPOINTS).glob("step_*")]
-    return [int(match[1]) for match in matches if match]
+    """The steps of all complete checkpoints; one that was not completed has, also, a folder with a longer name."""
+    names = {path.name for path in (workdir / CHECKPOINTS).glob("step_*")}
+    matches = [re.fullmatch(r"step_(\d+)", name) for name in names]
+    moving = {name.partition(UNFINISHED)[0] for name in names if UNFINISHED in name}
+    return [int(match[1]) for match in matches if match and match[0] not in moving]
+
+
+def require_prompt_listing(workdir: Path) -> None:
+    """InputError unless the folder lists a new file at once: checkpoints are put together from such lists."""
+    probe = workdir / f"listed.{os.getpid()}"
+    try:
+        probe.touch()
+        listed = probe.name in os.listdir(workdir)
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"workdir {workdir} cannot be written: {error.strerror or error}") from None
+    require(
+        listed,
+        f"the file system of {workdir} does not list a file as soon as it is written, so that checkpoints would be "
+        "incomplete: use a workdir on another one, such as a local disk",
+    )
 
 
 def split_step(path: Path) -> tuple[Path, int | None]:

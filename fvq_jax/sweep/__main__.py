@@ -21,7 +21,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from fvq_jax.runtime import exits
-from fvq_jax.runtime.arguments import Parser
+from fvq_jax.runtime.arguments import Parser, some_path
 from fvq_jax.runtime.config_file import explained, run_file
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.exits import BAD_INPUT, FAILED, INTERRUPTED
@@ -134,7 +134,7 @@ def _described(point: Point) -> str:
 
 def _report(argv: list[str]) -> int:
     parser = Parser(prog="fvq_jax.sweep report", description="Gathers the points of a sweep, finished or not.")
-    parser.add_argument("workdir", metavar="DIR", type=Path, help="--workdir of the sweep")
+    parser.add_argument("workdir", metavar="DIR", type=some_path, help="--workdir of the sweep")
     result = write_report(parser.parse_args(argv).workdir)
     sys.stdout.write(json_text(result) + "\n")
     return 0

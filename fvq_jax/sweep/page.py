@@ -11,11 +11,11 @@ from typing import Any
 
 from fvq_jax.evals.metric_table import METRICS
 from fvq_jax.report.blocks import details, plots
-from fvq_jax.report.page import FOLDER as RUN_FOLDER
 from fvq_jax.report.page import NONE, shell
 from fvq_jax.report.page import PAGE as RUN_PAGE
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.files import replace_whole
+from fvq_jax.runtime.storage import REPORT
 from fvq_jax.sweep import figures, table
 from fvq_jax.sweep.table import Row
 
@@ -30,7 +30,7 @@ def write_report(folder: Path) -> dict[str, Any]:
     written.
     """
     rows = table.gather(folder)
-    linked = {row.record.name for row in rows if (folder / row.record.name / RUN_FOLDER / RUN_PAGE).exists()}
+    linked = {row.record.name for row in rows if (folder / row.record.name / REPORT / RUN_PAGE).exists()}
     texts = {
         CSV: table.to_csv(rows),
         MARKDOWN: table.to_markdown(rows),
@@ -80,7 +80,7 @@ def _points(rows: Sequence[Row], linked: set[str]) -> str:
     for row in rows:
         number, name = str(row.record.index), escape(row.record.name)
         if row.record.name in linked:
-            number = f'<a href="{name}/{RUN_FOLDER}/{RUN_PAGE}" title="{name}">{number}</a>'
+            number = f'<a href="{name}/{REPORT}/{RUN_PAGE}" title="{name}">{number}</a>'
         swept = "".join(f'<td class="text">{escape(str(value))}</td>' for value in table.swept_values(row, fields))
         cells = "".join(f"<td>{table.shown(row, column) or NONE}</td>" for column in names)
         lines.append(f'<tr><td>{number}</td>{swept}<td class="text">{escape(row.status)}</td>{cells}</tr>')

@@ -2,6 +2,10 @@
 
 Saving is asynchronous; `latest_step` never sees a checkpoint that was not completed. A complete one holds the checksums
 of its files: they are checked before it is read, and a checkpoint whose files have changed on disk is passed over.
+
+A checkpoint is completed by renaming its folder. In a mounted bucket that may mean to copy file after file and to
+delete the old ones, so a process that is killed there may leave parts of the folder under both names. Whoever finds
+both, and the new one not to be what its checksums say, removes both: that checkpoint was not completed.
 """
 
 import os
@@ -18,17 +22,17 @@ from absl import logging
 from flax import struct
 
 from fvq_jax.runtime.agreement import gather_texts
+from fvq_jax.runtime.checksums import FILE as CHECKSUMS
 from fvq_jax.runtime.checksums import find_damage, write_checksums
 from fvq_jax.runtime.errors import InputError, RunError, StorageError
 from fvq_jax.runtime.names import path_name
 from fvq_jax.runtime.paths import require_no_pattern
-from fvq_jax.runtime.storage import CHECKPOINTS, brief, saving_errors
+from fvq_jax.runtime.storage import CHECKPOINTS, UNFINISHED, brief, saving_errors
 from fvq_jax.training.state import TrainState
 
 DAMAGED = "checkpoints_damaged"  # damaged checkpoints are moved there, so that their steps can be saved again
 STAMP = "_CHECKPOINT_METADATA"  # Orbax notes the time in this file when it renames the folder; nothing in it is needed
 MERGED = "manifest.ocdbt"  # the index of all arrays, which Orbax makes of what each process wrote
-UNFINISHED = ".orbax-checkpoint-tmp"  # part of the name of a folder until its checkpoint is complete
 # A replicated array is written in parts, one by each device that holds it, if a part has at least so many bytes.
 # Cutting small arrays costs more than it saves: a program is compiled for every part.
 SMALLEST_PART = 2**20
@@ -81,10 +85,11 @@ class Checkpoints:
             "state": ocp.PyTreeCheckpointHandler(type_handler_registry=kinds),
             "record": ocp.JsonCheckpointHandler(),
         }
-        if not read_only and jax.process_index() == 0:
-            for unfinished in self._folder.glob(f"*{UNFINISHED}*"):  # left by processes that were killed
-                shutil.rmtree(unfinished)
         with self._storage_errors():
+            if not read_only:
+                if jax.process_index() == 0:
+                    self._remove_unfinished()
+                _first_text("")  # the other processes wait here until it has been removed
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
@@ -97,6 +102,26 @@ class Checkpoints:
             return  # another process may have ended, and closing would wait for it
         with self._storage_errors():
             self._manager.close()
+
+    def _remove_unfinished(self) -> None:
+        """Removes what processes that were killed have left of checkpoints that they did not complete."""
+        for unfinished in sorted(self._folder.glob(f"*{UNFINISHED}*")):
+            final = unfinished.with_name(unfinished.name.partition(UNFINISHED)[0])
+            if final.exists() and self._damage(final):
+                shutil.rmtree(final)
+            shutil.rmtree(unfinished)
+
+    def _damage(self, folder: Path) -> str:
+        """What is wrong with the folder of a checkpoint according to its checksums; empty if nothing is.
+
+        A reader takes one without checksums, as earlier versions wrote, unless it is on its way to its name. A run that
+        goes on has none of these: it did not begin with such a version.
+        """
+        if (folder / CHECKSUMS).exists() or (
+            self._read_only and not any(folder.parent.glob(f"{folder.name}{UNFINISHED}*"))
+        ):
+            return find_damage(folder)
+        return f"{CHECKSUMS} is missing"
 
     def latest_step(self) -> int | None:
         """The step of the newest complete checkpoint, damaged or not; None if there is none."""
@@ -179,7 +204,7 @@ class Checkpoints:
     def _read(self, read: Callable[[int], T], like: Any, step: int) -> T:
         """What `read` returns; raises _DamagedError in all processes if the checkpoint is damaged."""
         folder = self._folder / f"step_{step}"
-        if damage := _first_text(find_damage(folder) if jax.process_index() == 0 else ""):
+        if damage := _first_text(self._damage(folder) if jax.process_index() == 0 else ""):
             raise _DamagedError(damage)
         if differences := self._differences(step, like):
             raise InputError(f"the checkpoint of step {step} in {self._folder} does not fit: {differences}")

@@ -20,7 +20,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from fvq_jax.data.prefetch import Prefetch
-from fvq_jax.runtime import chips
+from fvq_jax.runtime import chips, clock
 from fvq_jax.runtime.agreement import check_same, everywhere, gather_texts
 from fvq_jax.runtime.errors import InputError, NonFiniteError
 from fvq_jax.runtime.heartbeat import Heartbeat
@@ -41,7 +41,8 @@ from fvq_jax.training.task import Evaluation, Task
 from fvq_jax.training.trace import Trace
 
 MOST_SKIPPED = 100  # steps in a row that `on_nan=skip` passes over; then the run would only go on to its end in vain
-AGREE_EVERY = 5  # steps between two checks whether any process was told to stop; each check waits for all of them
+AGREE_EVERY = 5  # steps between two checks whether any process has to stop; each check waits for all of them
+_WHEN_TOLD = "the run saves and ends as soon as what is under way (compiling, a step, saving) is done"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ def train(
 
     Raises:
       InputError: before anything compiles, if config, data, weights or workdir cannot work; later, if too
-        many files turn out to be unreadable; what was done until then is saved, unless there are several processes.
+        many files turn out to be unreadable; what was done until then is saved.
       NonFiniteError: a loss or gradient norm is not finite and `on_nan` is "stop", or so many steps in a row were
         skipped that no later one is likely to be finite. Nothing of these steps is kept.
       StorageError: a checkpoint or a log could not be written.
@@ -74,7 +75,7 @@ def train(
     started = time.monotonic()
     keep = {"keep_last": config.checkpoint.keep_last, "keep_every": config.checkpoint.keep_every}
     with contextlib.ExitStack() as stack:
-        interrupt = stack.enter_context(Interrupt())  # first: a signal during preparation is not lost
+        interrupt = stack.enter_context(Interrupt(_WHEN_TOLD))  # first: a signal during preparation is not lost
         stack.enter_context(storage_errors(Path(workdir).expanduser().absolute()))
         check_same({"config": config.to_dict()})
         run = everywhere(lambda: prepare(task_class, config, workdir, stack))
@@ -107,9 +108,9 @@ def train(
                 why = interrupt.signal.name if interrupt.signal else "another process was told to stop"
                 logging.warning("%s: saved step %d, start me again to go on", why, loop.step)
                 return Result({}, interrupted=True)
-            except InputError:  # unreadable files
-                # Of several processes, the others know nothing of it and would not save.
-                if loop.step > step and jax.process_count() == 1:
+            except InputError as error:  # unreadable files
+                # All processes save, or none.
+                if loop.step > step and (jax.process_count() == 1 or error.shared):
                     loop.save()
                     checkpoints.wait()
                     logging.warning("saved step %d", loop.step)
@@ -143,14 +144,17 @@ class _Loop:
         self._checkpoints, self._writer, self._progress = checkpoints, writer, progress
         self._trace, self._interrupt = trace, interrupt
         self._heartbeat = Heartbeat(run.workdir, jax.process_index())
-        self._began = record.get("began", time.time())  # seconds since 1970: includes the time between two calls
         # Earlier calls are included: `seconds` is the wall time of the whole run.
-        self._started = started - record.get("seconds", 0.0)
         self._seconds = record.get("seconds", 0.0)
+        self._started = started - self._seconds
+        # And the time between two calls: only the clock on the wall knows it, which somebody may have set back.
+        now = clock.wall()
+        self._began = time.monotonic() - max(self._seconds, now - record.get("began", now))
         self._timed = record.get("timed", {"steps": 0, "seconds": 0.0})
         self._timer = StepTimer(self._config.batch_size)
         self._unchecked: tuple[int, dict[str, jax.Array]] | None = None
         self._skipped_in_a_row = 0
+        self._no_batch: InputError | None = None  # why this one of several processes has no more batches
         self._skipped: Mapping[str, Any] = {}
         self._skipped_before = frozenset(record.get("data", {}).get("unreadable", {}).get("names", ()))
 
@@ -175,7 +179,7 @@ class _Loop:
         return {
             "data": self._run.data_position(self.step, self._unreadable_anywhere()),
             "config": json.loads(self._config.to_json()),
-            "began": self._began,
+            "began": clock.wall() - (time.monotonic() - self._began),  # in seconds since 1970, as the clock is now
             "seconds": self._seconds,
             "timed": timed,
             f"{self._run.task.unit}_per_second": rate,
@@ -208,7 +212,7 @@ class _Loop:
 
     def _steps(self, batches: Prefetch[tuple[dict[str, jax.Array], int]]) -> None:
         config, run = self._config, self._run
-        batch, skipped_files = next(batches)
+        batch, skipped_files = everywhere(lambda: next(batches))
         train_step = self._compile(batch)
         counts = None
         self._timer.read()
@@ -231,6 +235,7 @@ class _Loop:
             else:
                 self._progress.update(self.step)
             if last:
+                self._agree()
                 return
             if self.step % config.checkpoint.every_steps == 0:
                 self.save()
@@ -239,7 +244,24 @@ class _Loop:
             if not batches.ready():
                 jax.block_until_ready(metrics.scalars)  # while the devices have work, nothing waits for data
             with self._timer.data():
-                batch, skipped_files = next(batches)
+                batch, skipped_files = self._following(batches, batch, skipped_files)
+
+    def _following(
+        self, batches: Prefetch[tuple[dict[str, jax.Array], int]], batch: dict[str, jax.Array], skipped_files: int
+    ) -> tuple[dict[str, jax.Array], int]:
+        """The batch after `batch`, with its number of skipped files.
+
+        One of several processes that meets too many unreadable files takes the same batch again: the others would wait
+        for it in their next step. When they agree the next time, all save and end.
+        """
+        if self._no_batch is None:
+            try:
+                return next(batches)
+            except InputError as error:
+                if jax.process_count() == 1:
+                    raise
+                self._no_batch = error
+        return batch, skipped_files
 
     def _compile(self, batch: dict[str, jax.Array]) -> jax.stages.Compiled:
         run = self._run
@@ -276,7 +298,7 @@ class _Loop:
             "time/data": times.data,
             "time/compute": times.compute,
             "time/longest_silence": self._heartbeat.longest_silence(),
-            "goodput": self._timed["seconds"] / max(1e-9, time.time() - self._began),
+            "goodput": self._timed["seconds"] / max(1e-9, time.monotonic() - self._began),
             "mfu": chips.model_flops_utilisation(self._flops, seconds, jax.devices(), task.dtype),
             "data/skipped_files": skipped_files,
             "memory/peak_bytes": chips.peak_device_memory_bytes(),
@@ -324,9 +346,16 @@ class _Loop:
 
     def _interrupted(self) -> bool:
         """Whether to stop now; several processes agree on it every few steps."""
-        here = self._interrupt.signal is not None
-        if jax.process_count() == 1:
-            return here
-        if self.step % AGREE_EVERY:
-            return False
-        return bool(rows_of_all_hosts(np.array([here])).any())
+        return (jax.process_count() == 1 or self.step % AGREE_EVERY == 0) and self._agree()
+
+    def _agree(self) -> bool:
+        """Whether any process was told to stop. InputError in all of them if one has no more batches."""
+        here = np.array([[self._interrupt.signal is not None, self._no_batch is not None]], np.int32)
+        told, ended = rows_of_all_hosts(here).max(axis=0).tolist()
+        if ended:
+            everywhere(self._raise_why)
+        return bool(told)
+
+    def _raise_why(self) -> None:
+        if self._no_batch is not None:
+            raise self._no_batch

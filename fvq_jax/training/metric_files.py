@@ -14,22 +14,29 @@ import jax
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.files import json_text, replace_whole
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, TENSORBOARD = "metrics.jsonl", "tensorboard"
 _HISTOGRAM_BUCKETS = 512
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Reads the rows `{"step": int, name: float | None, ...}` of `workdir/metrics.jsonl`; [] without the file.
 
-    A last line cut short (the process died while writing it) is left out.
+    A last line cut short (the process died while writing it) is left out. InputError for any other damage.
     """
     path = Path(workdir) / METRICS_FILE
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")  # what follows the last newline is empty, or a line cut short
-    return [json.loads(line) for line in lines[:-1]]
+    try:
+        lines = path.read_text().split("\n")  # what follows the last newline is empty, or a line cut short
+        rows = [json.loads(line) for line in lines[:-1]]
+        if not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
+            raise ValueError("a line has no step")
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}; move it away to go on without the curves so far") from error
+    return rows
 
 
 class MetricWriter:
@@ -55,7 +62,7 @@ class MetricWriter:
             unfinished.write_text("".join(json_text(row) + "\n" for row in kept))
         self._lines = (workdir / METRICS_FILE).open("a")
         self._tensorboard = SummaryWriter(
-            str(workdir / "tensorboard"),
+            str(workdir / TENSORBOARD),
             purge_step=start_step + 1 if start_step else 0,
             # A file is named after the second in which it is opened; the suffix protects it from a quick restart.
             filename_suffix=f".from{start_step}",

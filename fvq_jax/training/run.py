@@ -8,7 +8,6 @@ import dataclasses
 import json
 import math
 import os
-import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,18 +21,32 @@ from ml_collections import ConfigDict
 from fvq_jax.config.checks import all_fields, validate
 from fvq_jax.config.effects import too_late, without_effect
 from fvq_jax.config.resume import changes, check_continues, with_defaults
-from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime import clock
+from fvq_jax.runtime.errors import InputError, require
 from fvq_jax.runtime.files import json_text, replace_whole
+from fvq_jax.runtime.heartbeat import HEARTBEATS
+from fvq_jax.runtime.logs import LOGS
 from fvq_jax.runtime.mesh import make_mesh
 from fvq_jax.runtime.names import dotted, nest
 from fvq_jax.runtime.paths import require_no_pattern
-from fvq_jax.runtime.storage import CONFIG, HISTORY, PROVENANCE, complete_steps
+from fvq_jax.runtime.storage import (
+    CHECKPOINTS,
+    CONFIG,
+    HISTORY,
+    PROVENANCE,
+    REPORT,
+    complete_steps,
+    require_prompt_listing,
+)
 from fvq_jax.runtime.workdir_lock import hold
-from fvq_jax.training.metric_files import read_metrics
+from fvq_jax.training.metric_files import METRICS_FILE, TENSORBOARD, read_metrics
 from fvq_jax.training.optim import Annealing
 from fvq_jax.training.state import TrainState
 from fvq_jax.training.step import TrainStep
 from fvq_jax.training.task import Evaluation, Mendable, Task
+
+_FOLDERS = (CHECKPOINTS, LOGS, HEARTBEATS, TENSORBOARD, REPORT)
+_FILES = (CONFIG, HISTORY, PROVENANCE, METRICS_FILE)
 
 
 @dataclasses.dataclass
@@ -97,6 +110,7 @@ def prepare(
     before = _check_workdir(workdir, task_class, config)
     if first:
         stack.enter_context(hold(workdir))
+        require_prompt_listing(workdir)
     task = task_class(config, mesh)
     total, warmup = _length(dotted(config), len(task.source("train")))
     task.source("eval")
@@ -146,6 +160,13 @@ def _check_workdir(workdir: Path, task_class: type[Task], config: ConfigDict) ->
     require_no_pattern(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        for name in (*_FOLDERS, *_FILES):
+            there, wanted = workdir / name, name in _FOLDERS
+            fits = there.is_dir() if wanted else there.is_file()
+            require(
+                fits or not os.path.lexists(there),
+                f"{there} is no {'folder' if wanted else 'file'}, which it is in the workdir of a run: use another one",
+            )
         if path.exists():
             saved = json.loads(path.read_text())
             if not isinstance(saved, dict):
@@ -193,7 +214,7 @@ def note_start(run: Run, step: int, record: dict[str, Any]) -> None:
         _warn_of_rate(run, step, with_defaults(before, fields))
     if not run.first:
         return
-    line = {"step": step, "time": time.time(), "changed": changed}
+    line = {"step": step, "time": clock.wall(), "changed": changed}
     with (run.workdir / HISTORY).open("a") as file:
         file.write(json_text(line) + "\n")
     if changed:

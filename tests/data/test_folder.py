@@ -4,8 +4,10 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fvq_jax.data import folder
+from fvq_jax.data.decode import open_stored
 from fvq_jax.data.folder import FolderSource
 from fvq_jax.runtime.errors import InputError
 from tests.helpers.pictures import write_pictures
@@ -60,6 +62,30 @@ def test_pictures_beside_class_folders_become_class_0_with_a_warning(tmp_path, m
     assert "'preview.png'" in messages[0]
 
 
+ALSO = ("a.txt", "b/c.TXT", "d.tiff", "e", "f.2024", "b/g.md", "h.csv", "i.html", "j.log", "k.log", ".hidden", "l.x y")
+
+
+def test_what_is_left_out_is_counted_by_its_ending(tmp_path, monkeypatch):
+    messages = []
+    monkeypatch.setattr(folder.logging, "warning", lambda text, *args: messages.append(text % args))
+    (tmp_path / "b").mkdir()
+    for name in ALSO:
+        (tmp_path / name).touch()
+    found = "no ending 3, .txt 2, .log 2, .md 1, .tiff 1, more 2"
+    with pytest.raises(InputError, match=rf"\.gif, but 11 others: {found}$"):
+        FolderSource(tmp_path)
+    write_pictures(tmp_path, ("a.png",))
+    assert len(FolderSource(tmp_path)) == 1
+    (message,) = messages
+    assert message.startswith(f"{tmp_path}: leaves out 11 files: {found}; pictures are .jpg .jpeg .jfif")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("a.JFIF", "JPEG"), ("a.jpe", "JPEG"), ("a.bmp", "BMP"), ("a.gif", "GIF")])
+def test_every_format_that_can_be_decoded_is_taken(tmp_path, name, kind):
+    Image.new("RGB", (3, 2), "red").save(tmp_path / name, kind)
+    assert open_stored(FolderSource(tmp_path)[0]["image"]).size == (3, 2)
+
+
 def test_folder_follows_links_but_not_in_circles(tmp_path):
     write_pictures(tmp_path, ("elsewhere/1.png", "root/cat/2.png"))
     (tmp_path / "root/dog").symlink_to(tmp_path / "elsewhere")
@@ -93,7 +119,7 @@ def test_folder_refuses_what_is_missing_empty_or_closed(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="not a folder"):
         FolderSource(tmp_path / "file.txt")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"empty' holds no file .*\.jpg, \.jpeg, \.png, \.webp"):
+    with pytest.raises(InputError, match=r"empty' holds no file that ends in one of \.jpg, \.jpeg, [^:]*\.gif$"):
         FolderSource(tmp_path / "empty")
 
     def closed(path):
@@ -156,7 +182,7 @@ def test_many_names_take_little_memory(tmp_path, monkeypatch):
     """ImageNet has 1.3 million; the names here have 30 characters, too. Nothing is sent to workers but the names."""
     count = 5_000
     listing = ((f"n{number // 1000:08}/n{number // 1000:08}_{number:05}.JPEG", 1) for number in range(count))
-    monkeypatch.setattr(folder, "_image_files", lambda root: listing)
+    monkeypatch.setattr(folder, "_image_files", lambda root, others: listing)
     tracemalloc.start()
     source = FolderSource(tmp_path)
     peak = tracemalloc.get_traced_memory()[1]

@@ -95,8 +95,9 @@ def test_the_first_batch_may_take_longer():
     batches.close()
 
 
-def test_without_a_timeout_it_waits():
-    batches = Prefetch(Numbers(0, lambda: time.sleep(0.5)), abs, timeout=0.0)
+@pytest.mark.parametrize("timeout", [0.0, 1e300])  # longer than any clock goes
+def test_without_a_timeout_it_waits(timeout):
+    batches = Prefetch(Numbers(0, lambda: time.sleep(0.5)), abs, timeout=timeout)
     assert next(batches) == 0
     batches.close()
 

@@ -3,6 +3,7 @@ import pytest
 
 from fvq_jax.data.sample_folder import SampleFolder
 from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.files import UNFINISHED
 
 SETTINGS = {"seed": 0, "classes": [1, 2]}
 
@@ -30,6 +31,18 @@ def test_samples_of_other_settings_are_refused(tmp_path):
     SampleFolder(tmp_path, SETTINGS)
     with pytest.raises(InputError, match=r"made differently: seed is 0 there and 1 here; use another folder"):
         SampleFolder(tmp_path, {**SETTINGS, "seed": 1})
+
+
+def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
+    (tmp_path / f"sampling.json.7{UNFINISHED}").touch()  # left by a process that was killed
+    SampleFolder(tmp_path, SETTINGS)
+    (tmp_path / "sampling.json").write_text("[]")
+    with pytest.raises(InputError, match="does not hold names and values"):
+        SampleFolder(tmp_path, SETTINGS)
+    (tmp_path / "sampling.json").rename(tmp_path / "config.json")
+    with pytest.raises(InputError, match="holds something else"):
+        SampleFolder(tmp_path, SETTINGS)
+    assert not (tmp_path / "sampling.json").exists()
 
 
 def test_a_damaged_part_is_named(tmp_path):

@@ -9,6 +9,7 @@ import os
 import pathlib
 import platform
 import re
+import shutil
 import socket
 import subprocess
 import time
@@ -20,9 +21,10 @@ import pytest
 from PIL import Image
 
 from fvq_jax.runtime.checksums import FILE as CHECKSUMS
+from fvq_jax.runtime.checksums import find_damage
 from fvq_jax.runtime.workdir_lock import hold
 from fvq_jax.training.metric_files import read_metrics
-from tests.helpers.program import ROOT, SMALLEST_GENERATOR, Prepared
+from tests.helpers.program import ROOT, SMALLEST, SMALLEST_GENERATOR, Prepared
 from tests.helpers.tiny import random_images
 from tests.helpers.tiny_generator import write_splits
 from tests.helpers.two_hosts import free_port
@@ -33,6 +35,7 @@ EVERY = 4  # steps between two checkpoints
 STEPS = 24 if ALL else 12
 RUN = (f"--config.steps={STEPS}", f"--config.checkpoint.every_steps={EVERY}")
 HOST, WORKER = 120, 60  # seconds in which the others must end
+COMPILING = 3  # seconds after the start of compiling at which a signal comes
 FLIPPED, TRUNCATED = "one bit of a file flipped", "a file truncated"
 
 
@@ -104,6 +107,12 @@ def complete_steps(workdir):
     return [int(path.name[5:]) for path in (workdir / "checkpoints").glob("step_*") if path.name[5:].isdigit()]
 
 
+def whole_steps(workdir):
+    """The steps of the checkpoints whose files are all there, as their checksums say."""
+    folders = {step: workdir / "checkpoints" / f"step_{step}" for step in complete_steps(workdir)}
+    return [step for step, path in folders.items() if (path / CHECKSUMS).exists() and not find_damage(path)]
+
+
 def kill_at(program, moment):
     """Whether the program still ran at that time."""
     if program.wait_for(lambda: time.monotonic() > moment):
@@ -142,19 +151,77 @@ def test_killed_at_any_moment_the_training_of_a_generator_goes_on(tmp_path_facto
         prepared.close()
 
 
-def kill_and_go_on(prepared, uninterrupted, folder, table, fault, kills):
+def kill_while_moving(program, workdir, wait):
+    """The same, from when the folder of a checkpoint begins to have its final name."""
+    before = complete_steps(workdir)
+    resumed = program.wait_for(lambda: "compiled the step" in program.said())
+    if resumed and program.wait_for(lambda: set(complete_steps(workdir)) - set(before), every=0.002):
+        time.sleep(10 * wait)  # it takes so much longer in `tests.helpers.bucket`
+        program.kill()
+        return True
+    return False
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_on_a_mounted_bucket_no_checkpoint_is_read_that_is_not_whole(
+    prepared, uninterrupted, tmp_path, table
+):
+    """A folder is renamed file by file there. Where files are listed late, checkpoints cannot be: that is refused."""
+    bucket = Prepared(tmp_path, world="tests.helpers.bucket")
+    try:
+        fault, kills = "the same, where folders are renamed file by file", 10 if ALL else 2
+        kill_and_go_on(bucket, uninterrupted, tmp_path, table, fault, kills, kill_while_moving)
+        (code, line), said = refused(bucket, tmp_path / "late", LISTED_AFTER="3")
+    finally:
+        bucket.close()
+    assert code == 2
+    assert "does not list a file as soon as it is written" in line
+    assert "Traceback" not in said
+    table.append(("workdir that lists files late", 1, 0, f"ended with 2: `{line}`".replace(str(tmp_path), "DIR")))
+
+
+@pytest.mark.slow
+def test_a_clock_that_jumps_changes_nothing(uninterrupted, tmp_path, table):
+    """Also over a kill and a restart."""
+    whole, _ = uninterrupted
+    prepared = Prepared(tmp_path, world="tests.helpers.jumping_clock")
+    workdir, options = tmp_path / "run", ("--config.data.num_workers=1", "--config.eval.every_steps=5")
+    try:
+        program = prepared.start(*RUN, *options, f"--workdir={workdir}")
+        assert program.wait_for(lambda: f"step {EVERY + 2}/" in program.said()), program.said()
+        program.kill()
+        assert program.end()[0] in (-9, 0)
+        program = prepared.start(*RUN, *options, f"--workdir={workdir}")
+        assert program.end()[0] == 0, program.said()
+    finally:
+        prepared.close()
+    assert_same_weights(workdir, whole)
+    assert sorted(complete_steps(workdir)) == [STEPS - EVERY, STEPS]
+    rows = read_metrics(workdir)
+    assert [row["step"] for row in rows if "eval/psnr" in row] == [*range(5, STEPS, 5), STEPS]
+    durations = [(name, value) for row in rows for name, value in row.items() if "time/" in name or "_per_" in name]
+    assert durations
+    assert all(0 <= value < 1000 * 86_400 for _, value in durations), durations
+    assert all(value < 600 for name, value in durations if "time/" in name), durations
+    assert all(0 < row["goodput"] < 1 for row in rows if "goodput" in row)
+    table.append(
+        ("clock that jumps by a day and a year", 1, EVERY, "the same weights, checkpoints, evaluations; no odd figure")
+    )
+
+
+def kill_and_go_on(prepared, uninterrupted, folder, table, fault, kills, kill_on_purpose=kill_while_saving):
     """Every second time while a checkpoint is being written; one `kill -9` after the other, the run ends the same."""
     rng = np.random.default_rng(0)
     whole, seconds = uninterrupted
     lost, saving, runs = [], 0, 1
     while True:
         workdir = folder / str(runs)
-        before, done = max(complete_steps(workdir), default=0), steps_done(workdir)
+        before, done = max(whole_steps(workdir), default=0), steps_done(workdir)
         program = prepared.start(*RUN, f"--workdir={workdir}")
         if len(lost) == kills:
             killed = False
         elif len(lost) % 2:
-            killed = kill_while_saving(program, workdir, rng.uniform(0, 0.05))
+            killed = kill_on_purpose(program, workdir, rng.uniform(0, 0.05))
         else:
             killed = kill_at(program, time.monotonic() + rng.uniform(0, seconds))
         code, _ = program.end()
@@ -163,7 +230,7 @@ def kill_and_go_on(prepared, uninterrupted, folder, table, fault, kills):
         assert resumed_from(program) in (None, before)
         if killed:
             saving += is_saving(workdir)
-            lost.append(max(done, steps_done(workdir)) - max(complete_steps(workdir), default=0))
+            lost.append(max(done, steps_done(workdir)) - max(whole_steps(workdir), default=0))
             continue
         assert_same_weights(workdir, whole)
         assert not is_saving(workdir)  # what was half written has been removed
@@ -175,6 +242,52 @@ def kill_and_go_on(prepared, uninterrupted, folder, table, fault, kills):
     assert saving or kills == 1
     what = f"{runs} runs went on to the weights of the uninterrupted one, bit for bit ({saving} kills while saving)"
     table.append((fault, kills, f"{np.mean(lost):.1f}, at most {max(lost)}", what))
+
+
+@pytest.mark.slow
+def test_a_signal_while_the_step_compiles_is_answered_at_once(tmp_path, table):
+    """At the start and, with FAULTS=all, in a start that goes on from a checkpoint."""
+    compiled, workdir = tmp_path / "compiled", tmp_path / "run"
+    larger = ("--config.tokenizer.ch_mult=(1,1,2)",)
+    cold = {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    prepared = Prepared(tmp_path, (*SMALLEST, *larger), **cold)
+    said = []
+
+    def stop_while_compiling():
+        before = complete_steps(workdir)
+        program = prepared.start(*RUN, f"--workdir={workdir}")
+        heartbeat = workdir / "heartbeat" / "host_000.json"
+        assert program.wait_for(lambda: heartbeat.exists() and f"{program.pid}, " in heartbeat.read_text())
+        time.sleep(COMPILING)
+        program.stop()
+        stopped = time.monotonic()
+        assert program.wait_for(lambda: "SIGTERM: the run saves and ends as soon as" in program.said())
+        said.append(time.monotonic() - stopped)
+        assert "compiled the step" not in program.said()  # it was heard in the middle of that
+        assert program.end()[0] == 75, program.said()
+        assert "start me again" in program.said()
+        assert complete_steps(workdir) == before or not before
+        for step in before:
+            assert not find_damage(workdir / "checkpoints" / f"step_{step}")
+
+    try:
+        stop_while_compiling()
+        if ALL:
+            program = prepared.start(*RUN, f"--workdir={workdir}")
+            assert program.wait_for(lambda: EVERY in complete_steps(workdir)), program.said()
+            program.stop()
+            assert program.end()[0] == 75, program.said()
+            shutil.rmtree(compiled)
+            stop_while_compiling()
+        program = prepared.start(*RUN, f"--workdir={workdir}")
+        assert program.end()[0] == 0, program.said()
+        whole, _ = undisturbed(prepared, tmp_path / "whole")
+    finally:
+        prepared.close()
+    assert_same_weights(workdir, whole)
+    assert max(said) < 10
+    what = f"said what follows after {max(said):.1f} s, ended with 75 when the step was compiled, and went on to the "
+    table.append(("SIGTERM while the step compiles", len(said), 0, what + "weights of the uninterrupted run"))
 
 
 @pytest.mark.slow
@@ -264,8 +377,8 @@ def test_a_read_only_workdir_is_refused(prepared, small_disk, table):
     table.append(("workdir on a read-only file system", 1, 0, f"ended with 2: `{line}`".replace(str(disk), "DIR")))
 
 
-def refused(prepared, workdir):
-    program = prepared.start(*RUN, f"--workdir={workdir}")
+def refused(prepared, workdir, **environment):
+    program = prepared.start(*RUN, f"--workdir={workdir}", **environment)
     return program.end(), program.said()
 
 

@@ -28,7 +28,7 @@ def outcome(action):
     try:
         return action()
     except InputError as error:
-        return str(error)
+        return f"{error}, in all" if error.shared else str(error)
 
 print(json.dumps([
     gather_texts("" if me else "h\u00e9llo"),
@@ -50,8 +50,8 @@ def test_two_processes_share_errors_and_name_what_differs():
         texts, well, one_fails, both_fail, same, other = json.loads(out.splitlines()[-1])
         assert texts == ["héllo", ""]
         assert well == f"done by {index}"
-        assert one_fails == "process 1: no such folder"
-        assert both_fail == "no such folder"
+        assert one_fails == "process 1: no such folder, in all"
+        assert both_fail == "no such folder, in all"
         assert same is None
         assert other.startswith(
             "process 1 differs from process 0: checkpoint is None and not 7, config.optim.rate is 0.2"

@@ -2,13 +2,14 @@ import argparse
 
 import pytest
 
-from fvq_jax.runtime.arguments import Parser, add_place, place, true_or_false
+from fvq_jax.runtime.arguments import Parser, add_place, place, some_path, true_or_false
 from fvq_jax.runtime.processes import TIMEOUT, Place
 
 
 def parser():
     parser = Parser("fvq_jax.program")
     parser.add_argument("--fold", type=true_or_false, default=True)
+    parser.add_argument("--at", type=some_path)
     add_place(parser)
     return parser
 
@@ -22,6 +23,8 @@ def test_true_or_false(text, value):
     ("arguments", "message"),
     [
         (["--fold=yes"], "argument --fold: must be true or false, not 'yes'"),
+        (["--at="], "argument --at: is empty"),
+        (["--at", "a\0b"], "argument --at: holds a null byte"),
         (["--flod=true"], "unrecognized arguments: --flod=true"),
         (["--num_processes=two"], "argument --num_processes: invalid int value: 'two'"),
     ],
@@ -56,14 +59,16 @@ def test_the_place_among_several_processes(arguments, expected):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--num_processes=0", "--num_processes must be 1 or more, not 0"),
-        ("--process_id=-1", "--process_id must be 0 or more, not -1"),
-        ("--distributed_timeout=0", "--distributed_timeout must be 1 or more, not 0"),
+        ("--num_processes=0", "--num_processes must be 1 to 10,000,000, not 0"),
+        ("--process_id=4 --num_processes=4", "--process_id=4 is none of the 4 processes: they are numbered from 0"),
+        ("--process_id=-1", "--process_id must be 0 to 10,000,000, not -1"),
+        ("--distributed_timeout=99999999999", "--distributed_timeout must be 1 to 10,000,000, not 99999999999"),
+        ("--distributed_timeout=0", "--distributed_timeout must be 1 to 10,000,000, not 0"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(capsys, argument, message):
     with pytest.raises(SystemExit) as caught:
-        place(parser().parse_args(["--distributed", argument]))
+        place(parser().parse_args(["--distributed", *argument.split()]))
     assert caught.value.code == 2
     assert capsys.readouterr().err == f"fvq_jax: {message}\n"
 

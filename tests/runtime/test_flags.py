@@ -71,9 +71,9 @@ def test_the_config_file_may_follow_its_flag(read):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--num_processes=0", "--distributed"], "--num_processes must be 1 or more, not 0"),
-        (["--process_id=-1", "--distributed"], "--process_id must be 0 or more, not -1"),
-        (["--distributed_timeout=0"], "--distributed_timeout must be 1 or more, not 0"),
+        (["--num_processes=0", "--distributed"], "--num_processes must be 1 to 10,000,000, not 0"),
+        (["--process_id=-1", "--distributed"], "--process_id must be 0 to 10,000,000, not -1"),
+        (["--distributed_timeout=0"], "--distributed_timeout must be 1 to 10,000,000, not 0"),
         (["--coordinator=a:1"], "--coordinator, --num_processes and --process_id do nothing without --distributed"),
     ],
 )

@@ -1,9 +1,10 @@
 import errno
+import os
 
 import pytest
 
 from fvq_jax.runtime.errors import InputError, StorageError
-from fvq_jax.runtime.storage import brief, complete_steps, saving_errors, storage_errors
+from fvq_jax.runtime.storage import brief, complete_steps, require_prompt_listing, saving_errors, storage_errors
 
 
 @pytest.fixture
@@ -16,6 +17,22 @@ def workdir(tmp_path):
 def test_only_checkpoints_with_their_final_name_are_complete(workdir):
     assert sorted(complete_steps(workdir)) == [3, 12]
     assert complete_steps(workdir / "new") == []
+
+
+def test_a_folder_that_also_has_its_longer_name_is_still_on_its_way(workdir):
+    """As in a bucket, where a folder is renamed file by file."""
+    (workdir / "checkpoints" / "step_15").mkdir()
+    assert sorted(complete_steps(workdir)) == [3, 12]
+
+
+def test_a_folder_that_lists_files_late_is_refused(tmp_path, monkeypatch):
+    require_prompt_listing(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(os, "listdir", lambda path: [])
+    with pytest.raises(InputError, match="does not list a file as soon as it is written"):
+        require_prompt_listing(tmp_path)
+    with pytest.raises(InputError, match="cannot be written: No such file or directory"):
+        require_prompt_listing(tmp_path / "missing")
 
 
 def test_errors_of_the_disk_say_what_is_safe(workdir):

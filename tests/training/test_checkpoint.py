@@ -139,12 +139,41 @@ def test_what_has_no_checksum_is_not_needed(workdir, damage):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax leaves its coroutines
 @pytest.mark.parametrize("name", ["state/manifest.ocdbt", "state/_METADATA", "record/metadata"])
-def test_an_older_checkpoint_without_checksums_counts_if_it_can_be_read(workdir, warnings, name):
+def test_an_older_checkpoint_without_checksums_can_be_read_if_it_is_whole(workdir, warnings, name):
     (workdir / "checkpoints" / "step_9" / CHECKSUMS).unlink()
-    assert_is_step(restore(workdir), 9)
+    assert_is_step(restore(workdir, read_only=True), 9)
     truncate(workdir / "checkpoints" / "step_9" / name)
-    assert_is_step(restore(workdir), 6)
+    assert_is_step(restore(workdir, read_only=True), 6)
     assert "step_9 is damaged" in warnings[0]
+
+
+def test_a_run_goes_on_from_no_checkpoint_without_checksums(workdir, warnings):
+    """It has none: what lacks them was left by a process that was killed while it moved or removed the folder."""
+    (workdir / "checkpoints" / "step_9" / CHECKSUMS).unlink()
+    assert_is_step(restore(workdir), 6)
+    assert f"{CHECKSUMS} is missing" in warnings[0]
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("missing", [CHECKSUMS, "record/metadata", ""])
+def test_a_checkpoint_that_was_not_moved_to_its_name_as_a_whole_was_not_completed(workdir, warnings, missing, alone):
+    """As in a bucket, where a folder is renamed file by file and the process was killed in between."""
+    final = workdir / "checkpoints" / "step_9"
+    left = shutil.copytree(final, final.with_name("step_9.orbax-checkpoint-tmp"))
+    if missing:
+        (final / missing).unlink()
+    if alone:
+        shutil.rmtree(workdir / "checkpoints" / "step_6")
+    if not alone:
+        assert_is_step(restore(workdir, read_only=True), 6 if missing else 9)
+        assert left.exists()
+    warnings.clear()
+    with Checkpoints(workdir) as checkpoints:
+        assert checkpoints.latest_step() == (9 if not missing else None if alone else 6)
+    assert not left.exists()
+    assert final.exists() == (not missing)
+    assert not warnings
+    assert not (workdir / "checkpoints_damaged").exists()
 
 
 def test_the_damaged_step_can_be_saved_and_damaged_again(workdir):

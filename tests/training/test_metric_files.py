@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fvq_jax.runtime.errors import InputError
 from fvq_jax.training.metric_files import MetricWriter, read_metrics
 
 
@@ -50,6 +51,15 @@ def test_non_finite_values_are_null_in_strict_json(tmp_path):
     assert row == {"step": 1, "loss/total": None, "loss/codebook": None, "loss/commitment": 1.0}
     write_curve(tmp_path, [2], start_step=1)  # a resumed run keeps the nulls
     assert read_metrics(tmp_path)[0] == row
+
+
+@pytest.mark.parametrize(
+    "content", ["{}\n", "[1]\n", "no metrics\n", '{"step": 1}\n\0\n{"step": 2}\n', '{"step": "1"}\n']
+)
+def test_damage_other_than_a_cut_line_is_named(tmp_path, content):
+    (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(InputError, match=r"metrics\.jsonl is damaged: .*; move it away"):
+        read_metrics(tmp_path)
 
 
 def test_a_line_is_on_disk_as_soon_as_it_is_logged(tmp_path):

@@ -39,6 +39,20 @@ def test_what_is_refused_leaves_no_config_behind(tmp_path):
     assert not (tmp_path / "run" / CONFIG).exists()
 
 
+FOLDERS, FILES = (
+    ("checkpoints", "logs", "heartbeat", "tensorboard", "report"),
+    ("config_history.jsonl", "metrics.jsonl"),
+)
+
+
+@pytest.mark.parametrize("name", [*FOLDERS, *FILES])
+def test_a_file_where_a_run_keeps_a_folder_is_named_and_the_other_way_round(tmp_path, name):
+    (tmp_path / name).touch() if name in FOLDERS else (tmp_path / name).mkdir()
+    kind = "folder" if name in FOLDERS else "file"
+    with pytest.raises(InputError, match=rf"{tmp_path}/{name} is no {kind}, which it is in the workdir of a run"):
+        train(tiny_config(), tmp_path)
+
+
 @pytest.mark.parametrize("content", ["{", "[1]"])
 def test_a_damaged_config_of_the_workdir_is_refused(tmp_path, content):
     (tmp_path / CONFIG).write_text(content)
