@@ -19,6 +19,7 @@ from fvq_jax.runtime.files import replace_whole
 
 ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt")  # of the files that are read and written
 SHOWN = 10  # names in a message about a bad checkpoint
+_PLAIN = (bool, int, float, str, list, tuple)  # types of facts; None says nothing
 
 
 def abstract_variables(net: TokenizerNet) -> dict[str, Any]:
@@ -48,8 +49,9 @@ def read_checkpoint_file(
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The tensors of a file as `read_tensors` names them, and the facts beside them.
 
-    These are the `args` of a .pt, .pth or .ckpt file (a dictionary or a Namespace), or the metadata of a .safetensors
-    file with what is JSON decoded; an empty dictionary if there are none. `track` and errors as for `read_tensors`.
+    These are the plain values in the `args` of a .pt, .pth or .ckpt file (a dictionary or a Namespace), or the metadata
+    of a .safetensors file with what is JSON decoded; an empty dictionary if there are none. `track` and errors as for
+    `read_tensors`.
     """
     if str(path).endswith(".safetensors"):
         tensors = read_tensors(path, track)
@@ -59,10 +61,9 @@ def read_checkpoint_file(
     arguments = content.get("args") if isinstance(content, Mapping) else None
     if isinstance(arguments, types.SimpleNamespace):
         arguments = vars(arguments)
-    tensors = dict(named_tensors(content))
-    if not tensors:
-        raise InputError(f"{path} holds no tensors")
-    return tensors, dict(arguments) if isinstance(arguments, Mapping) else {}
+    plain = arguments.items() if isinstance(arguments, Mapping) else ()
+    facts = {name: value for name, value in plain if isinstance(value, _PLAIN)}
+    return named_tensors(content, path), facts
 
 
 def _decoded(text: str) -> Any:
