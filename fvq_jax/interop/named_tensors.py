@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from fvq_jax.interop.torch_file import load_torch_file, named_tensors, open_safetensors, read_tensors
+from fvq_jax.interop.safetensors_files import is_safetensors, safetensors_metadata
+from fvq_jax.interop.torch_file import load_torch_file, named_tensors, read_tensors
 from fvq_jax.models.tokenizer import TokenizerNet
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.files import replace_whole
@@ -53,10 +54,9 @@ def read_checkpoint_file(
     of a .safetensors file with what is JSON decoded; an empty dictionary if there are none. `track` and errors as for
     `read_tensors`.
     """
-    if str(path).endswith(".safetensors"):
+    if is_safetensors(path):
         tensors = read_tensors(path, track)
-        with open_safetensors(path) as file:
-            return tensors, {name: _decoded(text) for name, text in (file.metadata() or {}).items()}
+        return tensors, {name: _decoded(text) for name, text in safetensors_metadata(path).items()}
     content = load_torch_file(path)
     arguments = content.get("args") if isinstance(content, Mapping) else None
     if isinstance(arguments, types.SimpleNamespace):

@@ -4,7 +4,6 @@ PyTorch files are pickles; `torch_pickle` reads those, and runs nothing that the
 tensors mean: the other modules of `fvq_jax.interop`.
 """
 
-import contextlib
 import io
 import os
 import zipfile
@@ -12,9 +11,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import safetensors
 from absl import logging
 
+from fvq_jax.interop.safetensors_files import is_safetensors, read_safetensors, safetensors_names
 from fvq_jax.interop.torch_pickle import StandIn, Unpickler, check_memo, stood_for
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.paths import require_no_device
@@ -27,17 +26,16 @@ _SHOWN = 5  # kinds of objects in a message
 def read_tensors(
     path: str | os.PathLike[str], track: Callable[[Iterable[str]], Iterable[str]] = iter
 ) -> dict[str, np.ndarray]:
-    """Every tensor of a .pt, .pth or .safetensors file, by name.
+    """Every tensor of a .pt, .pth or .safetensors file, or of the parts that an index names, by name.
 
     Names inside nested containers are joined with dots (`model.encoder.conv_in.weight`, `optimizer.state.0.exp_avg`);
     what is no tensor is left out. Shapes and dtypes are the file's. `track` wraps the names in a .safetensors file as
-    its tensors are read; it is not used for other files, which are mapped. InputError as for `load_torch_file`, and if
-    the file holds no tensor.
+    its tensors are read; it is not used for other files, which are mapped. InputError as for `load_torch_file` and
+    `read_safetensors`, and if the file holds no tensor.
     """
-    if not str(path).endswith(".safetensors"):
+    if not is_safetensors(path):
         return named_tensors(load_torch_file(path), path)
-    with open_safetensors(path) as file:
-        tensors = {name: file.get_tensor(name) for name in track(file.keys())}
+    tensors = read_safetensors(path, track)
     if not tensors:
         raise InputError(f"{path} holds no tensors")
     return tensors
@@ -45,9 +43,8 @@ def read_tensors(
 
 def tensor_names(path: str | os.PathLike[str]) -> list[str]:
     """The names of the tensors that `read_tensors` gives; reads no tensor. InputError as for `load_torch_file`."""
-    if str(path).endswith(".safetensors"):
-        with open_safetensors(path) as file:
-            return list(file.keys())
+    if is_safetensors(path):
+        return safetensors_names(path)
     return list(named_tensors(load_torch_file(path), path))
 
 
@@ -189,19 +186,6 @@ def _load_legacy(path: str | os.PathLike[str], file: io.BufferedReader, kinds: d
         if count != values.size or file.readinto(values.view(np.uint8).data) != values.nbytes:
             raise ValueError(f"storage {key} is cut off")
     return result
-
-
-@contextlib.contextmanager
-def open_safetensors(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """A .safetensors file, open for reading. InputError if it is missing or damaged."""
-    require_no_device(path)
-    try:
-        with safetensors.safe_open(path, "np") as file:
-            yield file
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or _one_line(error)}") from error
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{path} is damaged or not a safetensors file ({_one_line(error)})") from error
 
 
 def _one_line(error: Exception) -> str:
