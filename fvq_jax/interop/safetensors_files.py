@@ -11,7 +11,7 @@ import safetensors
 
 from fvq_jax.runtime.errors import InputError, require
 from fvq_jax.runtime.files import read_json
-from fvq_jax.runtime.paths import require_no_device
+from fvq_jax.runtime.paths import require_content
 
 INDEX = ".safetensors.index.json"  # the end of its name
 _SHOWN = 4  # names in a message
@@ -63,7 +63,7 @@ def _parts(path: str | os.PathLike[str]) -> dict[str | os.PathLike[str], list[st
     if not str(path).endswith(INDEX):
         with _open(path) as file:
             return {path: list(file.keys())}
-    require_no_device(path)
+    require_content(path)
     index = Path(path)
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict):
@@ -93,7 +93,7 @@ def _parts(path: str | os.PathLike[str]) -> dict[str | os.PathLike[str], list[st
 @contextlib.contextmanager
 def _open(path: str | os.PathLike[str]) -> Iterator[Any]:
     """A .safetensors file, open for reading. InputError if it is missing or damaged."""
-    require_no_device(path)
+    require_content(path)
     try:
         with safetensors.safe_open(path, "np") as file:
             yield file

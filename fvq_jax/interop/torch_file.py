@@ -16,7 +16,7 @@ from absl import logging
 from fvq_jax.interop.safetensors_files import is_safetensors, read_safetensors, safetensors_names
 from fvq_jax.interop.torch_pickle import StandIn, Unpickler, check_memo, stood_for
 from fvq_jax.runtime.errors import InputError
-from fvq_jax.runtime.paths import require_no_device
+from fvq_jax.runtime.paths import require_content
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _MOST_VALUES = 10_000_000  # in nested containers: shared ones count every time, so a small file could hold any number
@@ -57,7 +57,7 @@ def load_torch_file(path: str | os.PathLike[str]) -> Any:
     number of numpy a number of Python; every other object is a `StandIn`, or a class of it. InputError, in one line, if
     the file is missing, damaged or in neither format, or holds tensors in an unusual form.
     """
-    require_no_device(path)
+    require_content(path)
     kinds: dict[str, type[StandIn]] = {}
     try:
         with open(path, "rb") as file:
