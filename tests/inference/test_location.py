@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,6 +52,17 @@ def test_a_folder_of_ours_is_never_taken_for_another(lost, tmp_path):
     if lost:
         (tmp_path / "saved" / lost).unlink()
     assert locate(tmp_path / "saved", "tokenizer") == (tmp_path / "saved", None)
+
+
+def test_a_slip_in_a_path_asks_nobody(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "there").mkdir(parents=True)
+    (tmp_path / "runs" / "there" / "model.pt").touch()
+    monkeypatch.setattr("fvq_jax.inference.location.download", lambda name: pytest.fail(f"{name} was looked up"))
+    assert locate("runs/there", "tokenizer")[0] == Path("runs/there/model.pt")
+    for path in ("runs/their", "nowhere", "org/x.pt", "a/b/c"):
+        with pytest.raises(InputError, match=r"there is no tokenizer at [a-z./]*: the path does not exist$"):
+            locate(path, "tokenizer")
 
 
 def test_what_is_looked_for_is_named(tmp_path):
