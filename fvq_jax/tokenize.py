@@ -201,7 +201,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Source, Cropping, Encoder]:
     quantizer = tokenizer.trained_net.quantizer
     if quantizer.level_names and jax.process_index() == 0:
         sys.stderr.write(f"fvq_jax: codes with levels or scales cannot train the generator: {tokenizer}\n")
-    path = os.path.abspath(args.tokenizer)
+    path = os.path.abspath(args.tokenizer) if args.tokenizer.exists() else str(args.tokenizer)  # of Hugging Face
     return source, cropping, Encoder(encode, tokenizer.fingerprint, path, quantizer.size, shape, condition)
 
 

@@ -18,6 +18,8 @@ os.environ["XLA_FLAGS"] = " ".join(
     )
 )
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no name that a test makes up is asked for
+
 import jax
 import pytest
 

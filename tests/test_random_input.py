@@ -4,8 +4,10 @@ RANDOM_INPUTS=N tries N of each kind (120): `RANDOM_INPUTS=2000 python -m pytest
 """
 
 import contextlib
+import datetime
 import io
 import os
+import pathlib
 import warnings
 
 import numpy as np
@@ -82,7 +84,8 @@ def torch_bytes(zipped):
     torch = pytest.importorskip("torch")
     buffer = io.BytesIO()
     tensors = {name: torch.as_tensor(value) for name, value in TENSORS.items()}
-    checkpoint = {"model": tensors, "args": {"codebook_l2_norm": True}, "epoch": 3}
+    others = [np.float64(1.5), datetime.date(2024, 1, 2), pathlib.PurePosixPath("a/b"), torch.float16, {"a"}]
+    checkpoint = {"others": others, "model": tensors, "args": {"codebook_l2_norm": True}, "epoch": 3}
     torch.save(checkpoint, buffer, _use_new_zipfile_serialization=zipped)
     return buffer.getvalue()
 

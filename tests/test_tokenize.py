@@ -210,6 +210,15 @@ def test_a_folder_becomes_codes_of_ten_crops_to_train_on(saved, folder, tmp_path
     assert "0 shards written now" in capsys.readouterr().out
 
 
+def test_a_tokenizer_may_be_a_repository_whose_name_is_kept(saved, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wanted = []
+    monkeypatch.setattr("fvq_jax.inference.location.download", lambda name: wanted.append(name) or saved)
+    assert extract("org/name@v1", folder, tmp_path / "codes", "--crops=center") == 0
+    assert wanted == [("org/name", "v1")]
+    assert json.loads((tmp_path / "codes" / "manifest.json").read_text())["tokenizer_path"] == "org/name@v1"
+
+
 @pytest.mark.slow
 def test_codes_of_prepared_pictures_photographs_and_data_sets(saved, folder, tmp_path):
     assert prepare(folder, tmp_path / "prepared") == 0

@@ -13,6 +13,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from fvq_jax.runtime.paths import POINTER_ADVICE, is_pointer
+
 # A file of a few kilobytes can claim any size. A picture of more pixels than this is refused before it is decoded. This
 # many take 341 MiB once decoded. Pillow starts to warn at the same number.
 MAX_PIXELS = 89_478_485
@@ -88,6 +90,8 @@ def _open(file: str | os.PathLike[str] | bytes, min_side: int) -> Image.Image:
     except UnreadableImageError:
         raise
     except UnidentifiedImageError as error:
+        if is_pointer(_content(file)):
+            raise UnreadableImageError(POINTER_ADVICE) from error
         raise UnreadableImageError("not a JPEG, PNG, WebP, GIF or BMP file") from error
     except Exception as error:
         raise UnreadableImageError(str(error) or type(error).__name__) from error
@@ -99,10 +103,7 @@ def _with_end(file: str | os.PathLike[str] | bytes) -> bytes | None:
     The decoder makes up what is missing from zeros, or from whatever is put behind the file. So no pixel is missing if
     both give the same pixels, unless the file ends between two passes, see `_passes`.
     """
-    try:
-        data = file if isinstance(file, bytes) else Path(file).read_bytes()
-    except OSError:
-        return None
+    data = _content(file)
     if not data.startswith(b"\xff\xd8") or data.endswith(b"\xff\xd9"):
         return None
     body = data[:-1] if data.endswith(b"\xff") else data  # half a marker
@@ -119,6 +120,14 @@ def _with_end(file: str | os.PathLike[str] | bytes) -> bytes | None:
         except Exception:
             return None
     return body + b"\xff\xd9" if np.array_equal(pictures[0], pictures[1]) else None
+
+
+def _content(file: str | os.PathLike[str] | bytes) -> bytes:
+    """The bytes of a file; empty if it cannot be read."""
+    try:
+        return file if isinstance(file, bytes) else Path(file).read_bytes()
+    except OSError:
+        return b""
 
 
 def _passes(data: bytes) -> set[tuple[int, bool]]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from fvq_jax.evals.inception import load_inception
 from fvq_jax.interop.inception import WHERE
-from fvq_jax.interop.lpips import lpips_params
+from fvq_jax.interop.lpips import installed_heads, lpips_params
 from fvq_jax.interop.torch_file import read_tensors
 from fvq_jax.models.frozen.lpips import ALEXNET, VGG16, Backbone, lpips_distance
 from fvq_jax.ops.pixels import to_float
@@ -50,6 +50,8 @@ def load_networks(
 ) -> Networks:
     """The networks whose `files` are given (by names of `FILES`; None: not given), for pictures of `size` pixels.
 
+    Heads of LPIPS that are not given are those of the installed package `lpips`, if it is there.
+
     Raises:
       InputError: a file is not there, or damaged, or holds something else. The first kind is named as in `called`, or
         else by its command line option.
@@ -70,9 +72,11 @@ def load_networks(
         if size < backbone.least:
             missing[metric] = f"needs pictures of at least {backbone.least} pixels, not {size}"
             continue
+        if heads not in there and weights in there and (installed := installed_heads(backbone)):
+            there[heads] = installed
         absent = [name for name in (weights, heads) if name not in there]
         tensors = {} if heads in absent else read_tensors(there[heads])
-        source = files[heads]
+        source = there.get(heads)
         if "net.slice1.0.weight" in tensors:  # heads and backbone in one file
             absent = []
         elif not absent:
@@ -81,7 +85,7 @@ def load_networks(
         if absent:
             missing[metric] = "; ".join(_advice(name) for name in absent)
         else:
-            params = lpips_params(tensors, backbone, source, files[heads])
+            params = lpips_params(tensors, backbone, source, there[heads])
             lpips[metric] = RowParallel(functools.partial(_distance, backbone), params)
     return Networks(inception, lpips, missing)
 

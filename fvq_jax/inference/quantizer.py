@@ -2,7 +2,6 @@
 
 import functools
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
+from fvq_jax.inference.location import locate
 from fvq_jax.interop.quantizer_checkpoint import read_quantizer
 from fvq_jax.models.quantizers.base import Quantized, Quantizer
 from fvq_jax.runtime.errors import InputError
@@ -56,7 +56,8 @@ def load_quantizer(path: str | os.PathLike[str], name: str, **settings: Any) -> 
     scales=(1, 2, 3, 4, 6, 8))`. Sizes and bridge follow from the tensors.
 
     Args:
-      path: a .pt, .pth, .ckpt or .safetensors file of the quantizer, or of a tokenizer that has it.
+      path: a .pt, .pth, .ckpt or .safetensors file of the quantizer or of a tokenizer that has it, or another program's
+        folder with such a file.
       name: the kind of quantizer, as in a config: vector, residual, multi_scale, ibq, ema or simvq.
       settings: its settings that tensors do not tell, as in a config.
 
@@ -64,4 +65,4 @@ def load_quantizer(path: str | os.PathLike[str], name: str, **settings: Any) -> 
       InputError: the file cannot be read, its tensors are not exactly those of such a quantizer (the message names
         them), or there is no such kind or setting.
     """
-    return LoadedQuantizer(*read_quantizer(Path(path).expanduser(), name, settings))
+    return LoadedQuantizer(*read_quantizer(locate(path, "quantizer")[0], name, settings))

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fvq_jax.inference.location import BRIDGE, WEIGHTS, locate, nothing_there
 from fvq_jax.interop.named_tensors import abstract_params, abstract_variables, check_tensors, write_safetensors
 from fvq_jax.interop.tokenizer_checkpoint import read_checkpoint
 from fvq_jax.interop.torch_file import read_tensors
@@ -25,11 +26,9 @@ from fvq_jax.models.tokenizer import TokenizerNet, fold
 from fvq_jax.runtime.errors import InputError, require
 from fvq_jax.runtime.files import read_json, replace_whole
 from fvq_jax.runtime.names import flatten, nest
-from fvq_jax.runtime.paths import require_there
-from fvq_jax.runtime.storage import CHECKPOINTS, CONFIG, split_step
+from fvq_jax.runtime.storage import CHECKPOINTS, CONFIG
 
 FORMAT, VERSION = "fvq_jax tokenizer", 2
-WEIGHTS, BRIDGE = "weights.safetensors", "bridge.safetensors"
 FIELDS = ("ch", "ch_mult", "num_res_blocks", "z_channels")  # settings of the network, except those of its quantizer
 LATER_FIELDS = ("attention_levels", "quant_kernel")  # the same, which configs of earlier versions do not have
 # Settings of the quantizer before version 2, when they stood among those of the network.
@@ -70,7 +69,7 @@ def load(
 ) -> SavedTokenizer:
     """Loads the tokenizer in a published checkpoint, a native folder, or a training workdir (its newest checkpoint).
 
-    WORKDIR/checkpoints/step_N is one checkpoint of a workdir.
+    WORKDIR/checkpoints/step_N is one checkpoint of a workdir, and the folder of another program the checkpoint in it.
 
     From a workdir, the moving average of the parameters is taken if there is one. The keywords are for published
     checkpoints, see `read_checkpoint`, also for `like`; `track` wraps the names of their tensors while they are read,
@@ -79,8 +78,7 @@ def load(
     Raises:
       InputError: there is no tokenizer at `path`, it is damaged or incomplete, or a keyword contradicts it.
     """
-    path, step = split_step(Path(path).expanduser())
-    path = require_there(path, "tokenizer")
+    path, step = locate(path, "tokenizer")
     if not path.is_dir():
         found, net, params = read_checkpoint(
             path, layout=layout, l2_norm=l2_norm, scales=scales, like=like, track=track
@@ -94,10 +92,7 @@ def load(
     elif (path / CHECKPOINTS).is_dir() and (path / CONFIG).exists():
         saved = _read_workdir(path, step)
     else:
-        raise InputError(
-            f"there is no tokenizer in the folder {path}: it has neither {WEIGHTS} (a saved tokenizer) nor "
-            f"{CONFIG} and {CHECKPOINTS}/ (a training workdir)"
-        )
+        raise nothing_there(path, "tokenizer")
     if l2_norm is not None and l2_norm != getattr(saved.net.quantizer, "l2_normalize", False):
         raise InputError(f"l2_norm={l2_norm} contradicts {path / CONFIG}, which says {not l2_norm}")
     return saved

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fvq_jax.inference.location import WEIGHTS, locate, nothing_there
 from fvq_jax.interop.gpt_checkpoint import is_gpt_file, read_gpt
 from fvq_jax.interop.named_tensors import check_tensors, write_safetensors
 from fvq_jax.interop.torch_file import read_tensors
@@ -23,11 +24,9 @@ from fvq_jax.models.gpt import GPT
 from fvq_jax.runtime.errors import InputError, require
 from fvq_jax.runtime.files import read_json, replace_whole
 from fvq_jax.runtime.names import flatten, nest
-from fvq_jax.runtime.paths import require_there
-from fvq_jax.runtime.storage import CHECKPOINTS, CONFIG, PROVENANCE, split_step
+from fvq_jax.runtime.storage import CHECKPOINTS, CONFIG, PROVENANCE
 
 FORMAT, VERSION = "fvq_jax generator", 1
-WEIGHTS = "weights.safetensors"
 SECTION = "generator"  # of a config; also the name of the network in a checkpoint
 # What decides what a network computes; the last three have defaults, and dropout does nothing outside training.
 FIELDS = ("vocab", "classes", "grid", "layers", "width", "heads", "hidden", "class_dropout", "rope_base", "eps")
@@ -73,7 +72,8 @@ def load_generator(
     """Loads the generator in a file of LlamaGen, a native folder, or a training workdir (its newest checkpoint).
 
     Args:
-      path: the file or folder; or WORKDIR/checkpoints/step_N, one checkpoint of a workdir.
+      path: the file, or the folder of another program with it; or a folder of ours; or WORKDIR/checkpoints/step_N, one
+        checkpoint of a workdir.
       heads, grid, classes: what the tensors of a file do not tell, see `interop.gpt_checkpoint.read_gpt`. For a folder
         they must be what it says, if they are given.
       use_ema: whether the moving average of the parameters is taken from a workdir; None: if there is one.
@@ -82,8 +82,7 @@ def load_generator(
     Raises:
       InputError: there is no generator at `path`, it is damaged or incomplete, or a keyword contradicts it.
     """
-    path, step = split_step(Path(path).expanduser())
-    path = require_there(path, "generator")
+    path, step = locate(path, "generator")
     workdir = (path / CHECKPOINTS).is_dir() and (path / CONFIG).exists()
     require(use_ema is None or workdir, f"{path} is no training workdir, so use_ema does nothing: leave it out")
     if not path.is_dir():
@@ -93,10 +92,7 @@ def load_generator(
     elif (path / WEIGHTS).exists():
         saved = _read_folder(path)
     else:
-        raise InputError(
-            f"there is no generator in the folder {path}: it has neither {WEIGHTS} (a saved generator) nor {CONFIG} "
-            f"and {CHECKPOINTS}/ (a training workdir)"
-        )
+        raise nothing_there(path, "generator")
     for name, given in (("heads", heads), ("grid", grid and tuple(grid)), ("classes", classes)):
         there = getattr(saved.net, name)
         require(given in (None, there), f"{name}={given} contradicts {path / CONFIG}, which says {there}")
@@ -108,8 +104,7 @@ def is_generator(path: str | os.PathLike[str]) -> bool:
 
     Looks at names of tensors and at config.json only. InputError if these are damaged, or nothing is there.
     """
-    path, _ = split_step(Path(path).expanduser())
-    path = require_there(path, "tokenizer or generator")
+    path, _ = locate(path, "tokenizer or generator")
     if path.is_file():
         return is_gpt_file(path)
     config = read_json(path / CONFIG) if (path / CONFIG).exists() else {}

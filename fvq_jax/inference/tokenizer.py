@@ -99,8 +99,10 @@ class Tokenizer:
 
         Args:
           path: a .pt, .pth, .ckpt or .safetensors file in a published layout (docs/parity.md lists them), from whose
-            tensors layout and network are inferred; or a folder. From a workdir the newest checkpoint is taken, with
-            the moving average if there is one.
+            tensors layout and network are inferred; the index of a .safetensors file in several parts; or a folder: a
+            folder of Hugging Face with such a file, or one of this package. From a workdir the newest checkpoint is
+            taken, with the moving average if there is one. Or the name of a repository of Hugging Face, "org/name" or
+            "org/name@revision", which is downloaded (`pip install 'fvq_jax[hub]'`).
           layout: the name of a file's layout, where its tensors do not tell, such as "fvq_rq".
           l2_norm: whether codes have unit length, for a checkpoint that does not say so in its `args`; None takes
             what the checkpoint says, or False.

@@ -15,6 +15,7 @@ from absl import logging
 
 from fvq_jax.interop.gpt_layout import NAMES, gpt_facts, gpt_params, gpt_tensors, infer_gpt
 from fvq_jax.interop.named_tensors import check_ending, read_checkpoint_file, write_checkpoint_file
+from fvq_jax.interop.safetensors_files import is_safetensors
 from fvq_jax.interop.torch_file import tensor_names
 from fvq_jax.models.gpt import GPT
 
@@ -54,7 +55,7 @@ def read_gpt(
         the keywords is needed or does not fit. One line each.
     """
     tensors, facts = read_checkpoint_file(path, track)
-    if str(path).endswith(".safetensors"):
+    if is_safetensors(path):
         track = iter  # a .pt file was only mapped, and is read as it is converted
     tensors = _unwrap(tensors)
     net = infer_gpt(tensors, facts, str(path), heads=heads, grid=grid, classes=classes)

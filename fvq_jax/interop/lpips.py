@@ -1,11 +1,14 @@
 """The weights of LPIPS, from torchvision's files of the backbone and the published files of the heads."""
 
+import importlib.util
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from fvq_jax.interop.torch_file import read_tensors, require
 from fvq_jax.models.frozen.lpips import VGG16, Backbone, lpips_shapes
@@ -17,9 +20,10 @@ def load_lpips(vgg16_path: str | os.PathLike[str] | None, lpips_path: str | os.P
 
     `vgg16_path`: torchvision's VGG16 (`features.N.*`; the classifier is ignored). `lpips_path`: the heads of LPIPS
     (`linS.model.1.weight`), or a file with both (taming-transformers' `vgg_lpips.pth`: `net.sliceS.N.*` too), in which
-    case `vgg16_path` may be empty. InputError if a file is missing (says what to get and which config field to set),
-    unreadable, or lacks tensors.
+    case `vgg16_path` may be empty. Without it the heads are those of the installed package. InputError if a file is
+    missing (says what to get and which config field to set), unreadable, or lacks tensors.
     """
+    lpips_path = lpips_path or installed_heads(VGG16)
     if not lpips_path or not os.path.isfile(lpips_path):
         raise InputError(
             f"loss.lpips_path={_shown(lpips_path)} is no file: get {VGG16.heads} and set loss.lpips_path to it"
@@ -34,6 +38,23 @@ def load_lpips(vgg16_path: str | os.PathLike[str] | None, lpips_path: str | os.P
         tensors |= read_tensors(vgg16_path)
         vgg16_source = vgg16_path
     return lpips_params(tensors, VGG16, vgg16_source, lpips_path)
+
+
+def installed_heads(backbone: Backbone) -> Path | None:
+    """The file of heads that the installed package `lpips` has for a backbone; None if there is none.
+
+    The package is not imported: it needs PyTorch and torchvision.
+    """
+    try:
+        spec = importlib.util.find_spec("lpips")
+    except ValueError:  # what is loaded under this name is no package
+        return None
+    for folder in (spec and spec.submodule_search_locations) or ():
+        path = Path(folder, "weights", "v0.1", backbone.heads_file)
+        if path.is_file():
+            logging.info("LPIPS: no file of heads was given, so those of the installed package are used: %s", path)
+            return path
+    return None
 
 
 def lpips_params(

@@ -12,13 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from fvq_jax.interop.torch_file import load_torch_file, named_tensors, open_safetensors, read_tensors
+from fvq_jax.interop.safetensors_files import is_safetensors, safetensors_metadata
+from fvq_jax.interop.torch_file import load_torch_file, named_tensors, read_tensors
 from fvq_jax.models.tokenizer import TokenizerNet
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.files import replace_whole
 
 ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt")  # of the files that are read and written
 SHOWN = 10  # names in a message about a bad checkpoint
+_PLAIN = (bool, int, float, str, list, tuple)  # types of facts; None says nothing
 
 
 def abstract_variables(net: TokenizerNet) -> dict[str, Any]:
@@ -48,21 +50,20 @@ def read_checkpoint_file(
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The tensors of a file as `read_tensors` names them, and the facts beside them.
 
-    These are the `args` of a .pt, .pth or .ckpt file (a dictionary or a Namespace), or the metadata of a .safetensors
-    file with what is JSON decoded; an empty dictionary if there are none. `track` and errors as for `read_tensors`.
+    These are the plain values in the `args` of a .pt, .pth or .ckpt file (a dictionary or a Namespace), or the metadata
+    of a .safetensors file with what is JSON decoded; an empty dictionary if there are none. `track` and errors as for
+    `read_tensors`.
     """
-    if str(path).endswith(".safetensors"):
+    if is_safetensors(path):
         tensors = read_tensors(path, track)
-        with open_safetensors(path) as file:
-            return tensors, {name: _decoded(text) for name, text in (file.metadata() or {}).items()}
+        return tensors, {name: _decoded(text) for name, text in safetensors_metadata(path).items()}
     content = load_torch_file(path)
     arguments = content.get("args") if isinstance(content, Mapping) else None
     if isinstance(arguments, types.SimpleNamespace):
         arguments = vars(arguments)
-    tensors = dict(named_tensors(content))
-    if not tensors:
-        raise InputError(f"{path} holds no tensors")
-    return tensors, dict(arguments) if isinstance(arguments, Mapping) else {}
+    plain = arguments.items() if isinstance(arguments, Mapping) else ()
+    facts = {name: value for name, value in plain if isinstance(value, _PLAIN)}
+    return named_tensors(content, path), facts
 
 
 def _decoded(text: str) -> Any:

@@ -18,6 +18,7 @@ from fvq_jax.interop.layouts.fvq import FVQ, FVQ_RQ
 from fvq_jax.interop.layouts.layout import Layout
 from fvq_jax.interop.lightning import averaged
 from fvq_jax.interop.named_tensors import check_ending, read_checkpoint_file, write_checkpoint_file
+from fvq_jax.interop.safetensors_files import is_safetensors
 from fvq_jax.models.quantizers.base import Quantizer
 from fvq_jax.models.quantizers.residual import ResidualQuantizer
 from fvq_jax.models.tokenizer import TokenizerNet
@@ -55,7 +56,7 @@ def read_checkpoint(
         such a tokenizer has no unit-length codes or scales that were given.
     """
     tensors, facts = read_checkpoint_file(path, track)
-    if str(path).endswith(".safetensors"):
+    if is_safetensors(path):
         track = iter  # a .pt file was only mapped, and is read as it is converted
     tensors = unwrap(tensors, recognised=recognised)
     ours = facts if str(facts.get("layout")) in LAYOUTS else {}  # other programs may mean other things by these names

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fvq_jax.runtime.errors import InputError
-from fvq_jax.runtime.paths import require_no_device
+from fvq_jax.runtime.paths import require_content
 
 UNFINISHED = ".unfinished"  # the end of the name of a file that is being written
 
@@ -25,7 +25,7 @@ def reading(path: str | os.PathLike[str], what: str = "") -> Iterator[None]:
       path: the file.
       what: what is read from it, such as "codes"; empty for the file as a whole.
     """
-    require_no_device(path)
+    require_content(path)
     try:
         yield
     except InputError:

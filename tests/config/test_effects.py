@@ -40,7 +40,7 @@ IDLE = [
     ({"optim.decay": "constant"}, "optim.hold", 0.5, "optim.decay=constant and optim.codebook_decay=constant do not"),
     ({"optim.warmup_epochs": 0.0}, "optim.start_factor", 0.5, "optim.warmup_steps=0 and optim.warmup_epochs=0.0"),
     ({"loss.reconstruction_weight": 0.0}, "loss.reconstruction", "l1", "loss.reconstruction_weight=0.0"),
-    ({}, "loss.vgg16_path", "x", "loss.lpips_path=nothing does not use it"),
+    ({}, "loss.lpips_path", "x", "loss.vgg16_path=nothing does not use it"),
     ({"data.resize_min": 0}, "data.resize_max", 300, "data.resize_min=0"),
     ({}, "data.max_unreadable", 0.5, "data.source=photos"),
     ({}, "tokenizer.quantizer.entropy_temperature", 0.1, "tokenizer.quantizer.entropy_weight=0.0"),

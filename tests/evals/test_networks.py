@@ -48,6 +48,17 @@ def test_lpips_of_alexnet_from_its_two_files(tmp_path):
     )
 
 
+def test_heads_that_are_not_given_are_those_of_the_installed_package(tmp_path, monkeypatch):
+    weights, heads = published(VGG16)
+    safetensors.numpy.save_file(weights, tmp_path / "vgg16.safetensors")
+    safetensors.numpy.save_file(heads, tmp_path / "heads.safetensors")
+    found = {VGG16: tmp_path / "heads.safetensors"}
+    monkeypatch.setattr("fvq_jax.evals.networks.installed_heads", found.get)
+    networks = load_networks(files(vgg16=tmp_path / "vgg16.safetensors"), 64)
+    assert set(networks.lpips) == {"lpips_vgg"}
+    assert set(load_networks(files(), 64).not_computed) >= {"lpips_vgg", "lpips_alex"}
+
+
 def test_what_is_missing_is_named_with_what_to_get(tmp_path):
     weights, heads = published(VGG16, prefixes=True)
     safetensors.numpy.save_file(heads, tmp_path / "heads.safetensors")

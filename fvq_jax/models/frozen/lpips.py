@@ -33,7 +33,8 @@ class Backbone:
       pooling: side of the window of the max poolings, whose stride is 2.
       pooled: the stages that begin with a max pooling.
       least: the smallest side of an image, in pixels.
-      weights, heads: which files hold the classifier and the channel weights.
+      weights: which file holds the classifier.
+      heads_file: the name of the file with the channel weights, which the package lpips brings too.
     """
 
     name: str
@@ -42,17 +43,20 @@ class Backbone:
     pooled: tuple[int, ...]
     least: int
     weights: str
-    heads: str
+    heads_file: str
+
+    @property
+    def heads(self) -> str:
+        """Which file holds the channel weights."""
+        return (
+            f"the LPIPS v0.1 heads for {self.name} ({self.heads_file} in lpips/weights/v0.1 of "
+            "github.com/richzhang/PerceptualSimilarity; those of the installed package lpips are found: "
+            "pip install --no-deps lpips)"
+        )
 
 
 def _three_by_three(width: int, *indices: int) -> tuple[tuple[int, int, int, int, int], ...]:
     return tuple((index, width, 3, 1, 1) for index in indices)
-
-
-def _heads(name: str, file: str) -> str:
-    return (
-        f"the LPIPS v0.1 heads for {name} ({file} in lpips/weights/v0.1 of github.com/richzhang/PerceptualSimilarity)"
-    )
 
 
 VGG16 = Backbone(
@@ -62,7 +66,7 @@ VGG16 = Backbone(
     pooled=(1, 2, 3, 4),
     least=16,
     weights="torchvision's VGG16 weights (download.pytorch.org/models/vgg16-397923af.pth)",
-    heads=_heads("VGG16", "vgg.pth"),
+    heads_file="vgg.pth",
 )
 ALEXNET = Backbone(
     "AlexNet",  # arXiv 1404.5997
@@ -77,7 +81,7 @@ ALEXNET = Backbone(
     pooled=(1, 2),
     least=31,
     weights="torchvision's AlexNet weights (download.pytorch.org/models/alexnet-owt-7be5be79.pth)",
-    heads=_heads("AlexNet", "alex.pth"),
+    heads_file="alex.pth",
 )
 # From [-1, 1] to the ImageNet statistics that both expect, as published with LPIPS.
 SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)

@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+from fvq_jax.inference.location import locate
 from fvq_jax.inference.saved_generator import load_generator
 from fvq_jax.models.gpt import GPT, hidden_width
 from fvq_jax.runtime.errors import InputError
@@ -17,9 +18,8 @@ def load_params(path: str | os.PathLike[str], net: GPT) -> dict[str, Any]:
       InputError: there is no generator, or one of another architecture (the message names every difference).
     """
     # What the tensors of a file do not tell is taken to be as here; a folder says it.
-    unknown: dict[str, Any] = (
-        {"heads": net.heads, "grid": net.grid, "classes": net.classes} if os.path.isfile(path) else {}
-    )
+    is_file = locate(path, "generator")[0].is_file()
+    unknown: dict[str, Any] = {"heads": net.heads, "grid": net.grid, "classes": net.classes} if is_file else {}
     saved = load_generator(path, **unknown)
     there, here = _architecture(saved.net), _architecture(net)
     differences = [

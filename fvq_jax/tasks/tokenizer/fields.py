@@ -59,10 +59,12 @@ _FIELDS: dict[str, Field] = {
         1.0, "Weight of LPIPS (VGG16); 0: no LPIPS, and the next two files are not needed."
     ),
     # An evaluation computes LPIPS with both files, whether it is part of the loss or not.
-    "loss.vgg16_path": Field(
-        "", "File with torchvision's VGG16, vgg16-397923af.pth.", needs=(Needs(("loss.lpips_path",)),)
+    "loss.vgg16_path": Field("", "File with torchvision's VGG16, vgg16-397923af.pth."),
+    "loss.lpips_path": Field(
+        "",
+        "File with the heads of LPIPS v0.1, vgg.pth; empty: that of the installed package lpips.",
+        needs=(Needs(("loss.vgg16_path",)),),
     ),
-    "loss.lpips_path": Field("", "File with the heads of LPIPS v0.1, vgg.pth.", needs=(Needs(("loss.vgg16_path",)),)),
     "adversarial.weight": Field(
         0.5,
         "Weight of the adversarial terms of both networks; 0: no discriminator at all.",

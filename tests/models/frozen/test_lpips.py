@@ -1,3 +1,5 @@
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,8 +7,8 @@ import pytest
 import safetensors.numpy
 import torch
 
-from fvq_jax.interop.lpips import load_lpips, lpips_params
-from fvq_jax.models.frozen.lpips import ALEXNET, SCALE, SHIFT, lpips_distance, lpips_shapes
+from fvq_jax.interop.lpips import installed_heads, load_lpips, lpips_params
+from fvq_jax.models.frozen.lpips import ALEXNET, SCALE, SHIFT, VGG16, lpips_distance, lpips_shapes
 from fvq_jax.runtime.errors import InputError
 from tests.helpers import torch_golden
 from tests.helpers.golden64 import in_float32, in_float64, relative_norm
@@ -126,7 +128,30 @@ def test_shapes_are_those_of_the_files(params):
     assert sum(x.size for x in jax.tree.leaves(expected)) == 14_714_688 + 1472  # VGG16's convolutions, the heads
 
 
-def test_missing_files_say_what_to_get_and_which_field_to_set(files, tmp_path):
+def installed(monkeypatch, folder):
+    """Makes `folder` a place of packages that comes before all others, with a package lpips that cannot be imported."""
+    (folder / "lpips" / "weights" / "v0.1").mkdir(parents=True)
+    (folder / "lpips" / "__init__.py").write_text("raise AssertionError('it was imported')")
+    monkeypatch.syspath_prepend(folder)
+    return folder / "lpips" / "weights" / "v0.1"
+
+
+def test_heads_of_the_installed_package_are_used_unless_a_file_is_given(files, params, tmp_path, monkeypatch, caplog):
+    weights = installed(monkeypatch, tmp_path)
+    assert installed_heads(VGG16) is None
+    (weights / "vgg.pth").write_bytes((files / "vgg.pth").read_bytes())
+    with caplog.at_level("INFO"):
+        jax.tree.map(np.testing.assert_array_equal, load_lpips(files / "vgg16-397923af.pth", ""), params)
+    assert f"heads was given, so those of the installed package are used: {weights / 'vgg.pth'}" in caplog.text
+    assert installed_heads(ALEXNET) is None
+    (weights / "vgg.pth").write_bytes(b"")
+    jax.tree.map(np.testing.assert_array_equal, load_lpips(files / "vgg16-397923af.pth", files / "vgg.pth"), params)
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    assert installed_heads(VGG16) is None
+
+
+def test_missing_files_say_what_to_get_and_which_field_to_set(files, tmp_path, monkeypatch):
+    installed(monkeypatch, tmp_path)  # without a file of heads
     with pytest.raises(InputError, match=r"^loss\.lpips_path=\(not set\) .*v0\.1 heads.* set loss\.lpips_path to it$"):
         load_lpips(files / "vgg16-397923af.pth", None)
     with pytest.raises(InputError, match=r"^loss\.lpips_path='.*none\.pth' is no file"):
