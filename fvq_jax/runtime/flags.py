@@ -100,7 +100,7 @@ def _explained(error: Exception, given: str) -> str:
     text = str(error).strip()
     if "Traceback (most recent call last)" in text or text.startswith("Configuration is not available"):
         raised: BaseException = error
-        while (before := raised.__cause__ or raised.__context__) is not None:
+        while (before := raised.__cause__ or (None if raised.__suppress_context__ else raised.__context__)) is not None:
             raised = before
         return explain(raised, given) if isinstance(raised, Exception) else text
     # A value of the command line is what the first ones are about.

@@ -169,7 +169,7 @@ def test_killed_at_any_moment_on_a_mounted_bucket_no_checkpoint_is_read_that_is_
     """A folder is renamed file by file there. Where files are listed late, checkpoints cannot be: that is refused."""
     bucket = Prepared(tmp_path, world="tests.helpers.bucket")
     try:
-        fault, kills = "the same, where folders are renamed file by file", 10 if ALL else 2
+        fault, kills = "`kill -9` where folders are renamed file by file", 10 if ALL else 2
         kill_and_go_on(bucket, uninterrupted, tmp_path, table, fault, kills, kill_while_moving)
         (code, line), said = refused(bucket, tmp_path / "late", LISTED_AFTER="3")
     finally:
@@ -177,7 +177,9 @@ def test_killed_at_any_moment_on_a_mounted_bucket_no_checkpoint_is_read_that_is_
     assert code == 2
     assert "does not list a file as soon as it is written" in line
     assert "Traceback" not in said
-    table.append(("workdir that lists files late", 1, 0, f"ended with 2: `{line}`".replace(str(tmp_path), "DIR")))
+    table.append(
+        ("workdir that lists files late", 1, 0, f"ended with 2: `{line}`".replace(str(tmp_path / "late"), "DIR"))
+    )
 
 
 @pytest.mark.slow
