@@ -8,6 +8,7 @@ import safetensors.numpy
 import torch
 
 from fvq_jax.interop.lpips import installed_heads, load_lpips, lpips_params
+from fvq_jax.interop.torch_file import read_tensors
 from fvq_jax.models.frozen.lpips import ALEXNET, SCALE, SHIFT, VGG16, lpips_distance, lpips_shapes
 from fvq_jax.runtime.errors import InputError
 from tests.helpers import torch_golden
@@ -148,6 +149,21 @@ def test_heads_of_the_installed_package_are_used_unless_a_file_is_given(files, p
     jax.tree.map(np.testing.assert_array_equal, load_lpips(files / "vgg16-397923af.pth", files / "vgg.pth"), params)
     monkeypatch.setitem(sys.modules, "lpips", None)
     assert installed_heads(VGG16) is None
+
+
+@pytest.mark.parametrize("backbone", [VGG16, ALEXNET], ids=lambda backbone: backbone.name)
+def test_the_trained_heads_of_the_package_are_read(backbone):
+    """Their channels are weighted by how much people see of them, never by less than nothing."""
+    if (path := installed_heads(backbone)) is None:
+        pytest.skip("the package is not installed: pip install --no-deps lpips")
+    tensors = read_tensors(path)
+    for name, value in torch.load(path, map_location="cpu", weights_only=True).items():
+        np.testing.assert_array_equal(tensors[name], value)
+    for stage, widest in enumerate(convolutions[-1][1] for convolutions in backbone.stages):
+        weights = tensors[f"lin{stage}.model.1.weight"].reshape(-1)
+        assert weights.shape == (widest,)
+        assert weights.min() >= 0
+        assert weights.max() > 0
 
 
 def test_missing_files_say_what_to_get_and_which_field_to_set(files, tmp_path, monkeypatch):
