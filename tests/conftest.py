@@ -4,20 +4,14 @@ import gc
 import os
 import signal
 import tempfile
-from importlib.metadata import version
+
+from tests.helpers.quick_compile import FLAGS
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # A user's own flags stay, for instance --xla_cpu_max_isa=AVX, with which the suite runs as on an older processor.
-# Level 1 compiles a third faster, and the suite's programs are too small for higher ones to make them run faster. The
-# emitters before "fusion emitters" compile a small program in less than half of the time, in the series that has them.
 os.environ["XLA_FLAGS"] = " ".join(
     dict.fromkeys(  # each once, for the workers of pytest-xdist inherit them
-        [
-            *os.environ.get("XLA_FLAGS", "").split(),
-            "--xla_force_host_platform_device_count=8",
-            "--xla_backend_optimization_level=1",
-            *(["--xla_cpu_use_fusion_emitters=false"] if version("jaxlib").startswith("0.10.") else []),
-        ]
+        [*os.environ.get("XLA_FLAGS", "").split(), "--xla_force_host_platform_device_count=8", *FLAGS]
     )
 )
 

@@ -127,6 +127,7 @@ def test_the_crops_in_pytorch_are_ours(size, picture, tmp_path, monkeypatch):
     assert np.abs(tensor.numpy().transpose(1, 2, 0) - expected).mean() < 0.01
 
 
+@pytest.mark.slow
 def test_growth_measures_and_draws(monkeypatch, tmp_path):
     """Rows are those of the two scripts above, which are not run again; the picture is made by the script."""
 

@@ -25,6 +25,7 @@ def start(prepared, first, second):
     return [prepared.start(*together, f"--process_id={index}", *own) for index, own in enumerate((first, second))]
 
 
+@pytest.mark.slow
 def test_another_config_on_one_host_is_named(prepared, tmp_path):
     workdir = f"--workdir={tmp_path}"
     programs = start(prepared, [workdir], [workdir, "--config.optim.learning_rate=0.5"])

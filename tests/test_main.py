@@ -10,10 +10,11 @@ import jax
 import pytest
 
 from tests.helpers.program import ROOT, SMALLEST
+from tests.helpers.quick_compile import FLAGS
 
 # One device: the suite's eight simulated ones are not needed. What one start compiles the next ones find.
 ENVIRONMENT = os.environ | {
-    "XLA_FLAGS": "--xla_backend_optimization_level=1",
+    "XLA_FLAGS": " ".join(FLAGS),
     "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
@@ -94,6 +95,7 @@ def test_a_run_prints_its_result_last_and_exits_0(tmp_path):
     assert "orbax" not in err
 
 
+@pytest.mark.slow
 def test_sigterm_saves_says_so_and_exits_75(tmp_path):
     args = [*SMALLEST, f"--workdir={tmp_path}", "--config.steps=100000", "--config.log.every_steps=20"]
     process = start(*args)
@@ -200,8 +202,8 @@ def test_bad_input_is_one_line_and_exit_2(run_prepared, tmp_path, args, words):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_needs_config_and_workdir():
-    code, _, err = run()
+def test_needs_config_and_workdir(run_prepared):
+    code, _, err = run_prepared()
     assert code == 2
     assert "--workdir" in err
 

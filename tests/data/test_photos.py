@@ -19,7 +19,9 @@ def positions(image):
     return image.astype(np.int64) @ np.array([65536, 256, 1])
 
 
-@pytest.mark.parametrize(("image_size", "count"), [(16, 10), (32, 10), (128, 10), (256, 9)])
+@pytest.mark.parametrize(
+    ("image_size", "count"), [(16, 10), (32, 10), (128, 10), pytest.param(256, 9, marks=pytest.mark.slow)]
+)
 def test_no_photo_pixel_is_in_both_splits(monkeypatch, image_size, count):
     monkeypatch.setattr(photos, "read_image", numbered_pixels)
     train, evaluation = PhotoSource(image_size, "train"), PhotoSource(image_size, "eval", 4096)

@@ -253,7 +253,7 @@ def test_what_ends_a_run_at_once_is_named_too(folder):
     assert list(batches.skipped) == ["class1/001.png"]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, *slow(2)])
 def test_files_of_every_odd_kind_are_converted_or_skipped(tmp_path, monkeypatch, num_workers):
     """Once each among enough others, in a whole epoch; the class of a file is its name.
 
@@ -411,7 +411,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("killed", [True, False])
+@pytest.mark.parametrize("killed", [True, *slow(False)])
 def test_no_worker_is_left_behind(tmp_path, killed):
     script = tmp_path / "loader.py"
     script.write_text(LOADER.format(pause=600 if killed else 0))

@@ -117,6 +117,8 @@ def test_the_program_in_several_processes_gives_the_same_bytes(folder, prepared,
 SLOW = """
 import sys, time
 from fvq_jax.data import prepare
+from tests.helpers.slow_cases import slow
+from tests.helpers.slow_cases import slow
 read = prepare._read_picture
 def wait(index):
     while index == 60 and not prepare._worker.stop.is_set():
@@ -128,7 +130,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, *slow(signal.SIGTERM)])
 def test_stopped_and_started_again_it_gives_the_same_bytes(folder, prepared, tmp_path, number):
     """The program waits in the middle of the second shard until the signal has come."""
     out, program = tmp_path / "out", tmp_path / "slow.py"

@@ -26,6 +26,7 @@ def test_features_and_logits_equal_the_published_ones(case, tmp_path):
         assert relative_error(outputs[name], expected) < 1e-4, name
 
 
+@pytest.mark.slow
 def test_features_equal_those_of_an_independent_program(case, tmp_path):
     """With the features of sFID: which layer, which of its channels, and their order."""
     images = np.random.default_rng(0).integers(0, 256, (2, 40, 56, 3), dtype=np.uint8)

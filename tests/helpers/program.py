@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import jax
 
+from tests.helpers.quick_compile import FLAGS
 from tests.helpers.tiny_generator import CLASSES, GRID, VOCAB
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -34,7 +35,7 @@ SMALLEST_GENERATOR: Flags = (  # on the codes of `tiny_generator.write_splits`
     "--config.optim.ema_decay=0.9",
 )
 ENVIRONMENT = os.environ | {
-    "XLA_FLAGS": "",  # one device
+    "XLA_FLAGS": " ".join(FLAGS),  # one device
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,

@@ -16,6 +16,7 @@ from fvq_jax.interop.named_tensors import abstract_params
 from fvq_jax.runtime.errors import InputError
 from tests.helpers.golden_case import relative_error
 from tests.helpers.random_tokenizer import random_tokenizer, tiny_net
+from tests.helpers.slow_cases import slow
 
 CLASSES = 5
 CONFIG = {
@@ -106,7 +107,7 @@ def test_the_tensors_are_those_of_the_published_layout():
     assert f"bridge dit-XS/2-c{CLASSES}" in repr(loaded())
 
 
-@pytest.mark.parametrize("l2_norm", [False, True])
+@pytest.mark.parametrize("l2_norm", [False, *slow(True)])
 def test_folded_tables_equal_those_of_the_module(l2_norm):
     net, tables = module(l2_norm)[0], []
     for condition in (0, 3, np.int64(4), "null"):
@@ -117,7 +118,7 @@ def test_folded_tables_equal_those_of_the_module(l2_norm):
     assert all(relative_error(table, tables[0]) > 1e-2 for table in tables[1:])
 
 
-@pytest.mark.parametrize("l2_norm", [False, True])
+@pytest.mark.parametrize("l2_norm", [False, *slow(True)])
 @pytest.mark.parametrize("labels", [LABELS, "null"], ids=["labels", "null"])
 def test_codes_and_pictures_equal_those_of_the_module(labels, l2_norm):
     import torch

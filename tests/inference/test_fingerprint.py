@@ -13,6 +13,7 @@ from fvq_jax.models.quantizers.multi_scale import MultiScaleQuantizer
 from fvq_jax.models.quantizers.residual import ResidualQuantizer
 from tests.helpers.golden_case import GOLDEN
 from tests.helpers.random_tokenizer import random_tokenizer
+from tests.helpers.slow_cases import slow
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def workdir(tmp_path_factory):
     return folder / "workdir"
 
 
-@pytest.mark.parametrize("source", ["workdir", "random"])
+@pytest.mark.parametrize("source", ["workdir", *slow("random")])
 def test_it_is_the_same_from_every_form_in_which_a_tokenizer_is_saved(source, workdir, tmp_path):
     if source == "workdir":
         tok = Tokenizer.from_pretrained(workdir)

@@ -165,7 +165,7 @@ def test_layout_and_path_must_agree(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("case", ["fvq_vit", "fvq_dit", "llamagen_l2"])
+@pytest.mark.parametrize("case", ["fvq_vit", *slow("fvq_dit"), "llamagen_l2"])
 def test_exported_checkpoints_load_strictly_into_an_independent_pytorch_module(case, tmp_path):
     """Both layouts, strict=True, and that module reconstructs the same pictures."""
     torch = pytest.importorskip("torch")

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from tests.helpers.slow_cases import slow
 from tests.helpers.stand_ins import GCLOUD, SECONDS, UV, WORKER_PROGRAM, put, run, running, wait_for
 
 SLICE = ["--name=pod", "--zone=z"]
@@ -71,7 +72,7 @@ def test_pod_runs_the_same_command_on_every_worker(cloud, tmp_path):
             assert {"--ssh-flag=-oServerAliveInterval=15", "--ssh-flag=-oConnectTimeout=15"} < set(call)
 
 
-@pytest.mark.parametrize("lost", ["SUSPENDED", "FAILED", "node"])
+@pytest.mark.parametrize("lost", ["node", *slow("SUSPENDED", "FAILED")])
 def test_pod_is_made_again_after_a_preemption_until_the_run_is_done(cloud, tmp_path, lost):
     """First the slice goes, then the new one's program is interrupted, then it reaches its last step."""
     result = run("tpu_pod.sh", *RUN, **cloud | {"LOST": lost, "CODES": "wait 75 0"})

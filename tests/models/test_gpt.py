@@ -72,6 +72,7 @@ def test_logits_loss_and_gradients_equal_the_published_ones():
         np.testing.assert_allclose(np.linalg.norm(actual[f"grad/{key}"]), norm, rtol=1e-3, err_msg=key)
 
 
+@pytest.mark.slow
 def test_float32_is_near_float64():
     actual, expected = in_float32("llamagen_gpt"), in_float64("llamagen_gpt")
     assert {value.dtype.name for value in actual.values()} == {"float32"}

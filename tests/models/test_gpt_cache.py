@@ -27,7 +27,9 @@ def test_segments_cover_all_positions():
     assert segment_ends(1) == [1]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.05)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float32", 1e-5), pytest.param("bfloat16", 0.05, marks=pytest.mark.slow)]
+)
 def test_logits_with_the_cache_are_those_of_the_whole_sequence(dtype, tolerance):
     """A code is repeated only where all its logits are right, in every segment."""
     net = NET.clone(dtype=jnp.dtype(dtype))

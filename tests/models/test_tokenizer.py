@@ -161,7 +161,9 @@ def program(net, params=None, method=None):
     return equations
 
 
-@pytest.mark.parametrize(("bridge", "l2_normalize"), [("XS/2", False), ("linear", True)])
+@pytest.mark.parametrize(
+    ("bridge", "l2_normalize"), [("XS/2", False), pytest.param("linear", True, marks=pytest.mark.slow)]
+)
 def test_each_method_agrees_with_the_forward_pass(bridge, l2_normalize):
     net, variables = tiny_net(bridge=bridge, l2_normalize=l2_normalize), {"params": tiny_params(bridge)}
 
@@ -183,7 +185,9 @@ def test_each_method_agrees_with_the_forward_pass(bridge, l2_normalize):
     assert np.allclose(lengths, 1, atol=1e-6) == l2_normalize
 
 
-@pytest.mark.parametrize(("bridge", "l2_normalize"), [("linear", False), ("XS/2", True)])
+@pytest.mark.parametrize(
+    ("bridge", "l2_normalize"), [pytest.param("linear", False, marks=pytest.mark.slow), ("XS/2", True)]
+)
 def test_folding_changes_neither_codes_nor_pictures(bridge, l2_normalize):
     net, params = tiny_net(bridge=bridge, l2_normalize=l2_normalize), tiny_params(bridge)
     plain, folded = fold(net, {"params": params})

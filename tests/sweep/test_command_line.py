@@ -13,10 +13,13 @@ from fvq_jax.runtime.errors import InputError
 from fvq_jax.sweep.__main__ import choose, exit_code, summary
 from fvq_jax.sweep.points import LOG, make_points, read_record
 from fvq_jax.sweep.runner import Outcome
+from tests.helpers.quick_compile import FLAGS
+from tests.helpers.slow_cases import slow
 from tests.helpers.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """
+from tests.helpers.quick_compile import FLAGS
 from tests.helpers.tiny import tiny_config
 
 
@@ -31,7 +34,7 @@ def sweep(arg=""):
 """
 # One device, so that the first point is refused by its run.
 ENVIRONMENT = os.environ | {
-    "XLA_FLAGS": "--xla_backend_optimization_level=1",
+    "XLA_FLAGS": " ".join(FLAGS),
     "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
@@ -97,7 +100,7 @@ def test_a_dry_run_shows_the_commands_and_needs_no_device(tmp_path, config):
     assert not (tmp_path / "sweep").exists()
 
 
-@pytest.mark.parametrize("flag", ["--distributed", "--process_id=0", "--profile_steps=1:2"])
+@pytest.mark.parametrize("flag", ["--distributed", *slow("--process_id=0", "--profile_steps=1:2")])
 def test_what_is_for_a_single_run_is_refused(tmp_path, config, flag):
     result = run(config, f"--workdir={tmp_path / 'sweep'}", flag)
     assert result.returncode == 2

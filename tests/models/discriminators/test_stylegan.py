@@ -58,6 +58,7 @@ def test_width_follows_image_size_and_multiplier(golden):
     assert all(jax.tree.leaves(same))
 
 
+@pytest.mark.slow
 def test_a_fresh_network_is_uniform_in_the_fan_in():
     model = StyleGANDiscriminator(image_size=8)
     params = jax.jit(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=True))()["params"]

@@ -22,6 +22,7 @@ from fvq_jax.models.quantizers.bridge import (
     ungroup_codes,
 )
 from tests.helpers.golden_case import relative_error
+from tests.helpers.slow_cases import slow
 from tests.helpers.tiny import spread_codes
 
 WIDTHS = {"XS": 32, "S": 64, "B": 128, "L": 256, "XL": 512}
@@ -116,7 +117,7 @@ def spread_bridge(bridge, codebook, seed=0):
     return spread_codes({"bridge": params}, seed)["bridge"]
 
 
-@pytest.mark.parametrize("groups", ["1d", "2d"])
+@pytest.mark.parametrize("groups", ["2d", *slow("1d")])
 def test_a_fresh_bridge_maps_every_code_to_zero(groups):
     bridge = make_bridge("XS/2", groups, jnp.float32)
     table, _ = jax.jit(bridge.init_with_output)(jax.random.key(0), random_codebook())

@@ -119,7 +119,9 @@ def test_l2_normalize_searches_and_returns_directions(sizes):
     assert max(jax.tree.leaves(errors)) < 1e-4
 
 
-@pytest.mark.parametrize(("sizes", "normalize"), [(None, False), (None, True), ((2, 4), True)])
+@pytest.mark.parametrize(
+    ("sizes", "normalize"), [(None, False), pytest.param(None, True, marks=pytest.mark.slow), ((2, 4), True)]
+)
 def test_entropy_term(sizes, normalize):
     latent, params = latents_and_params()
     options = {"entropy_weight": 0.1, "entropy_temperature": 0.5, "l2_normalize": normalize}

@@ -121,7 +121,9 @@ def logits_of(program, vocab, axis, tokens):
     return sorted(found)
 
 
-@pytest.mark.parametrize(("vocab", "sizes"), [(LARGE[0], (2, 4)), (LARGE[1], (2, 4)), (LARGE[1], (1, 1))])
+@pytest.mark.parametrize(
+    ("vocab", "sizes"), [(LARGE[0], (2, 4)), (LARGE[1], (1, 1)), pytest.param(LARGE[1], (2, 4), marks=pytest.mark.slow)]
+)
 def test_no_logits_of_all_tokens_for_all_codes(vocab, sizes):
     """With 8 times 64 tokens on a device and 16 channels, the largest array is that of the head."""
     mesh = mesh_of(*sizes)

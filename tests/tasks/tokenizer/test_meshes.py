@@ -58,6 +58,7 @@ def results(data, codebook):
     )
 
 
+@pytest.mark.slow
 def test_the_comparison_is_worth_making():
     """Over a quarter of the codes are hit, none is as near as another, and every code has a gradient."""
     gradients, terms, codes, latents, table = results(1, 1)

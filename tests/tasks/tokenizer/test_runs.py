@@ -27,6 +27,8 @@ pytestmark = pytest.mark.usefixtures("no_drawing")
 
 # Everything that has a state: discriminator, moving average, micro-batches, a rate of its own for the codebook.
 WHOLE = {
+    "tokenizer.ch_mult": (1,),
+    "tokenizer.z_channels": 16,
     "adversarial.weight": 0.5,
     "adversarial.start": 2,
     "optim.ema_decay": 0.9,
@@ -115,7 +117,7 @@ def test_result_and_files_of_a_run(finished):
     assert summary["step"] == 4
     assert summary["codebook_size"] == 64
     assert summary["images"] == 24
-    assert summary["tokens"] == 24 * 8 * 8
+    assert summary["tokens"] == 24 * 16 * 16
     assert 0 < summary["usage"] <= 1
     assert 1 <= summary["perplexity"] <= 64
     windows = [row["tokens/window"] for row in read_metrics(workdir) if "tokens/window" in row]
