@@ -22,6 +22,7 @@ from fvq_jax.data.folder import FolderSource
 from fvq_jax.data.journal import JOURNAL
 from fvq_jax.runtime.errors import InputError
 from tests.helpers.pictures import damage, write_pictures
+from tests.helpers.slow_cases import slow
 
 NAMES = [f"class{number % 3}/{number:03}.png" for number in range(300)]
 SHARDS = [f"pictures-{number:05}-of-00006.array_record" for number in range(6)]
@@ -117,7 +118,6 @@ def test_the_program_in_several_processes_gives_the_same_bytes(folder, prepared,
 SLOW = """
 import sys, time
 from fvq_jax.data import prepare
-from tests.helpers.slow_cases import slow
 from tests.helpers.slow_cases import slow
 read = prepare._read_picture
 def wait(index):

@@ -121,7 +121,7 @@ def test_result_and_files_of_a_run(finished):
     assert 0 < summary["usage"] <= 1
     assert 1 <= summary["perplexity"] <= 64
     windows = [row["tokens/window"] for row in read_metrics(workdir) if "tokens/window" in row]
-    assert windows == [16 * 64] * 4  # it logs at every step
+    assert windows == [16 * 256] * 4  # it logs at every step
     assert summary["workdir"] == str(workdir)
     assert summary["seconds"] > 0
     assert summary["images_per_second"] > 0
@@ -168,7 +168,7 @@ def test_evaluating_the_workdir_gives_the_scores_of_the_run(finished, tmp_path, 
     workdir, result = finished
     assert evaluate.main([f"--workdir={workdir}", f"--out={tmp_path}", "--batch=16"]) == 0
     metrics = json.loads(capsys.readouterr().out)
-    assert (metrics["images"], metrics["tokens"], metrics["size"]) == (24, 24 * 64, 16)
+    assert (metrics["images"], metrics["tokens"], metrics["size"]) == (24, 24 * 256, 16)
     for name in ("psnr", "ssim", "l1", "mse", "usage", "perplexity"):
         assert metrics[name] == pytest.approx(result.summary[name], rel=1e-4), name
     assert "Codes used while training" in (tmp_path / "report" / "index.html").read_text()
