@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from fvq_jax.runtime.errors import InputError, require
+from fvq_jax.runtime.errors import InputError, one_line, require
 from fvq_jax.runtime.files import read_json
 from fvq_jax.runtime.paths import require_content
 
@@ -98,10 +98,6 @@ def _open(path: str | os.PathLike[str]) -> Iterator[Any]:
         with safetensors.safe_open(path, "np") as file:
             yield file
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or _one_line(error)}") from error
+        raise InputError(f"cannot read {path}: {error.strerror or one_line(error)}") from error
     except safetensors.SafetensorError as error:
-        raise InputError(f"{path} is damaged or not a safetensors file ({_one_line(error)})") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+        raise InputError(f"{path} is damaged or not a safetensors file ({one_line(error)})") from error

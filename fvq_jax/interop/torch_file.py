@@ -15,7 +15,7 @@ from absl import logging
 
 from fvq_jax.interop.safetensors_files import is_safetensors, read_safetensors, safetensors_names
 from fvq_jax.interop.torch_pickle import StandIn, Unpickler, check_memo, stood_for
-from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.errors import InputError, one_line
 from fvq_jax.runtime.paths import require_content
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -70,7 +70,7 @@ def load_torch_file(path: str | os.PathLike[str]) -> Any:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise InputError(
-            f"{path} is damaged or not written by torch.save ({type(error).__name__}: {_one_line(error)}); "
+            f"{path} is damaged or not written by torch.save ({type(error).__name__}: {one_line(error)}); "
             "if PyTorch loads it, save it again with a current torch.save"
         ) from error
     if kinds:
@@ -186,7 +186,3 @@ def _load_legacy(path: str | os.PathLike[str], file: io.BufferedReader, kinds: d
         if count != values.size or file.readinto(values.view(np.uint8).data) != values.nbytes:
             raise ValueError(f"storage {key} is cut off")
     return result
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
