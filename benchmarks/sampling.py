@@ -136,7 +136,7 @@ def compare(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
         bound, bound_by = limits.limit(shape, args.dtype, batch, guided, found)
         shared = {"size": shape.size, "vocab": shape.vocab, "tokens": shape.tokens, "dtype": args.dtype}
         shared |= {"guidance": args.guidance, "batch": batch, **machine()}
-        shared |= {"copy_gb_per_second": round(found["copy_bytes_per_second"] / 1e9, 1)}
+        shared |= {"memory_gb_per_second": round(found["memory_bytes_per_second"] / 1e9, 1)}
         shared |= {"matmul_gflops": round(found["operations_per_second"] / 1e9, 1)}
         shared |= {"bound": bound_by, "limit_images_per_second": round(bound, 4)}
         for method in args.methods:

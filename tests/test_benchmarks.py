@@ -302,14 +302,14 @@ def test_the_limit_counts_the_weights_of_published_sizes(size, parameters, read)
 )
 def test_memory_limits_a_gpu_as_worked_out_by_hand(size, batch, rate):
     """An A100 of 2.04 TB/s, bfloat16, with guidance."""
-    rates = {"copy_bytes_per_second": 2.04e12, "operations_per_second": 1e18}
+    rates = {"memory_bytes_per_second": 2.04e12, "operations_per_second": 1e18}
     found, bound = limits.limit(published_shape(size), "bfloat16", batch, 2, rates)
     assert found == pytest.approx(rate, rel=6e-3)
     assert bound == "memory"
 
 
 def test_products_of_matrices_limit_large_batches():
-    shape, rates = published_shape("L"), {"copy_bytes_per_second": 2.04e12, "operations_per_second": 1e13}
+    shape, rates = published_shape("L"), {"memory_bytes_per_second": 2.04e12, "operations_per_second": 1e13}
     assert limits.operations_of_image(shape, 2) == pytest.approx(339e9, rel=5e-3)
     assert limits.limit(shape, "bfloat16", 512, 2, rates) == (pytest.approx(1e13 / 339e9, rel=5e-3), "compute")
     without_guidance = limits.limit(shape, "bfloat16", 512, 1, rates)[0]
