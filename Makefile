@@ -26,11 +26,11 @@ $(WORKDIR)/report/index.html:
 	$(MAKE) quickstart
 
 test: $(VENV)/test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 # With the tests that are marked slow.
 test-all: $(VENV)/test
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m ""
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m ""
 
 faults: $(VENV)/test
 	FAULTS=all $(BIN)/python -m pytest -n 0 -m "" tests/faults

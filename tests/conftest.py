@@ -41,9 +41,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _older_objects_are_no_garbage():
-    """A pipeline that closes has Python look for garbage, which takes seconds among all that tests leave behind."""
+def _little_is_left_behind():
+    """The programs of a file go with it, which halves the memory of a worker, and nobody looks for garbage in the rest.
+
+    A pipeline that closes has Python look for garbage: seconds, among all that many tests leave behind.
+    """
+    gc.collect()
     gc.freeze()
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

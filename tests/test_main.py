@@ -6,19 +6,9 @@ import signal
 import subprocess
 import sys
 
-import jax
 import pytest
 
-from tests.helpers.program import ROOT, SMALLEST
-from tests.helpers.quick_compile import FLAGS
-
-# One device: the suite's eight simulated ones are not needed. What one start compiles the next ones find.
-ENVIRONMENT = os.environ | {
-    "XLA_FLAGS": " ".join(FLAGS),
-    "JAX_PLATFORMS": "cpu",
-    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
-}
+from tests.helpers.program import ENVIRONMENT, ROOT, SMALLEST
 
 # Imports what the program imports, then runs it once per line of input, each time in a process of its own.
 PREPARED = """

@@ -30,8 +30,9 @@ KEYS = [
 TINY = (
     "--config=configs/fvq16k.py:smoke",
     "--config.tokenizer.ch_mult=(1,)",
+    "--config.tokenizer.num_res_blocks=1",
     "--config.tokenizer.quantizer.codebook_size=64",
-    "--config.tokenizer.quantizer.bridge=XS/2",
+    "--config.tokenizer.quantizer.bridge=XS/2-d1",
     "--config.adversarial.weight=0.0",
     "--config.data.image_size=16",
 )

@@ -35,7 +35,7 @@ SMALLEST_GENERATOR: Flags = (  # on the codes of `tiny_generator.write_splits`
     "--config.optim.ema_decay=0.9",
 )
 ENVIRONMENT = os.environ | {
-    "XLA_FLAGS": " ".join(FLAGS),  # one device
+    "XLA_FLAGS": " ".join(FLAGS),  # one device: the eight simulated ones of the suite are not needed
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,

@@ -87,6 +87,7 @@ def test_stopped_by_a_signal_it_saves_the_last_step(tmp_path, monkeypatch):
     assert int(restored(tmp_path).state.step) == 3
 
 
+@pytest.mark.slow
 def test_from_a_checkpoint_it_goes_on_to_the_weights_of_never_stopping(finished, tmp_path):
     for name in ("config.json", "metrics.jsonl", "checkpoints/step_2"):
         copy = shutil.copytree if (finished[0] / name).is_dir() else shutil.copy
