@@ -28,6 +28,7 @@ FILES = {
     "alexnet": ALEXNET.weights,
     "lpips_alex": ALEXNET.heads,
 }
+_LPIPS_BYTES = 525  # that XLA takes for each value of a picture, with VGG16; with AlexNet 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,8 @@ def load_networks(
             missing[metric] = "; ".join(_advice(name) for name in absent)
         else:
             params = lpips_params(tensors, backbone, source, there[heads])
-            lpips[metric] = RowParallel(functools.partial(_distance, backbone), params)
+            distance = functools.partial(_distance, backbone)
+            lpips[metric] = RowParallel(distance, params, bytes_per_value=_LPIPS_BYTES)
     return Networks(inception, lpips, missing)
 
 

@@ -293,7 +293,8 @@ def _pixel_metrics(params: tuple[()], a: jax.Array, b: jax.Array) -> dict[str, j
     return {name: metric(a, b) for name, metric in metrics.items()}
 
 
-_PIXEL_METRICS = RowParallel(_pixel_metrics, ())  # one for all evaluations of a run, which compile it once
+# One for all evaluations of a run, which compile it once. XLA takes 40 bytes for each value of a picture.
+_PIXEL_METRICS = RowParallel(_pixel_metrics, (), bytes_per_value=40)
 
 
 def _no_sums(code_counts: tuple[int, int], networks: Networks, with_reference: bool) -> Sums:

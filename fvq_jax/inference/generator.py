@@ -38,11 +38,11 @@ from fvq_jax.interop.gpt_checkpoint import write_gpt
 from fvq_jax.interop.named_tensors import ENDINGS
 from fvq_jax.models.gpt_cache import Weights, decoding_weights
 from fvq_jax.runtime.errors import InputError, require
+from fvq_jax.runtime.row_parallel import BUDGET
 
 DTYPES = ("float32", "bfloat16")
 LAYOUT = "llamagen"
 MAX_PER_DEVICE = 256  # images that are sampled at once: larger batches go through in parts
-BUDGET = 4 * 2**30  # bytes on a device for the caches and logits of one part
 _LIKELIHOODS = 16  # images per device whose codes are scored at once
 
 

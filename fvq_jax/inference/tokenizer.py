@@ -31,9 +31,9 @@ from fvq_jax.models.tokenizer import TokenizerNet, quantization_error
 from fvq_jax.ops.pixels import to_float
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.names import flatten
+from fvq_jax.runtime.row_parallel import BUDGET
 
 MAX_PER_DEVICE = 16  # images at once: larger batches go through in parts
-BUDGET = 4 << 30  # bytes on a device for what `images_at_once` counts, so that large images go through in smaller parts
 
 
 class Reconstruction(NamedTuple):

@@ -12,7 +12,9 @@ from fvq_jax.runtime.errors import InputError, RunError, StorageError, require
 # In the workdir of a run. The config is that of its latest start, and the history has a line for every start.
 CHECKPOINTS, CONFIG, HISTORY, PROVENANCE = "checkpoints", "config.json", "config_history.jsonl", "provenance.json"
 REPORT = "report"  # also in the folder of an evaluation
-UNFINISHED = ".orbax-checkpoint-tmp"  # follows the name of a checkpoint's folder until the checkpoint is complete
+UNFINISHED_CHECKPOINT = (
+    ".orbax-checkpoint-tmp"  # follows the name of a checkpoint's folder until the checkpoint is complete
+)
 # The disk is full, over quota, read-only, broken, or gone: errors that a mistake in the program would not raise.
 _ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 _SAID = re.compile(r"No space left on device|Disk quota exceeded|Read-only file system|Input/output error")
@@ -53,7 +55,7 @@ def complete_steps(workdir: Path) -> list[int]:
     """The steps of all complete checkpoints; one that was not completed has, also, a folder with a longer name."""
     names = {path.name for path in (workdir / CHECKPOINTS).glob("step_*")}
     matches = [re.fullmatch(r"step_(\d+)", name) for name in names]
-    moving = {name.partition(UNFINISHED)[0] for name in names if UNFINISHED in name}
+    moving = {name.partition(UNFINISHED_CHECKPOINT)[0] for name in names if UNFINISHED_CHECKPOINT in name}
     return [int(match[1]) for match in matches if match and match[0] not in moving]
 
 

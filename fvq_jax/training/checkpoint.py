@@ -27,7 +27,7 @@ from fvq_jax.runtime.checksums import find_damage, write_checksums
 from fvq_jax.runtime.errors import InputError, RunError, StorageError
 from fvq_jax.runtime.names import path_name
 from fvq_jax.runtime.paths import require_no_pattern
-from fvq_jax.runtime.storage import CHECKPOINTS, UNFINISHED, brief, saving_errors
+from fvq_jax.runtime.storage import CHECKPOINTS, UNFINISHED_CHECKPOINT, brief, saving_errors
 from fvq_jax.training.state import TrainState
 
 DAMAGED = "checkpoints_damaged"  # damaged checkpoints are moved there, so that their steps can be saved again
@@ -105,8 +105,8 @@ class Checkpoints:
 
     def _remove_unfinished(self) -> None:
         """Removes what processes that were killed have left of checkpoints that they did not complete."""
-        for unfinished in sorted(self._folder.glob(f"*{UNFINISHED}*")):
-            final = unfinished.with_name(unfinished.name.partition(UNFINISHED)[0])
+        for unfinished in sorted(self._folder.glob(f"*{UNFINISHED_CHECKPOINT}*")):
+            final = unfinished.with_name(unfinished.name.partition(UNFINISHED_CHECKPOINT)[0])
             if final.exists() and self._damage(final):
                 shutil.rmtree(final)
             shutil.rmtree(unfinished)
@@ -118,7 +118,7 @@ class Checkpoints:
         goes on has none of these: it did not begin with such a version.
         """
         if (folder / CHECKSUMS).exists() or (
-            self._read_only and not any(folder.parent.glob(f"{folder.name}{UNFINISHED}*"))
+            self._read_only and not any(folder.parent.glob(f"{folder.name}{UNFINISHED_CHECKPOINT}*"))
         ):
             return find_damage(folder)
         return f"{CHECKSUMS} is missing"
