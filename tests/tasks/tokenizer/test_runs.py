@@ -25,14 +25,13 @@ from tests.helpers.tiny import make_step, random_images, tiny_config
 
 pytestmark = pytest.mark.usefixtures("no_drawing")
 
-# Everything that has a state: discriminator, moving average, micro-batches, a rate of its own for the codebook.
+# Everything that has a state: discriminator, moving average, a rate of its own for the codebook.
 WHOLE = {
     "tokenizer.ch_mult": (1,),
     "tokenizer.z_channels": 16,
     "adversarial.weight": 0.5,
     "adversarial.start": 2,
     "optim.ema_decay": 0.9,
-    "optim.accumulate": 2,
     "optim.codebook_learning_rate": 2e-3,
     "checkpoint.every_steps": 2,
     "log.every_steps": 1,
