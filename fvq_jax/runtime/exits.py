@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -35,6 +35,7 @@ _KILLED = (
     "fvq_jax: process {} on {} was ended from outside: another process of the run fell silent, or this one was killed; "
     "start all of them again"
 )
+_SOON = 0.05  # seconds until a signal that was ignored comes again
 _LAST = 1.0  # seconds that the first process waits, so that it leaves after the others
 _LISTENER = "import sys; sys.stdin.read() or sys.stderr.write(sys.argv[1])"
 
@@ -71,6 +72,7 @@ def run(
                 join()
                 stack.enter_context(last_words(_KILLED.format(jax.process_index(), socket.gethostname())))
             stack.enter_context(_sigterm_raises())
+            stack.enter_context(_ignored_interrupts_come_again())
             return program()
     except KeyboardInterrupt as error:
         number = signal.SIGTERM if isinstance(error, Ended) else signal.SIGINT
@@ -122,6 +124,28 @@ def _sigterm_raises() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def _ignored_interrupts_come_again() -> Iterator[None]:
+    """Inside the block a signal is not lost where Python ignores what is raised, as in a callback of its collector."""
+    before = sys.unraisablehook
+
+    def ignored(what: Any) -> None:
+        if not issubclass(what.exc_type, KeyboardInterrupt):
+            before(what)
+            return
+        number = signal.SIGTERM if issubclass(what.exc_type, Ended) else signal.SIGINT
+        # A little later, for here it would be ignored again.
+        again = threading.Timer(_SOON, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = ignored
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def missing_platform() -> str:

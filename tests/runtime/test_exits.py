@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import numpy as np
 import pytest
@@ -64,6 +65,22 @@ def test_a_signal_is_one_line_that_says_what_is_kept(capsys, number, code, resum
     assert exits.run(program, kept="half of it", resumes=resumes) == (exits.INTERRUPTED if resumes else code)
     assert capsys.readouterr() == ("", f"fvq_jax: interrupted by {number.name}: half of it\n")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_in_a_callback_whose_errors_python_ignores_is_not_lost(capfd, number, code):
+    class Freed:
+        def __del__(self):
+            signal.raise_signal(number)
+
+    def program():
+        Freed()
+        time.sleep(60)
+
+    before = sys.unraisablehook
+    assert exits.run(program) == code
+    assert capfd.readouterr().err == f"fvq_jax: interrupted by {signal.Signals(number).name}: nothing was written\n"
+    assert sys.unraisablehook is before
 
 
 @pytest.mark.parametrize(
