@@ -42,7 +42,7 @@ class RowParallel:
         def run(part: tuple[np.ndarray, ...]) -> Any:
             return jax.device_get(self._program(params, *jax.device_put(part, layout)))
 
-        results = [run(part) for part in zip(*(np.split(each, parts) for each in rows), strict=True)]
+        results = [run(part) for part in zip(*(np.split(array, parts) for array in rows), strict=True)]
         return jax.tree.map(lambda *found: np.concatenate(found), *results)
 
     def _place(self, devices: int) -> tuple[Any, NamedSharding]:

@@ -12,9 +12,8 @@ from fvq_jax.runtime.errors import InputError, RunError, StorageError, require
 # In the workdir of a run. The config is that of its latest start, and the history has a line for every start.
 CHECKPOINTS, CONFIG, HISTORY, PROVENANCE = "checkpoints", "config.json", "config_history.jsonl", "provenance.json"
 REPORT = "report"  # also in the folder of an evaluation
-UNFINISHED_CHECKPOINT = (
-    ".orbax-checkpoint-tmp"  # follows the name of a checkpoint's folder until the checkpoint is complete
-)
+# Follows the name of a checkpoint's folder until the checkpoint is complete.
+UNFINISHED_CHECKPOINT = ".orbax-checkpoint-tmp"
 # The disk is full, over quota, read-only, broken, or gone: errors that a mistake in the program would not raise.
 _ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 _SAID = re.compile(r"No space left on device|Disk quota exceeded|Read-only file system|Input/output error")
