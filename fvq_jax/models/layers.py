@@ -10,6 +10,8 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from fvq_jax.ops.convolution import convolution
+
 GROUPS = 32
 # Scores of an image, queries x keys, that attention holds at once: 64 MiB in float32. Up to 64 x 64 positions, which
 # are more than any training here has, that is all of them.
@@ -59,6 +61,7 @@ class Conv(nn.Module):
             (self.kernel_size, self.kernel_size),
             strides=self.stride,
             padding=self.padding,
+            conv_general_dilated=convolution,
             dtype=self.dtype,
             precision=matmul_precision(self.dtype),
             kernel_init=init,
