@@ -56,6 +56,18 @@ def test_search_rows_and_table():
 
 
 @pytest.mark.slow
+def test_every_quantizer_is_timed_beside_the_one_without_a_bridge():
+    rows, table = run("quantizer_step", "--smoke", "--rivals", "bsq", "--rounds=2", "--markdown")
+    assert [row["rival"] for row in rows] == ["none", "bsq"]
+    assert rows[0]["ratio"] == 1
+    for row in rows:
+        assert row["seconds"] > 0
+        assert row["ratio"] > 0
+        assert row["rounds"] == 2
+    assert table[1].startswith("| quantizer | seconds per step | of that of none |")
+
+
+@pytest.mark.slow
 def test_both_steps_are_the_same_network():
     pytest.importorskip("torch")
     tiny = {

@@ -241,6 +241,7 @@ def summarise(
     pixels: int,
     reference: Moments | None = None,
     levels: Sequence[str] = (),
+    choices: int | None = None,
     positions: Int[np.ndarray, "k"] | None = None,
 ) -> dict[str, float | int]:
     """Every metric by name.
@@ -255,6 +256,7 @@ def summarise(
       pixels: of a picture.
       reference: mean and covariance of the crops' features, if rFID can be computed.
       levels: their names, if the quantizer has several.
+      choices: from how many codes each code is chosen, see `Quantizer.choices`; None: from all.
       positions: of every code in its group, see `Quantizer.positions`; None if that is not of interest.
     """
     metrics = {name: float(value / sums.images) for name, value in sums.scalars.items()}
@@ -268,10 +270,11 @@ def summarise(
     metrics["relative_quantization_error"] = float(sums.error / sums.power) if sums.power else math.nan
     counts = sums.code_counts.sum(axis=0)
     metrics |= {"usage": float(usage(counts)), "perplexity": float(perplexity(counts))}
-    metrics |= code_statistics(counts, float(pixels * sums.images / counts.sum()))
+    choices = choices or len(counts)
+    metrics |= code_statistics(counts, float(pixels * sums.images / counts.sum()), choices)
     if positions is not None:
         metrics |= position_statistics(counts, positions)
-    return metrics | level_statistics(sums.code_counts, levels)
+    return metrics | level_statistics(sums.code_counts, levels, choices)
 
 
 def not_computed(networks: Networks, sums: Sums) -> dict[str, str]:

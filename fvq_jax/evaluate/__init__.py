@@ -129,7 +129,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     report = Report(
         tokenizer=_trained(quantizer, tokenizer),
         facts=facts,
-        metrics=summarise(sums, size**2, moments, quantizer.level_names, positions=positions),
+        metrics=summarise(sums, size**2, moments, quantizer.level_names, quantizer.choices, positions),
         not_computed=not_computed(networks, sums),
         found=found,
         plane=None if table is None else jax.device_get(jax.jit(principal_plane)(table)),
@@ -140,10 +140,11 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
             Compared(
                 str(other.path),
                 _trained(_quantizer(other.trained, other.tokenizer), other.tokenizer),
-                summarise(seen.sums, size**2, moments, other.tokenizer.trained_net.quantizer.level_names),
+                summarise(seen.sums, size**2, moments, kind.level_names, kind.choices),
                 seen.examples.spread,
             )
             for other, seen in zip(prepared.compared, others, strict=True)
+            for kind in [other.tokenizer.trained_net.quantizer]
         ],
     )
     metrics = {
@@ -213,6 +214,7 @@ def _trained(quantizer: Quantizer, tokenizer: Tokenizer) -> Trained:
         quantizer.description,
         quantizer.level_names,
         quantizer.positions(),
+        own_codes=quantizer.choices if quantizer.choices < quantizer.size else 0,
     )
 
 

@@ -1,4 +1,4 @@
-"""Answers questions about a network from the names and shapes of its tensors alone."""
+"""Answers questions about a network from the names and shapes of its tensors, and from which of them are copies."""
 
 import collections
 import re
@@ -13,6 +13,7 @@ class Evidence:
     """Answers questions about the names and shapes of the tensors in a checkpoint; `what` is what they should be."""
 
     def __init__(self, tensors: Mapping[str, np.ndarray], source: str, what: str):
+        self._tensors = tensors
         self._shapes = {key: value.shape for key, value in tensors.items()}
         self.source = source
         self._what = what
@@ -28,6 +29,11 @@ class Evidence:
     def count(self, pattern: str) -> int:
         """One more than the largest index that `pattern` finds in the names; 1 if it finds none."""
         return 1 + max(self.numbers(pattern), default=0)
+
+    def alike(self, pattern: str) -> bool:
+        """Whether all tensors whose whole name fits hold the same numbers."""
+        found = [value for key, value in self._tensors.items() if re.fullmatch(pattern, key)]
+        return all(np.array_equal(found[0], other) for other in found[1:])
 
     def sizes(self, *places: str) -> list[int]:
         """The size of each of the `places` ("NAME AXIS") that exists."""

@@ -17,7 +17,7 @@ from fvq_jax.interop.layouts.quantizer_names import (
     infer_scales,
     quantizer_name,
 )
-from fvq_jax.interop.layouts.rq_vae import STATISTICS, shared_book
+from fvq_jax.interop.layouts.rq_vae import STATISTICS, infer_books, joined_books
 from fvq_jax.interop.lightning import averaged
 from fvq_jax.interop.named_tensors import check_tensors, read_checkpoint_file
 from fvq_jax.interop.tokenizer_checkpoint import unwrap
@@ -25,6 +25,7 @@ from fvq_jax.interop.torch_arrays import from_torch, torch_shape
 from fvq_jax.models.quantizers import QUANTIZERS, make_quantizer, quantizer_fields
 from fvq_jax.models.quantizers.base import Quantizer
 from fvq_jax.models.quantizers.lattice import LatticeQuantizer
+from fvq_jax.models.quantizers.residual import ResidualQuantizer
 from fvq_jax.runtime.errors import InputError, require
 from fvq_jax.runtime.names import flatten, nest
 
@@ -62,8 +63,8 @@ def read_quantizer(
     tensors = averaged(read_checkpoint_file(path)[0], r"quantizer?\.", str(path))
     tensors = {_usual(key): value for key, value in unwrap(tensors, _PARTS).items()}
     if name == "residual" and any(key.startswith("codebooks.") for key in tensors):
-        tensors, depth = _with_shared_book(tensors, str(path))
-        settings = {"depth": depth, **settings}
+        tensors, shown = _with_one_book(tensors, str(path))
+        settings = {**shown, **settings}
     weights = {key: value for key, value in tensors.items() if not re.fullmatch(_UNREAD, key)}
     quantizer = _infer(name, settings, Evidence(tensors, str(path), f"file of a {name} quantizer"))
     latents = jax.ShapeDtypeStruct((1, *(quantizer.only_grid or (1, 1)), quantizer.latent_dim), jnp.float32)
@@ -91,11 +92,16 @@ def _usual(name: str) -> str:
     return re.sub(r"^quant_resi\.(?=\d)", "quant_resi.qresi_ls.", name)
 
 
-def _with_shared_book(tensors: Mapping[str, np.ndarray], source: str) -> tuple[dict[str, np.ndarray], int]:
-    """The tensors of RQ-VAE's quantizer with a single book, and the number of its levels."""
-    weights = {key: value for key, value in tensors.items() if not re.fullmatch(_UNREAD, key)}
-    others = {key: value for key, value in weights.items() if not key.startswith("codebooks.")}
-    return others | {"embedding.weight": shared_book(weights, "", source)}, len(weights) - len(others)
+def _with_one_book(tensors: Mapping[str, np.ndarray], source: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The tensors of RQ-VAE's quantizer with its books in one, and the settings of the levels that they show."""
+    evidence = Evidence(tensors, source, "file of a residual quantizer")
+    shown = infer_books(evidence)
+    books = {f"codebooks.{level}.weight" for level in range(shown["depth"])}
+    shapes = {tensors[book].shape if book in tensors else None for book in books}
+    require(len(shapes) == 1, f"{source} lacks a codebook of the same shape for every level: there are {shapes}")
+    book = joined_books(tensors, ResidualQuantizer(bridge="none", **shown))
+    others = {key: value for key, value in tensors.items() if key not in books and not re.fullmatch(_UNREAD, key)}
+    return others | {"embedding.weight": book}, {name: shown[name] for name in ("depth", "shared_codebook")}
 
 
 def _infer(name: str, settings: Mapping[str, Any], evidence: Evidence) -> Quantizer:

@@ -66,20 +66,23 @@ def usage_if_uniform(tokens: int, codebook_size: int) -> float:
     return -math.expm1(tokens * math.log1p(-1.0 / codebook_size))
 
 
-def level_statistics(counts: Int[np.ndarray, "l k"], levels: Sequence[str], window: str = "") -> dict[str, float]:
+def level_statistics(
+    counts: Int[np.ndarray, "l k"], levels: Sequence[str], choices: int, window: str = ""
+) -> dict[str, float]:
     """Usage and perplexity of every level or scale, named `usage/LEVEL` and so on.
 
-    With them comes `usage_most/LEVEL`: the largest usage that so many tokens can show, n / k if that is below 1.
+    With them comes `usage_most/LEVEL`: the largest usage that so many tokens can show, n / choices if that is below 1.
 
     Args:
       counts: how often each code was chosen on each level.
       levels: their names; with none, nothing is returned.
+      choices: from how many codes a level chooses, of which usage is the fraction.
       window: a further part of the names, such as "window/".
     """
     found: dict[str, float] = {}
     for name, own in zip(levels, counts, strict=False):
-        found[f"usage/{window}{name}"] = float(usage(own))
-        found[f"usage_most/{window}{name}"] = min(1.0, int(own.sum()) / len(own))
+        found[f"usage/{window}{name}"] = int(np.count_nonzero(own)) / choices
+        found[f"usage_most/{window}{name}"] = min(1.0, int(own.sum()) / choices)
         found[f"perplexity/{window}{name}"] = float(perplexity(own))
     return found
 
@@ -110,33 +113,35 @@ def position_statistics(
     }
 
 
-def code_statistics(counts: Int[np.ndarray, "k"], pixels_per_code: float | int) -> dict[str, float | int]:
+def code_statistics(counts: Int[np.ndarray, "k"], pixels_per_code: float | int, choices: int) -> dict[str, float | int]:
     """How a set of tokens uses the codebook, beyond `usage` and `perplexity`.
 
     Args:
       counts: how often each code was chosen, over the whole set.
       pixels_per_code: how many pixels of an image become one code.
+      choices: from how many codes each code is chosen, k unless levels have codes of their own. Those are assumed to
+        have equally many tokens.
 
     Returns:
       `usage_if_uniform`: the usage that so many tokens give on average if all codes are equally likely.
       `dead_codes`: how many codes were never chosen.
       `top_1_percent_share`: the share of the tokens that chose one of the most frequent 1 % (rounded up) of the codes.
       `entropy_bits`: the entropy of the code frequencies, at most `log2_codebook_size`.
-      `bits_per_pixel`: with log2(k) bits for every code.
-      `entropy_bits_per_pixel`: with `entropy_bits` for every code, which an entropy coder needs that knows the
-      frequencies.
+      `bits_per_pixel`: with log2(choices) bits for every code.
+      `entropy_bits_per_pixel`: with `entropy_bits` for every code, less what its level tells, which an entropy coder
+      needs that knows the frequencies.
     """
     codebook_size, tokens = len(counts), int(counts.sum())
     frequency = np.sort(counts)[::-1] / max(tokens, 1)
     used = frequency[frequency > 0]
     entropy = float(np.sum(used * -np.log2(used)))
-    bits = float(np.log2(codebook_size))
+    bits, told = float(np.log2(codebook_size)), float(np.log2(codebook_size / choices))
     return {
         "usage_if_uniform": usage_if_uniform(tokens, codebook_size),
         "dead_codes": int(np.sum(counts == 0)),
         "top_1_percent_share": float(frequency[: -(-codebook_size // 100)].sum()),
         "entropy_bits": entropy,
         "log2_codebook_size": bits,
-        "bits_per_pixel": bits / pixels_per_code,
-        "entropy_bits_per_pixel": entropy / pixels_per_code,
+        "bits_per_pixel": (bits - told) / pixels_per_code,
+        "entropy_bits_per_pixel": max(entropy - told, 0.0) / pixels_per_code,
     }

@@ -32,7 +32,7 @@ def test_inception_score_at_its_bounds():
 
 
 def test_statistics_of_uniform_codes():
-    found = code_statistics(np.full(1024, 5), pixels_per_code=64)
+    found = code_statistics(np.full(1024, 5), pixels_per_code=64, choices=1024)
     assert found["entropy_bits"] == pytest.approx(10)
     assert found["log2_codebook_size"] == 10
     assert found["bits_per_pixel"] == found["entropy_bits_per_pixel"] == pytest.approx(10 / 64)
@@ -44,7 +44,7 @@ def test_statistics_of_uniform_codes():
 def test_statistics_of_a_collapsed_codebook():
     counts = np.zeros(200, np.int64)
     counts[[3, 50, 51]] = 2_000_000_000, 500_000_000, 1_500_000_000  # more than 2^31 together
-    found = code_statistics(counts, pixels_per_code=256)
+    found = code_statistics(counts, pixels_per_code=256, choices=len(counts))
     assert found["dead_codes"] == 197
     assert found["top_1_percent_share"] == pytest.approx(0.875)
     assert found["entropy_bits"] == pytest.approx(0.5 * 1 + 0.125 * 3 + 0.375 * np.log2(8 / 3))
@@ -55,4 +55,4 @@ def test_statistics_of_a_collapsed_codebook():
 
 @pytest.mark.parametrize("size", [1, 4])
 def test_statistics_of_no_tokens_are_numbers(size):
-    assert np.isfinite(list(code_statistics(np.zeros(size, np.int64), 4).values())).all()
+    assert np.isfinite(list(code_statistics(np.zeros(size, np.int64), 4, size).values())).all()

@@ -70,7 +70,7 @@ def made_up_report(codes: int = 1024, size: int = 32, images: int = 192) -> Repo
             "enlarged_pictures": 3,
             "tokens": tokens,
         },
-        metrics=metrics | code_statistics(counts, 16),
+        metrics=metrics | code_statistics(counts, 16, codes),
         not_computed={"lpips_vgg": "not given: get the weights and pass --vgg16=FILE"},
         found=Found(sums, int(sums.images + sums.skipped), first_use, collector.result(size)),
         plane=(points.astype(np.float32), np.array([0.31, 0.07], np.float32)),

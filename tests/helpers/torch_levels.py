@@ -25,10 +25,10 @@ def outcome(z, codes, sums):
     return z + (sums[-1] - z).detach(), codes, pull, commitment
 
 
-def residual(z, table, depth):
-    """Codes are [b, h, w, depth]."""
+def residual(z, tables):
+    """With a table for every level; codes are [b, h, w, depth], counted from 0 in every table."""
     rest, total, codes, sums = z.detach(), 0, [], []
-    for _ in range(depth):
+    for table in tables:
         codes.append(nearest(rest, table))
         total = total + look_up(codes[-1], table)
         rest = rest - look_up(codes[-1], table).detach()

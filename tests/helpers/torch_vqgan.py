@@ -107,18 +107,28 @@ class Signs(nn.Module):
 
 
 class Residual(nn.Module):
-    """A book for every level, all of them the same object, with a row of padding and moving averages."""
+    """A book for every level, all of them the same object or none, with a row of padding and moving averages.
+
+    Of books of their own the codes are numbered in turn, as fvq_jax does: code j of level l is j depth + l.
+    """
 
     def __init__(self, config):
         super().__init__()
+        self.own = config.get("own", False)
+        books = [self.book(config) for _ in range(config["depth"] if self.own else 1)]
+        self.codebooks = nn.ModuleList(books if self.own else books * config["depth"])
+
+    @staticmethod
+    def book(config):
         book = nn.Embedding(config["codes"] + 1, config["dim"], padding_idx=config["codes"])
         book.register_buffer("cluster_size_ema", torch.ones(config["codes"]))
         book.register_buffer("embed_ema", book.weight[:-1].detach().clone())
-        self.codebooks = nn.ModuleList([book] * config["depth"])
+        return book
 
     def forward(self, z):
-        vectors, codes, *_ = torch_levels.residual(z, self.codebooks[0].weight[:-1], len(self.codebooks))
-        return vectors, codes
+        vectors, codes, *_ = torch_levels.residual(z, [book.weight[:-1] for book in self.codebooks])
+        depth = len(self.codebooks)
+        return vectors, codes * depth + torch.arange(depth) if self.own else codes
 
 
 class MultiScale(nn.Module):

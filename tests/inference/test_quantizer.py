@@ -111,9 +111,15 @@ def test_the_books_of_rq_vae_say_how_many_levels_there_are(tmp_path):
     found = fvq_jax.load_quantizer(write(tmp_path / "x.safetensors", tensors), "residual")
     plain = fvq_jax.load_quantizer(write(tmp_path / "y.safetensors", {"embedding.weight": book}), "residual", depth=3)
     np.testing.assert_array_equal(found(latents).codes, plain(latents).codes)
-    tensors["quantizer.codebooks.2.weight"] = padded + 1
-    with pytest.raises(InputError, match=r"a codebook of its own in every level.*codebooks\.0.*codebooks\.2"):
-        fvq_jax.load_quantizer(write(tmp_path / "z.safetensors", tensors), "residual")
+    tensors["quantizer.codebooks.2.weight"] = np.concatenate([book + 1, padded[-1:]])
+    found = fvq_jax.load_quantizer(write(tmp_path / "z.safetensors", tensors), "residual")
+    assert not found.quantizer.shared_codebook
+    own = np.asarray(found(latents).codes)
+    np.testing.assert_array_equal(own % 3, np.broadcast_to(np.arange(3), own.shape))
+    np.testing.assert_array_equal(own[..., :2] // 3, plain(latents).codes[..., :2])
+    del tensors["quantizer.codebooks.1.weight"]
+    with pytest.raises(InputError, match="lacks a codebook of the same shape for every level"):
+        fvq_jax.load_quantizer(write(tmp_path / "w.safetensors", tensors), "residual")
 
 
 def test_quantizers_that_keep_state_are_read(tmp_path):

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from fvq_jax.ops.code_usage import (
     code_histogram,
+    code_statistics,
     level_statistics,
     perplexity,
     position_statistics,
@@ -106,8 +107,8 @@ def test_codes_are_counted_by_position():
 
 def test_every_level_has_its_usage_and_the_most_that_its_tokens_can_show():
     counts = np.array([[2, 0, 0, 0], [3, 3, 3, 3]])
-    assert level_statistics(counts, ()) == {}
-    found = level_statistics(counts, ("scale_1", "scale_2"), "window/")
+    assert level_statistics(counts, (), 4) == {}
+    found = level_statistics(counts, ("scale_1", "scale_2"), 4, "window/")
     assert found == pytest.approx(
         {
             "usage/window/scale_1": 0.25,
@@ -118,3 +119,15 @@ def test_every_level_has_its_usage_and_the_most_that_its_tokens_can_show():
             "perplexity/window/scale_2": 4,
         }
     )
+
+
+def test_levels_with_codes_of_their_own_are_measured_against_those():
+    counts = np.array([[2, 0, 0, 0, 4, 0], [0, 3, 0, 3, 0, 0]])  # three codes each, which take turns
+    found = level_statistics(counts, ("level_1", "level_2"), 3)
+    assert found["usage/level_1"] == found["usage/level_2"] == pytest.approx(2 / 3)
+    assert found["usage_most/level_1"] == 1
+    shared, own = (code_statistics(counts.sum(axis=0), 2.0, choices) for choices in (6, 3))
+    assert (shared["bits_per_pixel"], own["bits_per_pixel"]) == pytest.approx((np.log2(6) / 2, np.log2(3) / 2))
+    told = shared["entropy_bits_per_pixel"] - own["entropy_bits_per_pixel"]
+    assert told == pytest.approx(1 / 2)  # which of two levels, over two pixels
+    assert shared["usage_if_uniform"] == own["usage_if_uniform"]

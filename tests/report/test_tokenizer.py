@@ -156,14 +156,16 @@ def test_levels_are_shown_apart_if_there_are_several(report):
         report.found.sums, code_counts=np.concatenate([counts, np.eye(1, counts.size, dtype=int)])
     )
     names = ("level_1", "level_2")
-    text = page(
-        dataclasses.replace(
-            report,
-            tokenizer=dataclasses.replace(report.tokenizer, levels=names),
-            metrics={**report.metrics, **level_statistics(sums.code_counts, names)},
-            found=dataclasses.replace(report.found, sums=sums),
-        )
+    changed = dataclasses.replace(
+        report,
+        tokenizer=dataclasses.replace(report.tokenizer, levels=names),
+        metrics={**report.metrics, **level_statistics(sums.code_counts, names, counts.size)},
+        found=dataclasses.replace(report.found, sums=sums),
     )
+    text = page(changed)
     assert "At most, with so many tokens" in text
     most = f"{1 / counts.size:.1%}"
     assert f"<td>level 2</td><td>1</td><td>{most}</td><td>{most}</td><td>1</td>" in text
+    assert "Each level chooses from the same codes." in text
+    own = dataclasses.replace(changed, tokenizer=dataclasses.replace(changed.tokenizer, own_codes=512))
+    assert "Each level has 512 codes of its own." in page(own)

@@ -18,7 +18,7 @@ from fvq_jax.models.quantizers.bridged import BridgedQuantizer
 from fvq_jax.models.quantizers.residual import ResidualQuantizer
 from fvq_jax.models.quantizers.vector import VectorQuantizer
 from fvq_jax.models.tokenizer import TokenizerNet
-from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.errors import InputError, require
 
 PUBLISHED_DEPTH = 4  # a constant of the published program
 
@@ -65,6 +65,15 @@ def _infer_residual(evidence: Evidence, said: Mapping[str, Any]) -> ResidualQuan
     return ResidualQuantizer(**infer_book(evidence, "quantize."), depth=said.get("depth") or PUBLISHED_DEPTH)
 
 
+def _check_residual(net: TokenizerNet, params: Mapping[str, Any]) -> None:
+    assert isinstance(net.quantizer, ResidualQuantizer)
+    require(
+        net.quantizer.shared_codebook,
+        'the layout "fvq_rq" has one codebook for all levels, and these have codes of their own: use layout="rq_vae"',
+    )
+    bridge_check("fvq_rq", "rq_vae")(net, params)
+
+
 FVQ = Layout(
     name="fvq",
     title="FVQ tokenizer",
@@ -87,6 +96,6 @@ FVQ_RQ = dataclasses.replace(
     quantizer="residual",
     infer_quantizer=_infer_residual,
     marks=(r"(?!)",),
-    check=bridge_check("fvq_rq", "rq_vae"),
+    check=_check_residual,
     facts=lambda net: {"layout": "fvq_rq", "depth": net.quantizer.depth},
 )

@@ -65,6 +65,11 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     @property
+    def choices(self) -> int:
+        """From how many of these each code of an image is chosen: all, unless levels have codes of their own."""
+        return self.size
+
+    @property
     def latent_dim(self) -> int:
         """Channels d of the latents it takes and of the vectors it returns."""
         raise NotImplementedError

@@ -13,11 +13,37 @@ from fvq_jax.runtime.fields import setting
 class ResidualQuantizer(LevelQuantizer):
     """Residual quantization: `depth` codes for every latent, all of one table. Codes are [b, h, w, depth].
 
-    There is one codebook for all levels, as published: the contract of quantizers has one table, which is searched,
-    folded, saved and drawn.
+    The table is bridged, folded, saved and drawn as one. All levels share it, as published for FVQ; or each has rows of
+    its own, every `depth`-th, so that all devices hold a part of every level.
     """
 
     depth: int = setting(4, "Number of levels, that is, of codes for every latent.", above=0, stays=True)
+    shared_codebook: bool = setting(
+        True,
+        "Every level chooses from all codes; otherwise level l, counted from 0, from the codes l, l + depth, "
+        "l + 2 depth, ... alone, which are codebook_size / depth.",
+        stays=True,
+    )
+
+    @property
+    def choices(self) -> int:
+        """All codes, or those of a level."""
+        return self.codebook_size if self.shared_codebook else self.codebook_size // self.depth
+
+    def check(self, axis: int = 1) -> None:
+        """The axis must divide the codes of every level, and codes of a level of its own have no places."""
+        super().check(axis)
+        if self.shared_codebook:
+            return
+        if self.codebook_size % self.depth:
+            fitting = -(-self.codebook_size // self.depth) * self.depth
+            raise ValueError(
+                f"{self.codebook_size} codes cannot be divided among {self.depth} levels: "
+                f"use {fitting}, or a shared_codebook"
+            )
+        if self.restart_after > 0:
+            raise ValueError("restart_after puts codes onto what any level has left: it needs a shared_codebook")
+        self._check_rows(self.choices, "codes of a level", axis)
 
     @property
     def level_names(self) -> tuple[str, ...]:
@@ -31,7 +57,7 @@ class ResidualQuantizer(LevelQuantizer):
     @property
     def description(self) -> str:
         """The bridge, and the number of levels."""
-        return f"{super().description}, {self.depth} levels"
+        return f"{super().description}, {self.depth} levels{'' if self.shared_codebook else ' with codes of their own'}"
 
     def code_shape(self, h: int, w: int) -> tuple[int, ...]:
         """A code of every level per latent."""
@@ -44,14 +70,18 @@ class ResidualQuantizer(LevelQuantizer):
         return shape[0], shape[1]
 
     def architecture(self) -> dict[str, Any]:
-        """Sizes, bridge, number of levels; and the kind of groups, if the bridge has groups."""
-        return super().architecture() | {"depth": self.depth}
+        """Sizes, bridge, number of levels and whose the codes are; and the kind of groups, if the bridge has groups."""
+        return super().architecture() | {"depth": self.depth, "shared_codebook": self.shared_codebook}
 
     def choose(self, latent: Float[Array, "b h w d"], table: Float[Array, "k d"]) -> Int[Array, "b h w depth"]:
         """The code nearest to the latent, then the one nearest to what it leaves, and so on."""
         rest, codes = latent, []
-        for _ in range(self.depth):
-            codes.append(self.nearest(rest, table))
+        for level in range(self.depth):
+            if self.shared_codebook:
+                codes.append(self.nearest(rest, table))
+            else:
+                own = table.reshape(self.choices, self.depth, self.code_dim)[:, level]
+                codes.append(self.nearest(rest, own) * self.depth + level)
             rest = rest - self.rows(table, codes[-1])
         return jnp.stack(codes, axis=-1)
 

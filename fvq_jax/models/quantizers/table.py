@@ -98,8 +98,8 @@ class TableQuantizer(Quantizer):
 
     def uncounted_flops(self, tokens: int, platform: str) -> tuple[float, float]:
         """Of the search, and of the streamed products, what XLA does not count; and the mean of their passes."""
-        product = 2.0 * tokens * self.codebook_size * self.code_dim
-        blocks = max(self.codebook_size / (1 if self.mesh is None else self.mesh.shape["codebook"]) / BLOCK_SIZE, 1)
+        product = 2.0 * tokens * self.choices * self.code_dim
+        blocks = max(self.choices / (1 if self.mesh is None else self.mesh.shape["codebook"]) / BLOCK_SIZE, 1)
         kernel = runs_kernel(self.search_implementation, platform)
         # Of a scan, the search's first block, which is outside the loop, and the body of every loop once are counted.
         search = product if kernel else product * (1 - min(2, blocks) / blocks)

@@ -83,7 +83,12 @@ class Evaluator:
         if found.sums.real is not None and found.sums.images >= 2:
             self._reference = found.sums.real.moments()
         metrics = summarise(
-            found.sums, size**2, self._reference, quantizer.level_names, positions=quantizer.positions()
+            found.sums,
+            size**2,
+            self._reference,
+            quantizer.level_names,
+            quantizer.choices,
+            quantizer.positions(),
         )
         return metrics, not_computed(self._networks, found.sums), found
 

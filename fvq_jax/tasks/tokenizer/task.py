@@ -278,7 +278,7 @@ class TokenizerTask(Task):
         }
         quantizer = self.net.quantizer
         union |= position_statistics(codes, quantizer.positions(), "window/")
-        return union | level_statistics(counts["codes"], quantizer.level_names, "window/")
+        return union | level_statistics(counts["codes"], quantizer.level_names, quantizer.choices, "window/")
 
     def progress(self, scalars: Mapping[str, float]) -> dict[str, str]:
         """The total loss, and the usage of the codes in the window."""
@@ -342,6 +342,7 @@ class TokenizerTask(Task):
                 quantizer.description,
                 quantizer.level_names,
                 quantizer.positions(),
+                own_codes=quantizer.choices if quantizer.choices < quantizer.size else 0,
             ),
             facts={"workdir": str(workdir), "step": int(state.step), **facts},
             metrics=metrics,

@@ -18,8 +18,12 @@ from tests.helpers.compiled_program import COLLECTIVE, arrays, collectives, size
 from tests.helpers.golden_case import relative_error
 from tests.helpers.slow_cases import MESHES
 
-K, D, SIDE = 64, 8, 3
-KINDS = {"residual": {"depth": 3}, "multi_scale": {"scales": (1, 2, SIDE), "phi_count": 2}}
+K, D, SIDE = 48, 8, 3
+KINDS = {
+    "residual": {"name": "residual", "depth": 3},
+    "residual of own codes": {"name": "residual", "depth": 3, "shared_codebook": False},
+    "multi_scale": {"name": "multi_scale", "scales": (1, 2, SIDE), "phi_count": 2},
+}
 LEVELS = 3
 WEIGHTS = np.random.default_rng(9).normal(size=(8, SIDE, SIDE, D)).astype(np.float32)
 variants = pytest.mark.parametrize("name", KINDS)
@@ -27,7 +31,7 @@ variants = pytest.mark.parametrize("name", KINDS)
 
 def make(name, mesh=None, **options):
     settings = {"codebook_size": K, "code_dim": D, "bridge": "linear", **KINDS[name], **options}
-    return make_quantizer({"name": name, **settings}, mesh=mesh)
+    return make_quantizer(settings, mesh=mesh)
 
 
 @functools.cache
@@ -149,7 +153,7 @@ def test_decoding_another_number_of_levels_is_refused(name, upto):
 def test_every_level_is_counted_alone(name):
     output, _ = results(name)
     codes = np.asarray(output.codes)
-    parts = np.moveaxis(codes, -1, 0) if name == "residual" else np.split(codes, [1, 5], axis=1)
+    parts = np.moveaxis(codes, -1, 0) if name != "multi_scale" else np.split(codes, [1, 5], axis=1)
     counts = make(name).counts(output.codes)
     np.testing.assert_array_equal(counts, [np.bincount(part.ravel(), minlength=K) for part in parts])
     assert len(make(name).level_names) == LEVELS
@@ -205,7 +209,7 @@ def test_it_all_stays_float32_in_a_network_of_bfloat16(name):
     assert "bf16" not in str(program)
 
 
-BIG = 4096  # codes: more blocks than one for each of four devices
+BIG = 3 * 4096  # codes: more blocks than one for each of four devices, also of a level's own
 
 
 @functools.cache
@@ -248,11 +252,13 @@ def test_rows_never_leave_their_device_and_no_array_has_tokens_times_codes(name)
     assert max(math.prod(dims) for _, _, dims in collectives(program)) <= BIG // 4 * D
     sizes = {dims for _, dims in arrays(program)}
     assert size(tokens, 512) in sizes
-    assert max(map(math.prod, sizes)) <= tokens * 512
+    scores_of_a_level = tokens * BIG // 4 // (LEVELS if "own" in name else 1)  # on a device, all at once
+    assert max(map(math.prod, sizes)) <= max(tokens * 512, BIG // 4 * D) < scores_of_a_level
 
 
 TWINS = [
     ("residual", (5, 3), {"depth": 3}),
+    ("residual", (5, 3), {"depth": 5, "shared_codebook": False}),
     ("multi_scale", (7, 7), {"scales": (1, 3, 4, 7), "phi_count": 4}),
     ("multi_scale", (5, 5), {"scales": (2, 3, 5), "phi_count": 3}),
     ("multi_scale", (6, 6), {"scales": (1, 2, 4, 6), "phi_count": 1}),
@@ -283,7 +289,10 @@ def test_an_independent_module_finds_the_same_codes_losses_and_gradients(name, g
     z = torch.tensor(latent, requires_grad=True)
     channels_first = z.permute(0, 3, 1, 2)
     if name == "residual":
-        vectors, codes, pull, commitment = torch_levels.residual(channels_first, leaves["codebook"], quantizer.depth)
+        book, depth = leaves["codebook"], quantizer.depth
+        books = [book] * depth if quantizer.shared_codebook else [book[level::depth] for level in range(depth)]
+        vectors, codes, pull, commitment = torch_levels.residual(channels_first, books)
+        codes = codes if quantizer.shared_codebook else codes * depth + torch.arange(depth)
     else:
         phis = [f"phi_{i}/conv" for i in range(quantizer.phi_count)]
         kernels = [leaves[f"{phi}/kernel"].permute(3, 2, 0, 1) for phi in phis]

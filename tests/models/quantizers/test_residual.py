@@ -9,6 +9,7 @@ from fvq_jax.models.quantizers.residual import ResidualQuantizer
 from tests.helpers.golden_case import relative_error
 
 K, D, DEPTH = 40, 6, 3
+OWN = 39  # codes, of which every level has 13
 
 
 def make(**options):
@@ -55,6 +56,14 @@ def found():
     return output, gradient
 
 
+@functools.cache
+def own_codes():
+    """The output where every level has codes of its own."""
+    latent, table = case()
+    quantizer = make(codebook_size=OWN, shared_codebook=False)
+    return jax.jit(quantizer.apply)({"params": {"codebook": table[:OWN]}}, latent)
+
+
 def test_each_level_is_the_code_nearest_to_what_is_left():
     (codes, sums, _), (output, _) = oracle(), found()
     assert output.codes.shape == (2, 3, 5, DEPTH)
@@ -79,6 +88,35 @@ def test_decoding_adds_up_the_first_levels(upto):
     np.testing.assert_allclose(vectors.reshape(-1, D), sums[-1 if upto is None else upto - 1], atol=1e-5)
 
 
+def test_levels_with_codes_of_their_own_choose_from_those():
+    latent, table = (np.float64(array) for array in case())
+    rest, codes = latent.reshape(-1, D), np.asarray(own_codes().codes).reshape(-1, DEPTH)
+    for level in range(DEPTH):
+        own = np.arange(level, OWN, DEPTH)
+        nearest = np.square(rest[:, None] - table[own]).sum(-1).argmin(1)
+        np.testing.assert_array_equal(codes[:, level], own[nearest])
+        rest = rest - table[codes[:, level]]
+    vectors = own_codes().vectors.reshape(-1, D)
+    np.testing.assert_allclose(vectors, latent.reshape(-1, D) - rest, atol=1e-5)
+    quantizer = make(codebook_size=OWN, shared_codebook=False)
+    assert (quantizer.size, quantizer.choices, make().choices) == (OWN, OWN // DEPTH, K)
+    assert quantizer.description == "bridge none, 3 levels with codes of their own"
+    assert quantizer.uncounted_flops(100, "tpu") == (2 * 100 * OWN // DEPTH * D, 6)
+    decoded = quantizer.apply({"params": {"codebook": case()[1][:OWN]}}, own_codes().codes, 1, method="decode")
+    np.testing.assert_array_equal(decoded, case()[1][own_codes().codes[..., 0]])
+
+
+def test_codes_that_cannot_be_divided_among_levels_are_refused():
+    own = functools.partial(make, shared_codebook=False)
+    own(codebook_size=48).check(8)
+    with pytest.raises(ValueError, match=r"40 codes cannot be divided among 3 levels: use 42, or a shared_codebook"):
+        own().check()
+    with pytest.raises(ValueError, match=r"mesh.codebook 12 does not divide the 8 codes of a level"):
+        own(codebook_size=24).check(12)
+    with pytest.raises(ValueError, match=r"restart_after puts codes .* it needs a shared_codebook"):
+        own(codebook_size=48, restart_after=1.0).check()
+
+
 def test_the_depth_is_the_number_of_codes_per_latent():
     latent, table = case()
     deeper = jax.jit(lambda x: make(depth=5).apply({"params": {"codebook": table}}, x, method="encode"))(latent)
@@ -96,7 +134,8 @@ def test_the_grid_follows_from_the_shape_of_codes():
 
 def test_it_is_described_by_its_sizes_bridge_and_depth():
     assert make().description == "bridge none, 3 levels"
-    assert make().architecture() == {"codebook_size": K, "code_dim": D, "bridge": "none", "depth": DEPTH}
+    expected = {"codebook_size": K, "code_dim": D, "bridge": "none", "depth": DEPTH, "shared_codebook": True}
+    assert make().architecture() == expected
     weights = make(codebook_weight=0.5, commitment_weight=0.1).loss_weights
     assert weights == {"codebook": 0.5, "commitment": 0.1}
 
@@ -119,14 +158,23 @@ def test_codes_and_vectors_are_those_of_the_package_that_is_used_most():
     """vector-quantize-pytorch's losses differ: it compares every level with what is left for it, not the sums."""
     torch = pytest.importorskip("torch")
     published = pytest.importorskip("vector_quantize_pytorch")
-    latent, table = case()
-    peer = published.ResidualVQ(
-        dim=D, num_quantizers=DEPTH, codebook_size=K, shared_codebook=True, learnable_codebook=True, ema_update=False
-    )
-    for layer in peer.layers:
-        layer._codebook.embed.data.copy_(torch.from_numpy(np.array(table))[None])
-    peer.eval()
-    quantized, codes, _ = peer(torch.from_numpy(np.array(latent).reshape(2, 15, D)))
-    output, _ = found()
-    np.testing.assert_array_equal(np.asarray(output.codes).reshape(2, 15, DEPTH), codes.numpy())
-    np.testing.assert_allclose(np.asarray(output.vectors).reshape(2, 15, D), quantized.detach().numpy(), atol=1e-5)
+    latent, _ = case()
+    for shared in (True, False):
+        table = case()[1] if shared else case()[1][:OWN]
+        peer = published.ResidualVQ(
+            dim=D,
+            num_quantizers=DEPTH,
+            codebook_size=K if shared else OWN // DEPTH,
+            shared_codebook=shared,
+            learnable_codebook=True,
+            ema_update=False,
+        )
+        for level, layer in enumerate(peer.layers):
+            book = table if shared else table[level::DEPTH]
+            layer._codebook.embed.data.copy_(torch.from_numpy(np.array(book))[None])
+        peer.eval()
+        quantized, codes, _ = peer(torch.from_numpy(np.array(latent).reshape(2, 15, D)))
+        output = found()[0] if shared else own_codes()
+        numbered = codes.numpy() if shared else codes.numpy() * DEPTH + np.arange(DEPTH)
+        np.testing.assert_array_equal(np.asarray(output.codes).reshape(2, 15, DEPTH), numbered)
+        np.testing.assert_allclose(np.asarray(output.vectors).reshape(2, 15, D), quantized.detach().numpy(), atol=1e-5)
