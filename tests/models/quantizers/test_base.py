@@ -242,6 +242,7 @@ def test_the_base_asks_for_every_part_of_the_contract():
         "only_grid",
         "positions",
         "trained",
+        "choices",
         "folded_params",
     }  # these have a default
     for name in {name for name in vars(Quantizer) if not name.startswith("_")} - given:
