@@ -25,9 +25,10 @@ from fvq_jax.inference.saved import SavedTokenizer, load, save_folder
 from fvq_jax.interop.layouts import LAYOUTS
 from fvq_jax.interop.named_tensors import ENDINGS
 from fvq_jax.interop.tokenizer_checkpoint import write_checkpoint
-from fvq_jax.models.layers import SCORES, levels_from_zero
+from fvq_jax.models.layers import levels_from_zero
 from fvq_jax.models.quantizers import quantizer_settings
 from fvq_jax.models.tokenizer import TokenizerNet, quantization_error
+from fvq_jax.ops.attention import SCORES
 from fvq_jax.ops.pixels import to_float
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.names import flatten

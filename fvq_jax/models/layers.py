@@ -10,12 +10,10 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from fvq_jax.ops.attention import attention
 from fvq_jax.ops.convolution import convolution
 
 GROUPS = 32
-# Scores of an image, queries x keys, that attention holds at once: 64 MiB in float32. Up to 64 x 64 positions, which
-# are more than any training here has, that is all of them.
-SCORES = 1 << 24
 
 
 def fan_in_uniform(fan_in: int) -> Initializer:
@@ -112,26 +110,8 @@ class AttentionBlock(nn.Module):
         q, k, v = (Conv(c, kernel_size=1, dtype=self.dtype, name=name)(h) for name in ("q", "k", "v"))
         q, k, v = (y.reshape(b, H * W, 1, c) for y in (q, k, v))
         with jax.default_matmul_precision(matmul_precision(self.dtype)):
-            h = _attention(q, k, v)
+            h = attention(q, k, v)
         return x + Conv(c, kernel_size=1, dtype=self.dtype, name="out")(h.reshape(b, H, W, c))
-
-
-def _attention(
-    q: Float[Array, "b n 1 c"], k: Float[Array, "b n 1 c"], v: Float[Array, "b n 1 c"]
-) -> Float[Array, "b n 1 c"]:
-    """Attention; of many positions a block of queries after the other, so that memory grows with n and not with n^2.
-
-    A block sees all keys, so nothing is approximated. The backward pass computes its scores again.
-    """
-    b, n, _, c = q.shape
-    if n * n <= SCORES:
-        return jax.nn.dot_product_attention(q, k, v)
-    size = max(1, SCORES // n)
-    blocks = -(-n // size)
-    padded = jnp.pad(q, ((0, 0), (0, blocks * size - n), (0, 0), (0, 0)))
-    by_block = jnp.moveaxis(padded.reshape(b, blocks, size, 1, c), 1, 0)
-    h = jax.lax.map(jax.checkpoint(lambda queries: jax.nn.dot_product_attention(queries, k, v)), by_block)
-    return jnp.moveaxis(h, 0, 1).reshape(b, blocks * size, 1, c)[:, :n]
 
 
 class Downsample(nn.Module):

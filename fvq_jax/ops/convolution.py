@@ -12,8 +12,12 @@ from jaxtyping import Array, Float
 # Pixels of all images together in a band. The gradient of a kernel is one matrix product over the pixels of a batch;
 # where they no longer fit into the cache, XLA's program for a CPU waits for memory.
 BAND = 2048
+# Every band is written into the program, on every platform while it is traced. A batch with more is not for a CPU.
+MOST = 64
 # With fewer features the product of a band is too small, and the whole is faster.
 FEATURES = 8
+# [b, H, W, c], [i, j, c, f] and [b, h, w, f]
+ORDER = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 
 
 def convolution(
@@ -21,23 +25,33 @@ def convolution(
     kernel: Float[Array, "i j _ f"],
     strides: Sequence[int],
     padding: str | Sequence[tuple[int, int]],
-    **settings: Any,
+    *,
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = ORDER,
+    feature_group_count: int = 1,
+    precision: Any = None,
 ) -> Float[Array, "b h w f"]:
-    """`lax.conv_general_dilated` of images, which `nn.Conv` takes as its `conv_general_dilated`.
+    """Like `lax.conv_general_dilated`, in whose place `nn.Conv` takes it.
 
-    Values and gradients are the same; on a CPU the gradient of the kernel is a sum in another order. Programs for other
-    platforms do not change. It has derivatives in reverse mode only, of any order.
+    On a CPU the gradient of the kernel is a sum over bands, in float32 at least, so it rounds differently. If the batch
+    is divided over devices, every band is summed over them by itself. Programs for other platforms do not change. There
+    are derivatives in reverse mode only, of any order.
 
-    Args:
-      settings: the other arguments of `lax.conv_general_dilated`. ValueError for dilation and groups, which it does not
-        have.
+    ValueError for dilation, groups and another order of dimensions.
     """
-    dilated = [settings.pop(name, None) for name in ("lhs_dilation", "rhs_dilation")]
-    if any(d not in (None, (1, 1)) for d in dilated) or settings.pop("feature_group_count", 1) != 1:
+    if (
+        any(tuple(dilation or (1, 1)) != (1, 1) for dilation in (lhs_dilation, rhs_dilation))
+        or feature_group_count != 1
+    ):
         raise ValueError("dilation and groups are not supported")
+    if dimension_numbers != ORDER:
+        raise ValueError(f"the order of dimensions must be {ORDER}, not {dimension_numbers}")
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(images.shape[1:3], kernel.shape[:2], strides, padding)
-    plain: Callable[..., Array] = partial(lax.conv_general_dilated, window_strides=strides, **settings)
+    plain: Callable[..., Array] = partial(
+        lax.conv_general_dilated, window_strides=strides, dimension_numbers=ORDER, precision=precision
+    )
 
     @jax.custom_vjp
     def convolve(images, kernel):
@@ -67,7 +81,7 @@ def _kernel_gradient(plain, kernel, padding, images, gradient):
 def _kernel_gradient_in_bands(plain, kernel, padding, stride, height, images, gradient):
     """The sum over bands of `height` rows of the gradient; a band sees the rows of pixels that its kernels touch."""
     (above, _), columns = padding
-    total = jnp.zeros_like(kernel)
+    total = jnp.zeros(kernel.shape, jnp.promote_types(kernel.dtype, jnp.float32))
     for start in range(0, gradient.shape[1], height):
         band = gradient[:, start : start + height]
         first = start * stride - above
@@ -76,10 +90,11 @@ def _kernel_gradient_in_bands(plain, kernel, padding, stride, height, images, gr
         if end <= 0 or first >= images.shape[1]:
             continue  # it sees nothing but padding
         total += _kernel_gradient(plain, kernel, (beyond, columns), images[:, max(0, first) : end], band)
-    return total
+    return total.astype(kernel.dtype)
 
 
 def _band_height(gradient):
     """Rows of a band; all rows where bands do not pay."""
     images, height, width, features = gradient.shape
-    return max(1, BAND // (images * width)) if features >= FEATURES else height
+    rows = max(1, BAND // max(1, images * width))
+    return rows if features >= FEATURES and -(-height // rows) <= MOST else height

@@ -28,6 +28,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
 from fvq_jax.models.layers import matmul_precision
+from fvq_jax.ops.attention import attention
 
 HEAD_WIDTH = {"XS": 8, "S": 16, "B": 32, "L": 64, "XL": 128}
 HEADS = 4
@@ -169,10 +170,12 @@ class BridgeBlock(nn.Module):
     """Pre-LayerNorm transformer block over all tokens: 4 heads, MLP of twice the width, tanh GELU.
 
     With a `condition`, attention and MLP are each shifted and scaled after their layer norm, and gated before they are
-    added. At the start all gates are 0, so the block is the identity.
+    added. At the start all gates are 0, so the block is the identity. `divided` says whether the tokens may be divided
+    over devices.
     """
 
     dtype: DTypeLike = jnp.float32
+    divided: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "g c"], condition: Float[Array, "1 c"] | None = None) -> Float[Array, "g c"]:
@@ -191,7 +194,7 @@ class BridgeBlock(nn.Module):
         qkv = _dense(3 * width, self.dtype, "qkv")(x)
         q, k, v = qkv.reshape(1, g, 3, HEADS, width // HEADS).transpose(2, 0, 1, 3, 4)
         with jax.default_matmul_precision(matmul_precision(self.dtype)):
-            h = jax.nn.dot_product_attention(q, k, v)
+            h = attention(q, k, v, divided=self.divided)
         return _dense(width, self.dtype, "out")(h.reshape(g, width))
 
     def _mlp(self, x):
@@ -207,11 +210,13 @@ class VQBridge(nn.Module):
       groups: "2d" (published: patches of the sqrt(k) x sqrt(k) raster) or "1d" (runs of consecutive codes).
       dtype: compute dtype of the blocks. The recovered codes are float32 at full precision: rounded to bfloat16, some
         would be equal, and the search chooses only the first of equal codes.
+      divided: whether the codes may be divided over devices.
     """
 
     spec: BridgeSpec
     groups: str = "2d"
     dtype: DTypeLike = jnp.float32
+    divided: bool = False
 
     @nn.compact
     def __call__(
@@ -225,7 +230,7 @@ class VQBridge(nn.Module):
             tokens = tokens + self._positions(*tokens.shape).astype(self.dtype)
             vector = self._class_vector(condition)
         for i in range(self.spec.depth):
-            tokens = BridgeBlock(self.dtype, name=f"block{i}")(tokens, vector)
+            tokens = BridgeBlock(self.dtype, self.divided, name=f"block{i}")(tokens, vector)
         tokens = _layer_norm(tokens, jnp.float32, "norm_out")
         if vector is not None:
             tokens = _modulate(tokens, *_modulation(vector, 2, "modulation_out"))
@@ -258,11 +263,14 @@ class CodewiseBridge(nn.Module):
         return codebook
 
 
-def make_bridge(name: str, groups: str, dtype: DTypeLike) -> nn.Module | None:
-    """Makes the bridge called `name` (see the top of this file); None for `none`. ValueError for an unknown name."""
+def make_bridge(name: str, groups: str, dtype: DTypeLike, divided: bool = False) -> nn.Module | None:
+    """Makes the bridge called `name` (see the top of this file); None for `none`. ValueError for an unknown name.
+
+    `divided` says whether the codes may be divided over devices.
+    """
     spec = parse_bridge(name)
     if spec.kind == "none":
         return None
     if spec.patch:
-        return VQBridge(spec, groups, dtype)
+        return VQBridge(spec, groups, dtype, divided)
     return CodewiseBridge(1 if spec.kind == "linear" else MLP_LAYERS)

@@ -59,7 +59,8 @@ class BridgedQuantizer(TableQuantizer):
             return jax.random.uniform(key, shape, jnp.float32, -1 / self.codebook_size, 1 / self.codebook_size)
 
         self.codebook = self.param("codebook", fresh, (self.codebook_size, self.code_dim))
-        self.bridge_net = make_bridge(self.bridge, self.bridge_groups, self.dtype)
+        divided = self.mesh is not None and self.mesh.shape["codebook"] > 1
+        self.bridge_net = make_bridge(self.bridge, self.bridge_groups, self.dtype, divided)
         if self.restart_after > 0:
             self.placement = Placement(self.codebook_size, self.code_dim, self.restart_after, self.mesh)
 

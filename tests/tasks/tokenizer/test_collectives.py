@@ -129,7 +129,7 @@ def test_a_matrix_of_distances_is_found():
 def test_the_axis_divides_the_work_of_the_bridge(groups):
     """Compress, blocks and recover, forward and backward; what travels are keys and values, never rows."""
     codes, groups_of_4, width, axis = 2304, 576, 32, 8  # 24 rows of 24 patches: three rows for each device
-    bridge = VQBridge(parse_bridge("XS/2-d1"), groups)
+    bridge = VQBridge(parse_bridge("XS/2-d1"), groups, divided=True)
 
     def compile_on(axis):
         mesh = jax.make_mesh(

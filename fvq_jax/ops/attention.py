@@ -1,0 +1,120 @@
+"""Attention of all positions to all. On a CPU scores are made a block of queries at a time, and stay in the cache."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+# Scores of an image, queries x keys, that are held at once on a GPU or TPU: 64 MiB in float32. Up to 64 x 64 positions,
+# which are more than any training here has, that is all of them.
+SCORES = 1 << 24
+# Queries of a block on a CPU.
+QUERIES = 64
+
+
+def attention(
+    q: Float[Array, "b n h c"], k: Float[Array, "b n h c"], v: Float[Array, "b n h c"], *, divided: bool = False
+) -> Float[Array, "b n h c"]:
+    """The values at all positions, weighted by softmax(q k / sqrt(c)), in each of h heads; softmax in float32.
+
+    A block of queries sees all keys, so nothing is approximated. The backward pass makes the scores of a block again.
+
+    Args:
+      divided: whether the positions may be divided over devices. Then all scores are made at once, since devices could
+        not make the blocks at the same time.
+    """
+    if divided:
+        return jax.nn.dot_product_attention(q, k, v)
+    if q.shape[1] <= 2 * QUERIES:
+        return _on_accelerator(q, k, v)
+    return lax.platform_dependent(q, k, v, cpu=_on_cpu, default=_on_accelerator)
+
+
+def _on_accelerator(q, k, v):
+    """All scores at once, or as many as `SCORES`."""
+    b, n, h, c = q.shape
+    if n * n <= SCORES:
+        return jax.nn.dot_product_attention(q, k, v)
+    size = max(1, SCORES // n)
+    blocks = -(-n // size)
+    padded = jnp.pad(q, ((0, 0), (0, blocks * size - n), (0, 0), (0, 0)))
+    by_block = jnp.moveaxis(padded.reshape(b, blocks, size, h, c), 1, 0)
+    found = lax.map(jax.checkpoint(lambda queries: jax.nn.dot_product_attention(queries, k, v)), by_block)
+    return jnp.moveaxis(found, 0, 1).reshape(b, blocks * size, h, c)[:, :n]
+
+
+@jax.custom_vjp
+def _on_cpu(q, k, v):
+    return _forward(q, k, v)[0]
+
+
+def _forward(q, k, v):
+    """The result, and with the inputs what the backward pass needs: log-sums of the scores of every block."""
+    keys, values = _by_head(k), _by_head(v)
+
+    def block(queries):
+        scores = _scores(queries, keys)
+        top = scores.max(-1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        total = weights.sum(-1, keepdims=True)
+        return _product("bhqk,bhkc->bhqc", weights, values) / total, top + jnp.log(total)
+
+    found, log_sums = lax.map(block, _blocks(q))
+    result = _joined(found, q)
+    return result, (q, k, v, result, log_sums)
+
+
+def _backward(saved, gradient):
+    """The closed form: d scores = weights (d weights - sum over keys of weights d weights)."""
+    q, k, v, result, log_sums = saved
+    keys, values = _by_head(k), _by_head(v)
+
+    def block(sums, arrays):
+        queries, log_sum, of_result, pulled = arrays
+        weights = jnp.exp(_scores(queries, keys) - log_sum)
+        of_weights = _product("bhqc,bhkc->bhqk", of_result, values)
+        of_scores = weights * (of_weights - pulled)
+        of_queries = _product("bhqk,bhkc->bhqc", of_scores, keys) * q.shape[-1] ** -0.5
+        of_keys = _product("bhqk,bhqc->bhkc", of_scores, queries) * q.shape[-1] ** -0.5
+        of_values = _product("bhqk,bhqc->bhkc", weights, of_result)
+        return (sums[0] + of_keys, sums[1] + of_values), of_queries
+
+    pulled = jnp.sum(_widened(gradient) * _widened(result), axis=-1, keepdims=True)
+    zeros = jnp.zeros_like(keys), jnp.zeros_like(values)
+    (of_keys, of_values), of_queries = lax.scan(
+        block, zeros, (_blocks(q), log_sums, _blocks(gradient), _blocks(pulled))
+    )
+    return _joined(of_queries, q), *(jnp.swapaxes(of, 1, 2).astype(k.dtype) for of in (of_keys, of_values))
+
+
+_on_cpu.defvjp(_forward, _backward)
+
+
+def _widened(x):
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _by_head(x):
+    """[b, h, n, c], at least float32."""
+    return jnp.swapaxes(_widened(x), 1, 2)
+
+
+def _blocks(x):
+    """[blocks, b, h, QUERIES, c], at least float32; what is missing in the last block is zero."""
+    b, n, h, c = x.shape
+    padded = jnp.pad(_by_head(x), ((0, 0), (0, 0), (0, -n % QUERIES), (0, 0)))
+    return jnp.moveaxis(padded.reshape(b, h, -1, QUERIES, c), 2, 0)
+
+
+def _joined(blocks, like):
+    """The inverse of `_blocks`, in the dtype of `like`."""
+    b, n, h, c = like.shape
+    return jnp.swapaxes(jnp.moveaxis(blocks, 0, 2).reshape(b, h, -1, c)[:, :, :n], 1, 2).astype(like.dtype)
+
+
+def _scores(queries, keys):
+    return _product("bhqc,bhkc->bhqk", queries, keys) * keys.shape[-1] ** -0.5
+
+
+def _product(subscripts, a, b):
+    return jnp.einsum(subscripts, a, b, precision="highest")
