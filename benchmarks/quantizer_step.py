@@ -8,7 +8,6 @@ machine moves it less than the seconds.
 """
 
 import argparse
-import importlib
 import statistics
 import sys
 from collections.abc import Iterator
@@ -21,9 +20,10 @@ from ml_collections import ConfigDict
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.processes import Worker, alternate, machine, median_ratio, write_rows
+from configs import rivals
 
 BASE = "none"  # what the others are compared with
-COLUMNS = {"rival": "quantizer", "seconds": "seconds per step", "ratio": "of that of none"}
+COLUMNS = {"rival": "quantizer", "seconds": "seconds per step", "ratio": "relative to none"}
 
 
 def load(config: ConfigDict) -> Any:
@@ -45,17 +45,18 @@ def load(config: ConfigDict) -> Any:
     batch = global_batch({"image": images}, mesh)
     abstract = train_step.abstract()
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    init, step = jax.jit(train_step.init, out_shardings=layout), train_step.jitted(abstract)
+    key = jax.random.key(config.seed)
+    init = jax.jit(train_step.init, out_shardings=layout).lower(key).compile()
+    step = train_step.jitted(abstract).lower(abstract, batch, task.frozen).compile()
 
     def build() -> dict[str, Any]:
-        state = init(jax.random.key(config.seed))
+        state = init(key)
 
         def run() -> None:
             nonlocal state
             state, metrics = step(state, batch, task.frozen)
             jax.block_until_ready(metrics)
 
-        run()
         return {"step": run}
 
     return build
@@ -68,13 +69,12 @@ def compare(configs: dict[str, ConfigDict], rounds: int, budget: float) -> Itera
     for worker in workers.values():
         worker.close()
     for name, found in seconds.items():
-        row = {"rival": name, "seconds": round(statistics.median(found), 4)}
+        row = {"rival": name, "batch": configs[name].batch_size, "seconds": round(statistics.median(found), 4)}
         yield row | {"ratio": round(median_ratio(found, seconds[BASE]), 3), "rounds": len(found), **machine()}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Prints a row for every quantizer."""
-    rivals = importlib.import_module("configs.rivals")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rivals", nargs="+", choices=rivals.RIVALS, default=list(rivals.RIVALS), metavar="NAME")
     parser.add_argument("--smoke", action="store_true", help="the smallest sizes, to try the program")

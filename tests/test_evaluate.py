@@ -22,8 +22,10 @@ from fvq_jax.evals.frechet import frechet_distance
 from fvq_jax.evals.networks import Networks
 from fvq_jax.evals.protocol import as_scored
 from fvq_jax.evaluate.options import parse
+from fvq_jax.inference.saved import SavedTokenizer
 from fvq_jax.inference.tokenizer import Tokenizer
 from fvq_jax.models.frozen.inception import CLASSES
+from fvq_jax.models.quantizers.residual import ResidualQuantizer
 from fvq_jax.report.tokenizer import page, write_report
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.processes import Place
@@ -110,6 +112,23 @@ def order_of(folder):
     """Of the pictures by name, as they are scored."""
     source = FolderSource(folder)
     return [Sample(source, len(source)).index(position) for position in range(len(source))]
+
+
+def test_levels_with_codes_of_their_own_are_scored_by_those(folder, tmp_path, capsys, monkeypatch):
+    saved = random_tokenizer(bridge="none")
+    own = ResidualQuantizer(codebook_size=64, code_dim=8, bridge="none", depth=2, shared_codebook=False)
+    Tokenizer(SavedTokenizer(saved.net.clone(quantizer=own), saved.params)).save_pretrained(tmp_path / "tok")
+    pages = []
+    monkeypatch.setattr(evaluate, "write_report", lambda folder, report: pages.append(page(report)))
+    metrics, _ = run(
+        capsys, f"--tokenizer={tmp_path}/tok", f"--data={folder}", f"--size={SIZE}", f"--out={tmp_path}/out"
+    )
+    assert metrics["bits_per_pixel"] == 2 * 5 / 4  # two codes of 32 for four pixels
+    codes = Tokenizer.from_pretrained(tmp_path / "tok").encode(by_hand(tmp_path / "tok", folder, "direct")[0])
+    for level in range(2):
+        assert metrics[f"usage/level_{level + 1}"] == len(np.unique(codes[..., level])) / 32
+    assert "2 levels of 32 codes each" in pages[0]
+    assert "Each level has 32 codes of its own" in pages[0]
 
 
 @pytest.mark.parametrize("protocol", ["direct", "published"])

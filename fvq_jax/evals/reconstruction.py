@@ -239,9 +239,9 @@ def conditions(found: Found, source: Source, *, data: str, protocol: str, size: 
 def summarise(
     sums: Sums,
     pixels: int,
+    choices: int,
     reference: Moments | None = None,
     levels: Sequence[str] = (),
-    choices: int | None = None,
     positions: Int[np.ndarray, "k"] | None = None,
 ) -> dict[str, float | int]:
     """Every metric by name.
@@ -254,9 +254,9 @@ def summarise(
     Args:
       sums: of the pass.
       pixels: of a picture.
+      choices: from how many codes each code is chosen, see `Quantizer.choices`.
       reference: mean and covariance of the crops' features, if rFID can be computed.
       levels: their names, if the quantizer has several.
-      choices: from how many codes each code is chosen, see `Quantizer.choices`; None: from all.
       positions: of every code in its group, see `Quantizer.positions`; None if that is not of interest.
     """
     metrics = {name: float(value / sums.images) for name, value in sums.scalars.items()}
@@ -270,7 +270,6 @@ def summarise(
     metrics["relative_quantization_error"] = float(sums.error / sums.power) if sums.power else math.nan
     counts = sums.code_counts.sum(axis=0)
     metrics |= {"usage": float(usage(counts)), "perplexity": float(perplexity(counts))}
-    choices = choices or len(counts)
     metrics |= code_statistics(counts, float(pixels * sums.images / counts.sum()), choices)
     if positions is not None:
         metrics |= position_statistics(counts, positions)

@@ -129,7 +129,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     report = Report(
         tokenizer=_trained(quantizer, tokenizer),
         facts=facts,
-        metrics=summarise(sums, size**2, moments, quantizer.level_names, quantizer.choices, positions),
+        metrics=summarise(sums, size**2, quantizer.choices, moments, quantizer.level_names, positions),
         not_computed=not_computed(networks, sums),
         found=found,
         plane=None if table is None else jax.device_get(jax.jit(principal_plane)(table)),
@@ -140,7 +140,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
             Compared(
                 str(other.path),
                 _trained(_quantizer(other.trained, other.tokenizer), other.tokenizer),
-                summarise(seen.sums, size**2, moments, kind.level_names, kind.choices),
+                summarise(seen.sums, size**2, kind.choices, moments, kind.level_names),
                 seen.examples.spread,
             )
             for other, seen in zip(prepared.compared, others, strict=True)
@@ -214,7 +214,7 @@ def _trained(quantizer: Quantizer, tokenizer: Tokenizer) -> Trained:
         quantizer.description,
         quantizer.level_names,
         quantizer.positions(),
-        own_codes=quantizer.choices if quantizer.choices < quantizer.size else 0,
+        quantizer.choices,
     )
 
 

@@ -73,6 +73,11 @@ def checked_codes(
         raise InputError(f"upto must be in 1..{most}, the number of levels, not {upto}")
     if codes.size and not 0 <= codes.min() <= codes.max() < quantizer.size:
         raise InputError(f"codes must be in 0..{quantizer.size - 1}, and these are from {codes.min()} to {codes.max()}")
+    if quantizer.choices < quantizer.size and np.any(codes % most != quantizer.level_of(*grid)):
+        raise InputError(
+            f"codes belong to other levels than those they stand in: code j of level l, both counted from 0, is number "
+            f"{most} j + l here"
+        )
     return codes.astype(np.int32), grid
 
 

@@ -63,8 +63,8 @@ def read_quantizer(
     tensors = averaged(read_checkpoint_file(path)[0], r"quantizer?\.", str(path))
     tensors = {_usual(key): value for key, value in unwrap(tensors, _PARTS).items()}
     if name == "residual" and any(key.startswith("codebooks.") for key in tensors):
-        tensors, shown = _with_one_book(tensors, str(path))
-        settings = {**shown, **settings}
+        tensors, shown = _with_one_book(tensors, settings, str(path))
+        settings = {**settings, **shown}
     weights = {key: value for key, value in tensors.items() if not re.fullmatch(_UNREAD, key)}
     quantizer = _infer(name, settings, Evidence(tensors, str(path), f"file of a {name} quantizer"))
     latents = jax.ShapeDtypeStruct((1, *(quantizer.only_grid or (1, 1)), quantizer.latent_dim), jnp.float32)
@@ -92,16 +92,34 @@ def _usual(name: str) -> str:
     return re.sub(r"^quant_resi\.(?=\d)", "quant_resi.qresi_ls.", name)
 
 
-def _with_one_book(tensors: Mapping[str, np.ndarray], source: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The tensors of RQ-VAE's quantizer with its books in one, and the settings of the levels that they show."""
-    evidence = Evidence(tensors, source, "file of a residual quantizer")
-    shown = infer_books(evidence)
-    books = {f"codebooks.{level}.weight" for level in range(shown["depth"])}
-    shapes = {tensors[book].shape if book in tensors else None for book in books}
-    require(len(shapes) == 1, f"{source} lacks a codebook of the same shape for every level: there are {shapes}")
-    book = joined_books(tensors, ResidualQuantizer(bridge="none", **shown))
-    others = {key: value for key, value in tensors.items() if key not in books and not re.fullmatch(_UNREAD, key)}
-    return others | {"embedding.weight": book}, {name: shown[name] for name in ("depth", "shared_codebook")}
+def _with_one_book(
+    tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any], source: str
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The tensors of RQ-VAE's quantizer with the books of the first `depth` levels in one, and the settings of levels.
+
+    InputError for a file whose books are not all there, or for settings that contradict it.
+    """
+    shown = infer_books(Evidence(tensors, source, "file of a residual quantizer"))
+    levels, shared = shown["depth"], shown["shared_codebook"]
+    names = [f"codebooks.{level}.weight" for level in range(levels)]
+    shapes = {name: tensors[name].shape for name in names if name in tensors}
+    for name in names:
+        require(name in shapes, f"{source} has {levels} levels, and lacks {name}")
+        require(shapes[name] == shapes[names[0]], f"{source}: {name} has another shape than {names[0]}")
+    depth = settings.get("depth", levels)
+    require(shared or depth <= levels, f"{source} has {levels} levels with a codebook each, so depth cannot be {depth}")
+    require(
+        settings.get("shared_codebook", shared) == shared,
+        f"{source} has {'one codebook for all levels' if shared else 'a codebook for every level'}: "
+        f"shared_codebook must be {shared}",
+    )
+    chosen = {"depth": depth, "shared_codebook": shared or depth == 1}
+    rows = (len(tensors[names[0]]) - 1) * (1 if chosen["shared_codebook"] else depth)
+    book = joined_books(
+        tensors, ResidualQuantizer(bridge="none", codebook_size=rows, code_dim=shown["code_dim"], **chosen)
+    )
+    others = {key: value for key, value in tensors.items() if key not in names and not re.fullmatch(_UNREAD, key)}
+    return others | {"embedding.weight": book}, chosen
 
 
 def _infer(name: str, settings: Mapping[str, Any], evidence: Evidence) -> Quantizer:

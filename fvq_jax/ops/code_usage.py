@@ -128,8 +128,7 @@ def code_statistics(counts: Int[np.ndarray, "k"], pixels_per_code: float | int, 
       `top_1_percent_share`: the share of the tokens that chose one of the most frequent 1 % (rounded up) of the codes.
       `entropy_bits`: the entropy of the code frequencies, at most `log2_codebook_size`.
       `bits_per_pixel`: with log2(choices) bits for every code.
-      `entropy_bits_per_pixel`: with `entropy_bits` for every code, less what its level tells, which an entropy coder
-      needs that knows the frequencies.
+      `entropy_bits_per_pixel`: what an entropy coder needs that knows the frequencies, and of every code its level.
     """
     codebook_size, tokens = len(counts), int(counts.sum())
     frequency = np.sort(counts)[::-1] / max(tokens, 1)

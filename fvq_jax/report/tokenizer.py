@@ -43,7 +43,7 @@ class Trained:
       description: in words.
       levels: names of the levels or scales, if there are several.
       positions: the position of every code in its group [k], if codes are grouped.
-      own_codes: how many codes each level has to itself; 0 if all choose from the same.
+      choices: from how many codes a level chooses, if not from all.
     """
 
     codes: int
@@ -52,7 +52,7 @@ class Trained:
     description: str
     levels: tuple[str, ...] = ()
     positions: np.ndarray | None = None
-    own_codes: int = 0
+    choices: int | None = None
 
     @property
     def title(self) -> str:
@@ -379,8 +379,9 @@ def _levels(report: Report) -> str:
     heads = ("Level", "Tokens", usage.heading, "At most, with so many tokens", perplexity.heading)
     head = "".join(f"<th>{name}</th>" for name in heads)
     lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    own = report.tokenizer.own_codes
-    chooses = f"has {own:,} codes of its own" if own else "chooses from the same codes"
+    own = report.tokenizer.choices or report.tokenizer.codes
+    same = own == report.tokenizer.codes
+    chooses = "chooses from the same codes" if same else f"has {own:,} codes of its own"
     return (
         f'<p class="note">Each level {chooses}. The figures above count all levels together.</p>\n'
         f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'

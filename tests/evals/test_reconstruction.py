@@ -73,7 +73,7 @@ def test_lpips_is_the_mean_over_the_pictures_alone():
         return a[:, 0, 0, 0] / np.float32(255) + (a != b).any(axis=(1, 2, 3))
 
     found = collect(Greys(), networks=Networks(None, {"lpips_vgg": distance}, {}), batch_size=300)
-    assert reconstruction.summarise(found.sums, 1)["lpips_vgg"] == pytest.approx(95 / 255, rel=1e-6)
+    assert reconstruction.summarise(found.sums, 1, SHADES + 4)["lpips_vgg"] == pytest.approx(95 / 255, rel=1e-6)
     assert [example.scores["lpips_vgg"] for example in found.examples.best] == [0] * 6
     assert found.examples.ranked_by == "lpips_vgg"
 
@@ -95,7 +95,7 @@ def test_levels_are_counted_apart_and_the_quantization_error_is_a_mean_over_pict
     found = collect(Greys(), reconstruct, level_of=np.array([0, 0, 0, 1, 1]))
     counts = found.sums.code_counts
     np.testing.assert_array_equal(counts, [[20 * 3] * SHADES + [0] * 4, [0] * SHADES + [20 * SHADES * 2] + [0] * 3])
-    metrics = reconstruction.summarise(found.sums, SIZE**2, levels=("level_1", "level_2"))
+    metrics = reconstruction.summarise(found.sums, SIZE**2, SHADES + 4, levels=("level_1", "level_2"))
     mean = (SHADES - 1) / 2
     assert metrics["quantization_error"] == pytest.approx(mean / 2)
     assert metrics["relative_quantization_error"] == pytest.approx(mean / 2 / (mean + 1))
@@ -108,11 +108,11 @@ def test_levels_are_counted_apart_and_the_quantization_error_is_a_mean_over_pict
 
 def test_usage_is_also_counted_by_position():
     sums = collect(Greys()).sums
-    assert "positions/dead" not in reconstruction.summarise(sums, 1)
-    assert "positions/dead" not in reconstruction.summarise(sums, 1, positions=np.zeros(SHADES + 4, int))
-    metrics = reconstruction.summarise(sums, 1, positions=np.arange(SHADES + 4) // 3)
+    assert "positions/dead" not in reconstruction.summarise(sums, 1, SHADES + 4)
+    assert "positions/dead" not in reconstruction.summarise(sums, 1, SHADES + 4, positions=np.zeros(SHADES + 4, int))
+    metrics = reconstruction.summarise(sums, 1, SHADES + 4, positions=np.arange(SHADES + 4) // 3)
     assert (metrics["positions/usage_min"], metrics["positions/dead"]) == (0, 1)
-    metrics = reconstruction.summarise(sums, 1, positions=np.arange(SHADES + 4) // 8)
+    metrics = reconstruction.summarise(sums, 1, SHADES + 4, positions=np.arange(SHADES + 4) // 8)
     assert (metrics["positions/usage_min"], metrics["positions/dead"]) == (0.5, 0)
 
 
@@ -124,7 +124,7 @@ def test_a_picture_without_a_number_does_not_score_as_black():
 
     found = collect(Greys(11), reconstruct, batch_size=16)
     assert found.sums.broken == 1
-    assert np.isnan(reconstruction.summarise(found.sums, 2)["psnr"])
+    assert np.isnan(reconstruction.summarise(found.sums, 2, SHADES + 4)["psnr"])
     assert found.examples.worst[0].position == 0
     assert found.examples.best[0].scores["psnr"] == pytest.approx(120)
 

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from fvq_jax.inference.generator import Generator
+from fvq_jax.inference.saved import SavedTokenizer
 from fvq_jax.inference.tokenizer import Tokenizer
+from fvq_jax.models.quantizers.residual import ResidualQuantizer
 from fvq_jax.ops.pixels import to_float
 from fvq_jax.runtime.errors import InputError
 from tests.helpers.random_generator import random_generator
@@ -67,6 +69,16 @@ def test_the_range_of_floating_point_images_is_said_or_doubted():
 def test_codes_that_cannot_be_decoded_are_refused_in_one_line(codes, message):
     with pytest.raises(InputError, match=message):
         tokenizer().decode(codes)
+
+
+def test_codes_of_another_level_are_refused():
+    saved = random_tokenizer(bridge="none")
+    own = ResidualQuantizer(codebook_size=64, code_dim=8, bridge="none", depth=2, shared_codebook=False)
+    tok = Tokenizer(SavedTokenizer(saved.net.clone(quantizer=own), saved.params))
+    codes = np.stack([np.full((1, 8, 8), 6), np.full((1, 8, 8), 9)], axis=-1)
+    assert tok.decode(codes).shape == (1, 16, 16, 3)
+    with pytest.raises(InputError, match=r"code j of level l, both counted from 0, is number 2 j \+ l here"):
+        tok.decode(codes // 2)
 
 
 def test_inside_a_compiled_function_the_network_itself_is_called():

@@ -78,6 +78,7 @@ def test_it_tells_quantizers_of_one_kind_apart_by_what_decides_their_codes():
             saved.net.quantizer,
             ResidualQuantizer(**plain, depth=2),
             ResidualQuantizer(**plain, depth=3),
+            ResidualQuantizer(**plain, depth=2, shared_codebook=False),
             MultiScaleQuantizer(**plain, scales=(1, 2), phi_count=1),
             MultiScaleQuantizer(**plain, scales=(1, 3), phi_count=1),
         )

@@ -117,8 +117,22 @@ def test_the_books_of_rq_vae_say_how_many_levels_there_are(tmp_path):
     own = np.asarray(found(latents).codes)
     np.testing.assert_array_equal(own % 3, np.broadcast_to(np.arange(3), own.shape))
     np.testing.assert_array_equal(own[..., :2] // 3, plain(latents).codes[..., :2])
+    path = tmp_path / "z.safetensors"
+    two = fvq_jax.load_quantizer(path, "residual", depth=2)
+    np.testing.assert_array_equal(two(latents).codes // 2, own[..., :2] // 3)
+    one = fvq_jax.load_quantizer(path, "residual", depth=1)
+    np.testing.assert_array_equal(one(latents).codes, own[..., :1] // 3)
+    with pytest.raises(InputError, match="has 3 levels with a codebook each, so depth cannot be 5"):
+        fvq_jax.load_quantizer(path, "residual", depth=5)
+    with pytest.raises(InputError, match="has a codebook for every level: shared_codebook must be False"):
+        fvq_jax.load_quantizer(path, "residual", shared_codebook=True)
+    with pytest.raises(InputError, match="has one codebook for all levels: shared_codebook must be True"):
+        fvq_jax.load_quantizer(tmp_path / "x.safetensors", "residual", shared_codebook=False)
+    shorter = tensors | {"quantizer.codebooks.1.weight": padded[1:]}
+    with pytest.raises(InputError, match=r"codebooks\.1\.weight has another shape than codebooks\.0\.weight"):
+        fvq_jax.load_quantizer(write(tmp_path / "v.safetensors", shorter), "residual")
     del tensors["quantizer.codebooks.1.weight"]
-    with pytest.raises(InputError, match="lacks a codebook of the same shape for every level"):
+    with pytest.raises(InputError, match=r"has 3 levels, and lacks codebooks\.1\.weight"):
         fvq_jax.load_quantizer(write(tmp_path / "w.safetensors", tensors), "residual")
 
 

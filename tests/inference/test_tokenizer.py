@@ -210,6 +210,11 @@ LEVELS = [
         r"codes must be \[b, h, w, 3\], not \[1, 4, 4\]",
         marks=pytest.mark.slow,
     ),
+    (
+        {"name": "residual", "depth": 2, "shared_codebook": False},
+        (4, 4, 2),
+        r"codes must be \[b, h, w, 2\], not \[1, 4, 4\]",
+    ),
     ({"name": "multi_scale", "scales": (1, 2, 4), "phi_count": 3}, (21,), r"codes must be \[b, 21\], not \[1, 4, 4\]"),
 ]
 

@@ -167,5 +167,5 @@ def test_levels_are_shown_apart_if_there_are_several(report):
     most = f"{1 / counts.size:.1%}"
     assert f"<td>level 2</td><td>1</td><td>{most}</td><td>{most}</td><td>1</td>" in text
     assert "Each level chooses from the same codes." in text
-    own = dataclasses.replace(changed, tokenizer=dataclasses.replace(changed.tokenizer, own_codes=512))
+    own = dataclasses.replace(changed, tokenizer=dataclasses.replace(changed.tokenizer, choices=512))
     assert "Each level has 512 codes of its own." in page(own)

@@ -22,7 +22,7 @@ from fvq_jax.runtime.names import flatten, nest
 Tensors = dict[str, np.ndarray]
 
 
-def _unchanged(tensors: Mapping[str, np.ndarray], net: TokenizerNet, source: str = "") -> Tensors:
+def _unchanged(tensors: Mapping[str, np.ndarray], net: TokenizerNet) -> Tensors:
     return dict(tensors)
 
 
@@ -49,7 +49,7 @@ class Layout:
       attention: whether it holds attention in any levels; otherwise in the lowest only.
       quant_kernels: the sides of the quantizer's convolutions that it holds.
       packed: makes the tensors of a file out of one tensor for every parameter.
-      unpacked: the inverse; InputError, which names the source, if that is not possible.
+      unpacked: the inverse.
       beside: further tensors that the published program expects in a file, made of the network and its weights.
       check: raises InputError if it cannot hold a network, or its parameters, for another reason.
       facts: what tensors do not tell about a network, to be written beside them.
@@ -69,7 +69,7 @@ class Layout:
     attention: bool = True
     quant_kernels: tuple[int, ...] = (1,)
     packed: Callable[[Mapping[str, np.ndarray], TokenizerNet], Tensors] = _unchanged
-    unpacked: Callable[[Mapping[str, np.ndarray], TokenizerNet, str], Tensors] = _unchanged
+    unpacked: Callable[[Mapping[str, np.ndarray], TokenizerNet], Tensors] = _unchanged
     beside: Callable[[TokenizerNet, Mapping[str, np.ndarray]], Tensors] = _nothing
     check: Callable[[TokenizerNet, Mapping[str, Any]], None] = lambda net, params: None
     facts: Callable[[TokenizerNet], dict[str, Any]] = lambda net: {}
@@ -128,7 +128,7 @@ class Layout:
         weights = {name: value for name, value in tensors.items() if not re.fullmatch(self.unread, name)}
         packed = self.packed(wanted, net)
         check_tensors(weights, {name: value.shape for name, value in packed.items()}, source, self.title)
-        plain = self.unpacked(weights, net, source)
+        plain = self.unpacked(weights, net)
         paths = {self.name_of(path, levels): path for path in shapes}
         return nest({paths[name]: from_torch(paths[name], plain[name], shapes[paths[name]]) for name in track(paths)})
 

@@ -28,7 +28,7 @@ def _packed(tensors: Mapping[str, np.ndarray], net: TokenizerNet) -> Tensors:
     return {name: value for name, value in tensors.items() if name.partition(".")[0] not in _CONVS}
 
 
-def _unpacked(tensors: Mapping[str, np.ndarray], net: TokenizerNet, source: str) -> Tensors:
+def _unpacked(tensors: Mapping[str, np.ndarray], net: TokenizerNet) -> Tensors:
     weight, bias = np.eye(net.z_channels, dtype=np.float32)[:, :, None, None], np.zeros(net.z_channels, np.float32)
     return dict(tensors) | {f"{name}.{leaf}": x for name in _CONVS for leaf, x in (("weight", weight), ("bias", bias))}
 

@@ -23,7 +23,7 @@ def infer_books(evidence: Evidence, prefix: str = "") -> dict[str, Any]:
     """The settings of the quantizer that tensors show; `prefix` stands in front of the names in the file."""
     first = f"{prefix}codebooks.0.weight"
     beside = ("quant_conv.weight 0", "quant_conv.bias 0") if prefix else ()
-    depth = evidence.count(rf"{re.escape(prefix)}codebooks\.(\d+)\.")
+    depth = evidence.count(rf"{re.escape(prefix)}codebooks\.(\d+)\.weight")
     shared = evidence.alike(rf"{re.escape(prefix)}codebooks\.\d+\.weight")
     return {
         "codebook_size": (evidence.size(f"{first} 0") - 1) * (1 if shared else depth),
@@ -34,9 +34,10 @@ def infer_books(evidence: Evidence, prefix: str = "") -> dict[str, Any]:
 
 
 def joined_books(tensors: Mapping[str, np.ndarray], quantizer: ResidualQuantizer, prefix: str = "") -> np.ndarray:
-    """The codebook [k, d] of a file: that of all levels, or those of the levels, whose codes take turns."""
-    books = [tensors[f"{prefix}codebooks.{level}.weight"][:-1] for level in range(quantizer.depth)]
-    return books[0] if quantizer.shared_codebook else np.stack(books, axis=1).reshape(-1, quantizer.code_dim)
+    """The codebook [k, d] of a file: that of all levels, or row j depth + l is code j of level l."""
+    levels = range(1 if quantizer.shared_codebook else quantizer.depth)
+    books = [tensors[f"{prefix}codebooks.{level}.weight"][:-1] for level in levels]
+    return np.stack(books, axis=1).reshape(-1, quantizer.code_dim)
 
 
 def padded_books(book: np.ndarray, quantizer: ResidualQuantizer, prefix: str = "") -> Tensors:
@@ -46,8 +47,9 @@ def padded_books(book: np.ndarray, quantizer: ResidualQuantizer, prefix: str = "
         return np.concatenate([own, np.zeros_like(own[:1])])
 
     depth = quantizer.depth
-    books = [book if quantizer.shared_codebook else book[level::depth] for level in range(depth)]
-    return {f"{prefix}codebooks.{level}.weight": padded(own) for level, own in enumerate(books)}
+    shared = quantizer.shared_codebook
+    books = [padded(book)] * depth if shared else [padded(book[level::depth]) for level in range(depth)]
+    return {f"{prefix}codebooks.{level}.weight": own for level, own in enumerate(books)}
 
 
 def _packed(tensors: Mapping[str, np.ndarray], net: TokenizerNet) -> Tensors:
@@ -55,7 +57,7 @@ def _packed(tensors: Mapping[str, np.ndarray], net: TokenizerNet) -> Tensors:
     return others | padded_books(tensors[_BOOK], _quantizer(net), "quantizer.")
 
 
-def _unpacked(tensors: Mapping[str, np.ndarray], net: TokenizerNet, source: str) -> Tensors:
+def _unpacked(tensors: Mapping[str, np.ndarray], net: TokenizerNet) -> Tensors:
     others = {name: value for name, value in tensors.items() if not name.startswith("quantizer.")}
     return others | {_BOOK: joined_books(tensors, _quantizer(net), "quantizer.")}
 

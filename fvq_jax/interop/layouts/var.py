@@ -48,7 +48,7 @@ def _packed(tensors: Mapping[str, np.ndarray], net: TokenizerNet) -> Tensors:
     return packed
 
 
-def _unpacked(tensors: Mapping[str, np.ndarray], net: TokenizerNet, source: str) -> Tensors:
+def _unpacked(tensors: Mapping[str, np.ndarray], net: TokenizerNet) -> Tensors:
     plain: Tensors = {}
     for name, value in tensors.items():
         if match := re.fullmatch(rf"({_ATTENTION})\.qkv\.(\w+)", name):

@@ -66,7 +66,7 @@ class Quantizer(nn.Module):
 
     @property
     def choices(self) -> int:
-        """From how many of these each code of an image is chosen: all, unless levels have codes of their own."""
+        """From how many of the `size` codes each code of an image is chosen: all, unless levels have their own."""
         return self.size
 
     @property

@@ -91,7 +91,7 @@ class BridgedQuantizer(TableQuantizer):
                     f"codebook_size {self.codebook_size} does not fit bridge {self.bridge} with bridge_groups "
                     f"{self.bridge_groups}: {error}; {self._fitting(spec.patch)}"
                 ) from None
-        self._check_rows(rows, "rows of groups" if spec.patch else "codes", axis)
+        self._check_rows(rows, f"{'rows of groups' if spec.patch else 'codes'} of the codebook", axis)
 
     def _fitting(self, patch: int) -> str:
         """Codebook sizes near this one that the bridge takes, as text."""

@@ -18,7 +18,7 @@ from fvq_jax.ops.vq_losses import codebook_loss, commitment_loss
 
 
 class LevelQuantizer(BridgedQuantizer):
-    """Sums of codes of a table that all levels share; the gradient passes to the latent from the whole sum.
+    """Sums of codes of one table; the gradient passes to the latent from the whole sum.
 
     Both losses, `codebook` and `commitment`, are means over the sums of the first 1, 2, ... levels. So a code is pulled
     by its own level and by all later ones.

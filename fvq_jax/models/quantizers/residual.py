@@ -20,8 +20,8 @@ class ResidualQuantizer(LevelQuantizer):
     depth: int = setting(4, "Number of levels, that is, of codes for every latent.", above=0, stays=True)
     shared_codebook: bool = setting(
         True,
-        "Every level chooses from all codes; otherwise level l, counted from 0, from the codes l, l + depth, "
-        "l + 2 depth, ... alone, which are codebook_size / depth.",
+        "Every level chooses from all codes. With False, level l (from 0) chooses only from its codebook_size / depth "
+        "codes l, l + depth, l + 2 depth, ...",
         stays=True,
     )
 
@@ -31,19 +31,22 @@ class ResidualQuantizer(LevelQuantizer):
         return self.codebook_size if self.shared_codebook else self.codebook_size // self.depth
 
     def check(self, axis: int = 1) -> None:
-        """The axis must divide the codes of every level, and codes of a level of its own have no places."""
+        """Levels with codes of their own need equally many, which the axis must divide, and no `restart_after`."""
         super().check(axis)
         if self.shared_codebook:
             return
         if self.codebook_size % self.depth:
-            fitting = -(-self.codebook_size // self.depth) * self.depth
             raise ValueError(
-                f"{self.codebook_size} codes cannot be divided among {self.depth} levels: "
-                f"use {fitting}, or a shared_codebook"
+                f"codebook_size {self.codebook_size} is not a multiple of depth {self.depth}, so levels cannot have "
+                "equally many codes of their own: change one of them, or use shared_codebook=True"
             )
+        if self.depth == 1:
+            raise ValueError("a single level has all codes: use shared_codebook=True, or a larger depth")
         if self.restart_after > 0:
-            raise ValueError("restart_after puts codes onto what any level has left: it needs a shared_codebook")
-        self._check_rows(self.choices, "codes of a level", axis)
+            raise ValueError(
+                "restart_after puts codes onto what any level has left: use restart_after=0 or shared_codebook=True"
+            )
+        self._check_rows(self.choices, "codes of each level", axis)
 
     @property
     def level_names(self) -> tuple[str, ...]:
@@ -57,7 +60,8 @@ class ResidualQuantizer(LevelQuantizer):
     @property
     def description(self) -> str:
         """The bridge, and the number of levels."""
-        return f"{super().description}, {self.depth} levels{'' if self.shared_codebook else ' with codes of their own'}"
+        own = "" if self.shared_codebook else f" of {self.choices:,} codes each"
+        return f"{super().description}, {self.depth} levels{own}"
 
     def code_shape(self, h: int, w: int) -> tuple[int, ...]:
         """A code of every level per latent."""
@@ -70,8 +74,9 @@ class ResidualQuantizer(LevelQuantizer):
         return shape[0], shape[1]
 
     def architecture(self) -> dict[str, Any]:
-        """Sizes, bridge, number of levels and whose the codes are; and the kind of groups, if the bridge has groups."""
-        return super().architecture() | {"depth": self.depth, "shared_codebook": self.shared_codebook}
+        """Sizes, bridge, number of levels; the kind of groups, if the bridge has groups; levels with own codes."""
+        own = {} if self.shared_codebook else {"shared_codebook": False}
+        return super().architecture() | {"depth": self.depth} | own
 
     def choose(self, latent: Float[Array, "b h w d"], table: Float[Array, "k d"]) -> Int[Array, "b h w depth"]:
         """The code nearest to the latent, then the one nearest to what it leaves, and so on."""

@@ -58,15 +58,13 @@ class TableQuantizer(Quantizer):
 
     def check(self, axis: int = 1) -> None:
         """The axis must divide the codes."""
-        self._check_rows(self.codebook_size, "codes", axis)
+        self._check_rows(self.codebook_size, "codes of the codebook", axis)
 
     def _check_rows(self, rows: int, units: str, axis: int) -> None:
         """ValueError unless the axis divides this number of units."""
         if rows % axis:
             allowed = ", ".join(str(n) for n in range(1, min(rows, 4096) + 1) if rows % n == 0)
-            raise ValueError(
-                f"mesh.codebook {axis} does not divide the {rows} {units} of the codebook; allowed sizes: {allowed}"
-            )
+            raise ValueError(f"mesh.codebook {axis} does not divide the {rows} {units}; allowed sizes: {allowed}")
 
     def encode(self, latent: Float[Array, "b h w d"]) -> Int[Array, "b h w"]:
         """The index of the nearest row of the table for every latent."""

@@ -85,9 +85,9 @@ class Evaluator:
         metrics = summarise(
             found.sums,
             size**2,
+            quantizer.choices,
             self._reference,
             quantizer.level_names,
-            quantizer.choices,
             quantizer.positions(),
         )
         return metrics, not_computed(self._networks, found.sums), found

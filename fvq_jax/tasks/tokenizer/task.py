@@ -342,7 +342,7 @@ class TokenizerTask(Task):
                 quantizer.description,
                 quantizer.level_names,
                 quantizer.positions(),
-                own_codes=quantizer.choices if quantizer.choices < quantizer.size else 0,
+                quantizer.choices,
             ),
             facts={"workdir": str(workdir), "step": int(state.step), **facts},
             metrics=metrics,

@@ -100,7 +100,7 @@ def test_levels_with_codes_of_their_own_choose_from_those():
     np.testing.assert_allclose(vectors, latent.reshape(-1, D) - rest, atol=1e-5)
     quantizer = make(codebook_size=OWN, shared_codebook=False)
     assert (quantizer.size, quantizer.choices, make().choices) == (OWN, OWN // DEPTH, K)
-    assert quantizer.description == "bridge none, 3 levels with codes of their own"
+    assert quantizer.description == "bridge none, 3 levels of 13 codes each"
     assert quantizer.uncounted_flops(100, "tpu") == (2 * 100 * OWN // DEPTH * D, 6)
     decoded = quantizer.apply({"params": {"codebook": case()[1][:OWN]}}, own_codes().codes, 1, method="decode")
     np.testing.assert_array_equal(decoded, case()[1][own_codes().codes[..., 0]])
@@ -109,12 +109,17 @@ def test_levels_with_codes_of_their_own_choose_from_those():
 def test_codes_that_cannot_be_divided_among_levels_are_refused():
     own = functools.partial(make, shared_codebook=False)
     own(codebook_size=48).check(8)
-    with pytest.raises(ValueError, match=r"40 codes cannot be divided among 3 levels: use 42, or a shared_codebook"):
+    with pytest.raises(
+        ValueError, match=r"codebook_size 40 is not a multiple of depth 3, so .* or use shared_codebook=True"
+    ):
         own().check()
-    with pytest.raises(ValueError, match=r"mesh.codebook 12 does not divide the 8 codes of a level"):
+    with pytest.raises(ValueError, match=r"mesh.codebook 12 does not divide the 8 codes of each level"):
         own(codebook_size=24).check(12)
-    with pytest.raises(ValueError, match=r"restart_after puts codes .* it needs a shared_codebook"):
+    with pytest.raises(ValueError, match=r"restart_after puts codes .*: use restart_after=0 or shared_codebook=True"):
         own(codebook_size=48, restart_after=1.0).check()
+    with pytest.raises(ValueError, match="a single level has all codes"):
+        own(depth=1).check()
+    assert "shared_codebook" in own().architecture()
 
 
 def test_the_depth_is_the_number_of_codes_per_latent():
@@ -134,7 +139,7 @@ def test_the_grid_follows_from_the_shape_of_codes():
 
 def test_it_is_described_by_its_sizes_bridge_and_depth():
     assert make().description == "bridge none, 3 levels"
-    expected = {"codebook_size": K, "code_dim": D, "bridge": "none", "depth": DEPTH, "shared_codebook": True}
+    expected = {"codebook_size": K, "code_dim": D, "bridge": "none", "depth": DEPTH}
     assert make().architecture() == expected
     weights = make(codebook_weight=0.5, commitment_weight=0.1).loss_weights
     assert weights == {"codebook": 0.5, "commitment": 0.1}

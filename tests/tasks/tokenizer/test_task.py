@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from fvq_jax.runtime.mesh import global_batch, make_mesh, replicated
+from fvq_jax.tasks import TASKS
+from fvq_jax.tasks.tokenizer.fields import use_quantizer
 from tests.helpers.golden64 import COLUMNS, in_float32, in_float64, summation_error
 from tests.helpers.golden_case import load_case, relative_error
 from tests.helpers.tiny import abstract_state_of, make_step, random_images, random_state, tiny_config
@@ -371,3 +373,15 @@ def test_a_window_counts_the_codes_by_position_too():
     scalars = task.window_scalars({"codes": (positions != 2)[None].astype(np.int64)})
     assert (scalars["positions/window/usage_min"], scalars["positions/window/dead"]) == (0, 1)
     assert scalars["usage/window"] == 0.75
+
+
+def test_the_window_counts_levels_with_codes_of_their_own_by_those():
+    config = tiny_config()
+    size = config.tokenizer.quantizer.codebook_size
+    use_quantizer(config, "residual", codebook_size=size, bridge="none", depth=2, shared_codebook=False)
+    task = TASKS["tokenizer"](config, make_mesh(1, 1, devices=jax.devices()[:1]))
+    counts = np.zeros((2, size), np.int64)
+    counts[0, ::2], counts[1, 1] = 1, 5
+    scalars = task.window_scalars({"codes": counts})
+    assert scalars["usage/window/level_1"] == 1
+    assert scalars["usage/window/level_2"] == 2 / size
