@@ -60,16 +60,18 @@ def test_usage_recovery_takes_every_quantizer_at_every_scale(size, tmp_path):
     with_argument = on_folder(usage_recovery, size, tmp_path)
     sweep = read_sweep(usage_recovery.__file__)
     points = make_points(usage_recovery.get_config(), sweep, pathlib.Path("sweep"), None, with_argument)
-    assert [point.refused for point in points] == [""] * 15
+    assert [point.refused for point in points] == [""] * 20
     configs = [point.config for point in points]
-    assert [config["tokenizer.quantizer.init_std"] for config in configs] == [*usage_recovery.SCALES] * 3
-    assert [config["tokenizer.quantizer.name"] for config in configs] == ["simvq"] * 5 + ["vector"] * 10
+    assert [config["tokenizer.quantizer.init_std"] for config in configs] == [*usage_recovery.SCALES] * 4
+    assert [config["tokenizer.quantizer.name"] for config in configs] == ["simvq"] * 5 + ["vector"] * 15
     windows = [config.get("tokenizer.quantizer.region_window", 0) for config in configs]
-    assert windows == [0] * 10 + [usage_recovery.WINDOW] * 5
+    assert windows == [0] * 10 + [usage_recovery.WINDOW] * 5 + [0] * 5
+    restarts = [config.get("tokenizer.quantizer.restart_after", 0) for config in configs]
+    assert restarts == [0] * 15 + [usage_recovery.RESTART] * 5
     if not size:  # every window has 65,536 tokens
         assert {config["log.every_steps"] * config["batch_size"] * 64 for config in configs} == {65536}
 
 
 def test_an_unknown_kind_is_refused_with_those_that_there_are():
-    with pytest.raises(InputError, match="unknown kind 'fsq': use one of simvq, fvq, region"):
+    with pytest.raises(InputError, match="unknown kind 'fsq': use one of simvq, fvq, region, restart"):
         usage_recovery.get_config("kind=fsq")
