@@ -76,7 +76,7 @@ def checked_codes(
     if quantizer.choices < quantizer.size and np.any(codes % most != quantizer.level_of(*grid)):
         raise InputError(
             f"codes belong to other levels than those they stand in: code j of level l, both counted from 0, is number "
-            f"{most} j + l here"
+            f"{most} j + l: multiply by {most}, and add the level"
         )
     return codes.astype(np.int32), grid
 

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from fvq_jax.inference.arguments import checked_codes
 from fvq_jax.inference.location import locate
 from fvq_jax.interop.quantizer_checkpoint import read_quantizer
 from fvq_jax.models.quantizers.base import Quantized, Quantizer
@@ -18,8 +19,9 @@ from fvq_jax.runtime.errors import InputError
 class LoadedQuantizer:
     """A function of latents: float32 [b, h, w, d] to `Quantized(vectors, codes, losses)`.
 
-    It is compiled once for every shape, and may be differentiated and used inside other compiled functions. The losses
-    are unweighted scalars by name (`codebook`, `commitment`, ...); a term whose weight is 0 may be left out.
+    It is compiled once for every shape, and may be differentiated, in reverse mode, and used inside other compiled
+    functions. The losses are unweighted scalars by name (`codebook`, `commitment`, ...); a term whose weight is 0 may
+    be left out.
 
     Attributes:
       quantizer: the Flax module.
@@ -44,8 +46,14 @@ class LoadedQuantizer:
     def __reduce__(self) -> tuple[Any, ...]:
         return LoadedQuantizer, (self.quantizer, jax.device_get(self.variables))
 
-    def decode(self, codes: Int[Array, "b ..."], upto: int | None = None) -> Float[Array, "b h w d"]:
-        """The vectors that codes stand for; `upto` limits a quantizer with levels or scales to the first ones."""
+    def decode(self, codes: ArrayLike, upto: int | None = None) -> Float[Array, "b h w d"]:
+        """The vectors that codes stand for; `upto` limits a quantizer with levels or scales to the first ones.
+
+        Where levels have codes of their own, code j of level l, counted from 0, is number j depth + l. InputError for
+        codes and levels that do not exist, unless the codes are being traced.
+        """
+        if not isinstance(codes, jax.core.Tracer):
+            checked_codes(self.quantizer, codes, upto)
         return self._decode(self.variables, jnp.asarray(codes), upto)
 
 

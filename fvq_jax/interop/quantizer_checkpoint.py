@@ -102,10 +102,10 @@ def _with_one_book(
     shown = infer_books(Evidence(tensors, source, "file of a residual quantizer"))
     levels, shared = shown["depth"], shown["shared_codebook"]
     names = [f"codebooks.{level}.weight" for level in range(levels)]
-    shapes = {name: tensors[name].shape for name in names if name in tensors}
     for name in names:
-        require(name in shapes, f"{source} has {levels} levels, and lacks {name}")
-        require(shapes[name] == shapes[names[0]], f"{source}: {name} has another shape than {names[0]}")
+        shape, first = tensors[name].shape, tensors[names[0]].shape
+        require(len(shape) == 2, f"{source}: {name} must be [codes + 1, dimension], not {list(shape)}")
+        require(shape == first, f"{source}: {name} is {list(shape)}, and {names[0]} is {list(first)}")
     depth = settings.get("depth", levels)
     require(shared or depth <= levels, f"{source} has {levels} levels with a codebook each, so depth cannot be {depth}")
     require(
@@ -113,7 +113,7 @@ def _with_one_book(
         f"{source} has {'one codebook for all levels' if shared else 'a codebook for every level'}: "
         f"shared_codebook must be {shared}",
     )
-    chosen = {"depth": depth, "shared_codebook": shared or depth == 1}
+    chosen = {"depth": depth, "shared_codebook": shared or depth == 1}  # a single level has all codes
     rows = (len(tensors[names[0]]) - 1) * (1 if chosen["shared_codebook"] else depth)
     book = joined_books(
         tensors, ResidualQuantizer(bridge="none", codebook_size=rows, code_dim=shown["code_dim"], **chosen)

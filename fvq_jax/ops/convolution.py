@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 # Pixels of all images together in a band. The gradient of a kernel is one matrix product over the pixels of a batch;
 # where they no longer fit into the cache, XLA's program for a CPU waits for memory.
 BAND = 2048
-# Every band is written into the program, on every platform while it is traced. A batch with more is not for a CPU.
-MOST = 64
+# Every band is written into the program, on every platform while it is traced; a large batch has larger bands.
+MOST = 32
 # With fewer features the product of a band is too small, and the whole is faster.
 FEATURES = 8
 # [b, H, W, c], [i, j, c, f] and [b, h, w, f]
@@ -46,7 +46,7 @@ def convolution(
     ):
         raise ValueError("dilation and groups are not supported")
     if dimension_numbers != ORDER:
-        raise ValueError(f"the order of dimensions must be {ORDER}, not {dimension_numbers}")
+        raise ValueError("images must be NHWC and kernels HWIO, which are the default dimension_numbers")
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(images.shape[1:3], kernel.shape[:2], strides, padding)
     plain: Callable[..., Array] = partial(
@@ -96,5 +96,5 @@ def _kernel_gradient_in_bands(plain, kernel, padding, stride, height, images, gr
 def _band_height(gradient):
     """Rows of a band; all rows where bands do not pay."""
     images, height, width, features = gradient.shape
-    rows = max(1, BAND // max(1, images * width))
-    return rows if features >= FEATURES and -(-height // rows) <= MOST else height
+    rows = max(1, BAND // max(1, images * width), -(-height // MOST))
+    return rows if features >= FEATURES else height

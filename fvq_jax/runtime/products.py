@@ -12,8 +12,8 @@ from typing import Any
 def product_flops(jaxpr: Any) -> float:
     """Additions and multiplications of all products, over all devices, in one run of a traced function.
 
-    A scan counts as often as it runs, a loop of unknown length once, and of the branches of a condition the one with
-    the most: where a search has a kernel on some platforms, that is the search as XLA would do it, on every platform. A
+    A scan counts as often as it runs, a loop of unknown length once, of the branches of a condition the one with the
+    most, and of programs for several platforms the default: a search counts as XLA would do it, on every platform. A
     convolution over padding counts as if padding were pixels.
 
     Args:
@@ -30,7 +30,9 @@ def product_flops(jaxpr: Any) -> float:
             kernel, features = equation.invars[1].aval.shape, parameters["dimension_numbers"].rhs_spec[0]
             total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / kernel[features]
         elif name == "cond":
-            total += max(product_flops(branch) for branch in parameters["branches"])
+            branches, platforms = parameters["branches"], parameters.get("branches_platforms")
+            counted = branches if platforms is None else [branches[platforms.index(None)]]
+            total += max(product_flops(branch) for branch in counted)
         elif name != "pallas_call":  # one program of its grid, on one tile
             times = parameters["length"] if name == "scan" else parameters["mesh"].size if name == "shard_map" else 1
             total += times * sum(product_flops(inner) for inner in _inner(parameters.values()))

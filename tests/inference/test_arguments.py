@@ -77,7 +77,9 @@ def test_codes_of_another_level_are_refused():
     tok = Tokenizer(SavedTokenizer(saved.net.clone(quantizer=own), saved.params))
     codes = np.stack([np.full((1, 8, 8), 6), np.full((1, 8, 8), 9)], axis=-1)
     assert tok.decode(codes).shape == (1, 16, 16, 3)
-    with pytest.raises(InputError, match=r"code j of level l, both counted from 0, is number 2 j \+ l here"):
+    with pytest.raises(
+        InputError, match=r"code j of level l, both counted from 0, is number 2 j \+ l: multiply by 2, and"
+    ):
         tok.decode(codes // 2)
 
 

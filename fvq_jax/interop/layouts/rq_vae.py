@@ -14,6 +14,7 @@ from fvq_jax.interop.layouts.conv_names import VQGAN_CONVS
 from fvq_jax.interop.layouts.layout import Layout, Tensors
 from fvq_jax.models.quantizers.residual import ResidualQuantizer
 from fvq_jax.models.tokenizer import TokenizerNet
+from fvq_jax.runtime.errors import InputError
 
 STATISTICS = r"codebooks\.\d+\.(cluster_size_ema|embed_ema)"
 _BOOK = "quantize.embedding.weight"  # the name before packing
@@ -23,7 +24,11 @@ def infer_books(evidence: Evidence, prefix: str = "") -> dict[str, Any]:
     """The settings of the quantizer that tensors show; `prefix` stands in front of the names in the file."""
     first = f"{prefix}codebooks.0.weight"
     beside = ("quant_conv.weight 0", "quant_conv.bias 0") if prefix else ()
-    depth = evidence.count(rf"{re.escape(prefix)}codebooks\.(\d+)\.weight")
+    numbers = evidence.numbers(rf"{re.escape(prefix)}codebooks\.(\d+)\.weight")
+    depth = len(numbers)
+    if numbers != list(range(depth)):
+        missing = next(number for number in range(depth) if number not in numbers)
+        raise InputError(f"{evidence.source} lacks {prefix}codebooks.{missing}.weight, and has {numbers[-1]}")
     shared = evidence.alike(rf"{re.escape(prefix)}codebooks\.\d+\.weight")
     return {
         "codebook_size": (evidence.size(f"{first} 0") - 1) * (1 if shared else depth),

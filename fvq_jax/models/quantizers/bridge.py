@@ -194,7 +194,7 @@ class BridgeBlock(nn.Module):
         qkv = _dense(3 * width, self.dtype, "qkv")(x)
         q, k, v = qkv.reshape(1, g, 3, HEADS, width // HEADS).transpose(2, 0, 1, 3, 4)
         with jax.default_matmul_precision(matmul_precision(self.dtype)):
-            h = attention(q, k, v, divided=self.divided)
+            h = attention(q, k, v, divided=self.divided, limit=math.inf)
         return _dense(width, self.dtype, "out")(h.reshape(g, width))
 
     def _mlp(self, x):
