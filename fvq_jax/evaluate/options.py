@@ -7,7 +7,7 @@ from pathlib import Path
 from fvq_jax.evals.networks import FILES, option
 from fvq_jax.evals.protocol import PROTOCOLS
 from fvq_jax.evaluate.samples import OF_DRAWING, OF_SAMPLES, add_arguments
-from fvq_jax.runtime.arguments import Parser, add_place, some_path, some_text, true_or_false
+from fvq_jax.runtime.arguments import Parser, add_place, listed_paths, some_path, some_text, true_or_false
 
 NPZ = "reconstructions.npz"
 _SCORED = {"tokenizer": "a tokenizer", "samples": "stored samples", "generator": "a generator"}
@@ -20,7 +20,7 @@ SIZE = 256  # of the crops, unless a workdir says on which size it was trained
 
 def _paths(text: str) -> list[Path]:
     """The paths between the commas; an error of the option if there are none."""
-    paths = [Path(part) for part in text.split(",") if part]
+    paths = [Path(path) for path in listed_paths(some_text(text))]
     if not paths:
         raise argparse.ArgumentTypeError("names no tokenizer")
     return paths

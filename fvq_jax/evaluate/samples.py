@@ -31,7 +31,7 @@ from fvq_jax.ops.pixels import ROUNDINGS
 from fvq_jax.ops.sampling import SCHEDULES
 from fvq_jax.report.generator import GeneratorReport, SampleSet, best_of, first_of_classes, write_generator_report
 from fvq_jax.runtime.agreement import everywhere
-from fvq_jax.runtime.arguments import some_path, some_text
+from fvq_jax.runtime.arguments import listed_paths, some_path, some_text
 from fvq_jax.runtime.errors import InputError, require
 from fvq_jax.runtime.files import json_text, make_folder, write_whole
 from fvq_jax.runtime.hosts import sum_over_hosts
@@ -151,7 +151,7 @@ def _prepare(args: argparse.Namespace) -> tuple[list[_Set], Inception]:
 
 
 def _stored(args: argparse.Namespace) -> list[_Set]:
-    paths = [path for path in args.samples.split(",") if path]
+    paths = listed_paths(args.samples)
     require(bool(paths), "--samples is empty: give files or folders, separated by commas")
     guidances = _guidances(args.guidance)
     if guidances and len(guidances) != len(paths):

@@ -1,6 +1,7 @@
 """Command lines of the programs that read no config: argparse with errors in one line, and the options they share."""
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -34,6 +35,17 @@ def some_text(text: str) -> str:
 def some_path(text: str) -> Path:
     """Converts a path that is not empty, for an empty one would be the folder one is in; for `type` of argparse."""
     return Path(some_text(text))
+
+
+def listed_paths(text: str) -> list[str]:
+    """The paths between the commas of an argument. A comma is part of a name if a file or folder is called so."""
+    parts, paths = text.split(","), []
+    while parts:
+        joined = [",".join(parts[:count]) for count in range(len(parts), 0, -1)]
+        path = next((path for path in joined if path and os.path.exists(path)), parts[0])
+        parts = parts[path.count(",") + 1 :]
+        paths += [path] if path else []
+    return paths
 
 
 def true_or_false(text: str) -> bool:

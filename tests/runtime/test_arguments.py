@@ -2,7 +2,7 @@ import argparse
 
 import pytest
 
-from fvq_jax.runtime.arguments import Parser, add_place, place, some_path, true_or_false
+from fvq_jax.runtime.arguments import Parser, add_place, listed_paths, place, some_path, true_or_false
 from fvq_jax.runtime.processes import TIMEOUT, Place
 
 
@@ -81,3 +81,17 @@ def test_a_place_without_other_processes_is_refused(capsys, argument):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("fvq_jax: ")
     assert line.endswith("do nothing without --distributed")
+
+
+def test_a_comma_is_part_of_a_name_if_there_is_such_a_file(tmp_path):
+    for name in ("a", "rival=x,seed=0", "b,"):
+        (tmp_path / name).mkdir()
+    there = [f"{tmp_path}/{name}" for name in ("a", "rival=x,seed=0", "b,")]
+    assert listed_paths(",".join([*there, "missing", f"{tmp_path}/rival=y,seed=0"])) == [
+        *there,
+        "missing",
+        f"{tmp_path}/rival=y",
+        "seed=0",
+    ]
+    assert listed_paths(",") == listed_paths(",,") == []
+    assert listed_paths("x,,y") == ["x", "y"]
