@@ -241,7 +241,7 @@ def test_a_tokenizer_with_levels_is_used_and_saved_like_any_other(tmp_path, sett
 
 def test_multi_scale_takes_images_of_one_size():
     sizes = {"codebook_size": 64, "code_dim": 8, "bridge": "none"}
-    net = TokenizerNet(make_quantizer({**LEVELS[1][0], **sizes}), **NETWORK)
+    net = TokenizerNet(make_quantizer({**LEVELS[-1][0], **sizes}), **NETWORK)
     with pytest.raises(InputError, match="takes images of 8 x 8 pixels only, not of 16 x 16"):
         Tokenizer(SavedTokenizer(net, random_params(net))).encode(pictures(1, 16, 16))
 
