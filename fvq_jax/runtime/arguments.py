@@ -37,11 +37,14 @@ def some_path(text: str) -> Path:
     return Path(some_text(text))
 
 
+_JOINED = 16  # parts of a name between commas that are tried at most
+
+
 def listed_paths(text: str) -> list[str]:
     """The paths between the commas of an argument. A comma is part of a name if a file or folder is called so."""
     parts, paths = text.split(","), []
     while parts:
-        joined = [",".join(parts[:count]) for count in range(len(parts), 0, -1)]
+        joined = [",".join(parts[:count]) for count in range(min(len(parts), _JOINED), 0, -1)]
         path = next((path for path in joined if path and os.path.exists(path)), parts[0])
         parts = parts[path.count(",") + 1 :]
         paths += [path] if path else []

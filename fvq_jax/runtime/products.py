@@ -30,8 +30,8 @@ def product_flops(jaxpr: Any) -> float:
             kernel, features = equation.invars[1].aval.shape, parameters["dimension_numbers"].rhs_spec[0]
             total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / kernel[features]
         elif name == "cond":
-            branches, platforms = parameters["branches"], parameters.get("branches_platforms")
-            counted = branches if platforms is None else [branches[platforms.index(None)]]
+            branches, platforms = parameters["branches"], parameters.get("branches_platforms") or ()
+            counted = [branches[platforms.index(None)]] if None in platforms else branches
             total += max(product_flops(branch) for branch in counted)
         elif name != "pallas_call":  # one program of its grid, on one tile
             times = parameters["length"] if name == "scan" else parameters["mesh"].size if name == "shard_map" else 1
