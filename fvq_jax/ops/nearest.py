@@ -30,15 +30,15 @@ def nearest_code(
 ) -> Int[Array, "n"]:
     """Finds, for every latent, the index of the code at the smallest Euclidean distance.
 
-    Codes are visited in blocks, so the largest temporary is [n, block_size] in float32; the kernels keep scores on
-    the chip. Scores are |e - m|^2 - 2 (z - m).(e - m) with m the mean code: the shift leaves distances as they are
+    Codes are visited in blocks, so the largest temporary is [n, block_size] in float32 at most; the kernels keep scores
+    on the chip. Scores are |e - m|^2 - 2 (z - m).(e - m) with m the mean code: the shift leaves distances as they are
     and keeps digits when codes lie close together far from the origin, as bridged codes do early in training.
 
     Args:
       z: latents, float32 or bfloat16.
       codebook: the table that is searched, float32 or bfloat16.
-      block_size: codes per block of the XLA scan (default 512); any positive number, k need not be a multiple of
-        it. The kernels have tiles of their own.
+      block_size: codes per block of the XLA scan (default 16 to 512, by k, d and precision); any positive number, k
+        need not be a multiple of it. The kernels have tiles of their own.
       l2_normalize: compare directions: both sides are scaled to unit length first.
       inner_product: find the code with the largest z.e instead. The scores are -z.(e - m).
       precision: of the products z.e; everything else is float32.

@@ -1,4 +1,5 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fvq_jax.ops import nearest_xla
 from fvq_jax.ops.nearest import PASSES, nearest_code
 from fvq_jax.ops.nearest import search as scores_and_codes
 
@@ -63,6 +65,33 @@ def test_a_codebook_larger_than_the_default_block():
     assert_nearest(search(z, codebook), z, codebook)
 
 
+@pytest.mark.parametrize(("tokens", "again"), [(8, 1), (30, 1000), (60, 100), (61, 100), (1000, 1)])
+def test_tokens_are_searched_in_parts(tokens, again, monkeypatch):
+    """Parts that divide the 60 tokens and parts that do not, for the search and for the blocks that are read again."""
+    z, codebook = random_problem(60, 90, 6)
+    expected = search(z, codebook, block_size=16)
+    monkeypatch.setattr(nearest_xla, "TOKENS", tokens)
+    monkeypatch.setattr(nearest_xla, "READ_AGAIN", again)
+    parts = jax.jit(functools.partial(nearest_code, block_size=16))
+    np.testing.assert_array_equal(parts(z, codebook), expected)
+    widths = {int(n) for n in re.findall(r"f32\[(\d+),16\]", parts.lower(z, codebook).compile().as_text())}
+    assert widths & {min(tokens, 60)}
+    assert not widths & set(range(min(tokens, 60) + 1, 61))
+
+
+@pytest.mark.parametrize(("n", "k", "d"), [(500, 8192, 32), (5000, 4096, 32), (9000, 3000, 256)])
+def test_the_flops_that_are_not_counted(n, k, d):
+    """XLA counts minima too, and the block that is read again: a third beside the two that are expected, at most."""
+    z, codebook = (jax.ShapeDtypeStruct((m, d), jnp.float32) for m in (n, k))
+    counted = search.lower(z, codebook).compile().cost_analysis()["flops"]
+    products = 2 * n * k * d * (1 - nearest_xla.uncounted_share(n, k, d))
+    assert products <= counted <= 2.1 * products
+
+
+def test_a_search_of_one_block_is_counted_whole():
+    assert nearest_xla.uncounted_share(100, 16, 8) == 0
+
+
 @pytest.mark.parametrize("block", [1, 4, 7, 64])
 def test_ties_go_to_the_lowest_index(block):
     z, distinct = random_problem(50, 8, 6)
@@ -93,8 +122,8 @@ def test_products_ask_for_highest_precision():
     z, codebook = random_problem(4, 40, 8)
     scan = functools.partial(nearest_code, block_size=16, implementation="xla")
     jaxpr = str(jax.make_jaxpr(scan)(z, codebook))
-    assert jaxpr.count("dot_general") == 2  # the first block, and the loop over the rest
-    assert jaxpr.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == 2
+    assert jaxpr.count("dot_general") == 3  # the first block, the loop over the rest, and the one that is read again
+    assert jaxpr.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == 3
 
 
 def test_l2_normalize_compares_directions():

@@ -9,10 +9,11 @@ from typing import Any
 from jaxtyping import Array, Float, Int
 
 from fvq_jax.models.quantizers.base import Quantizer
+from fvq_jax.ops import entropy
 from fvq_jax.ops.code_tokens import smallest_of_code
 from fvq_jax.ops.estimators import ESTIMATORS, dynamic
 from fvq_jax.ops.nearest import IMPLEMENTATIONS, PASSES, nearest_code, runs_kernel
-from fvq_jax.ops.nearest_xla import BLOCK_SIZE
+from fvq_jax.ops.nearest_xla import uncounted_share
 from fvq_jax.ops.sharded_codebook import padded_tokens, sharded_lookup, sharded_nearest_code
 from fvq_jax.runtime.fields import setting
 
@@ -97,10 +98,11 @@ class TableQuantizer(Quantizer):
     def uncounted_flops(self, tokens: int, platform: str) -> tuple[float, float]:
         """Of the search, and of the streamed products, what XLA does not count; and the mean of their passes."""
         product = 2.0 * tokens * self.choices * self.code_dim
-        blocks = max(self.choices / (1 if self.mesh is None else self.mesh.shape["codebook"]) / BLOCK_SIZE, 1)
+        data, axis = (1, 1) if self.mesh is None else (self.mesh.shape["data"], self.mesh.shape["codebook"])
+        local = -(-tokens // data), -(-self.choices // axis), self.code_dim
         kernel = runs_kernel(self.search_implementation, platform)
-        # Of a scan, the search's first block, which is outside the loop, and the body of every loop once are counted.
-        search = product if kernel else product * (1 - min(2, blocks) / blocks)
+        search = product if kernel else product * uncounted_share(*local)
+        blocks = max(local[1] / entropy.BLOCK_SIZE, 1)  # the index gradient's blocks are as large
         losses = self.streamed_products * product * (1 - 1 / blocks)
         if platform == "cpu" or search + losses == 0:
             return search + losses, 1.0

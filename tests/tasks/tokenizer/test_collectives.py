@@ -66,7 +66,7 @@ def step():
     state = step.abstract()
     images = jax.ShapeDtypeStruct((8, SIDE, SIDE, 3), jnp.uint8, sharding=NamedSharding(mesh, BATCH))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nearest_xla, "BLOCK_SIZE", BLOCK)
+        patch.setattr(nearest_xla, "default_block_size", lambda k, d: BLOCK)
         patch.setattr(entropy, "BLOCK_SIZE", BLOCK)
         lowered = step.jitted(state).lower(state, {"image": images}, {})
     return state, lowered.compile(compiler_options=HARDLY_OPTIMISED).as_text()
