@@ -1,8 +1,10 @@
 """The figures of a sweep's report, in the style of `fvq_jax.report.figures`.
 
-A point has the same colour and number in all of them; what is not finished is drawn hollow.
+A point has the same colour and number in all of them, except where many points are divided into panels. What is not
+finished is drawn hollow.
 """
 
+import math
 from collections.abc import Sequence
 
 import matplotlib
@@ -11,11 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator, PercentFormatter
 
 from fvq_jax.evals.metric_table import METRICS
-from fvq_jax.report.figures import new_axes, scalar_series, step_axis, styled
+from fvq_jax.report.figures import WIDTH, new_axes, scalar_series, step_axis, styled
 from fvq_jax.sweep.table import Row, series, short_names, swept_fields, swept_values
 
 # Told apart on a light and on a dark page.
 _COLOURS = ("#2f7ed8", "#e0701a", "#2a9d55", "#d0433a", "#8a5cd6", "#b58a1b", "#12a0ad", "#d6499f")
+_Colour = str | tuple[float, ...]
 
 
 def label(row: Row, fields: Sequence[str]) -> str:
@@ -25,23 +28,62 @@ def label(row: Row, fields: Sequence[str]) -> str:
     return f"{row.record.index}: " + ", ".join(f"{short[field]} {value}" for field, value in swept)
 
 
-@styled
 def steps_figure(rows: Sequence[Row], column: str) -> Figure | None:
     """A score of the evaluations over training steps, one curve per point; None without a value."""
-    figure, axes = new_axes(height=3.4 + 0.17 * len(rows))
-    fields = swept_fields(rows)
-    for place, row in enumerate(rows):
-        steps, values = scalar_series(row.curves, f"eval/{column}")
-        if steps.size:
-            colour, face = _colour(place, rows), None if _done(row) else "none"
-            (curve,) = axes.plot(steps, values, color=colour, linewidth=1.5, label=label(row, fields))
-            curve.set(marker="o", markersize=3.5, markerfacecolor=face)
-    if not axes.lines:
+    return _over_steps(rows, f"eval/{column}", column)
+
+
+def windows_figure(rows: Sequence[Row]) -> Figure | None:
+    """The usage of the windows in training over steps, one curve per point; None without a value."""
+    return _over_steps(rows, "usage/window", "usage")
+
+
+@styled
+def _over_steps(rows: Sequence[Row], name: str, column: str) -> Figure | None:
+    """What is logged as `name`, drawn as scores of this column are."""
+    curves = {id(row): scalar_series(row.curves, name) for row in rows}
+    if not any(steps.size for steps, _ in curves.values()):
         return None
-    step_axis(axes)
-    _score_axis(axes, column)
-    figure.legend(loc="outside lower left", fontsize=8)
+    panels = _panels(rows)
+    across = min(len(panels), 2)
+    down = math.ceil(len(panels) / across)
+    entries = max(len(lines) for _, lines in panels)
+    figure = Figure(figsize=(WIDTH, (3.4 if down == 1 else 2.3 * down) + 0.17 * entries), layout="constrained")
+    grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
+    legend = {}
+    for axes, (title, lines) in zip(grid.flat, panels, strict=False):
+        for text, colour, row in lines:
+            steps, values = curves[id(row)]
+            if steps.size:
+                face = None if _done(row) else "none"
+                (legend[text],) = axes.plot(steps, values, color=colour, linewidth=1.5, label=text)
+                legend[text].set(marker="o", markersize=3.5, markerfacecolor=face)
+        axes.set_title(title)
+        step_axis(axes)
+        _score_axis(axes, column)
+        axes.label_outer()
+    for axes in grid.flat[len(panels) :]:
+        axes.remove()
+    figure.legend(handles=list(legend.values()), loc="outside lower left", fontsize=8)
     return figure
+
+
+def _panels(rows: Sequence[Row]) -> list[tuple[str, list[tuple[str, _Colour, Row]]]]:
+    """(title, lines) of every panel; a line is a label, a colour and its point.
+
+    One panel, and a colour for every point. Points of several fields that are more than there are colours are divided:
+    a panel for every value of the first field, and a colour for what else differs.
+    """
+    field, lines = series(rows)
+    if len(rows) <= len(_COLOURS) or not 1 < len(lines) <= len(_COLOURS):
+        fields = swept_fields(rows)
+        return [("", [(label(row, fields), _colour(place, rows), row) for place, row in enumerate(rows)])]
+    panels: dict[str, list[tuple[str, _Colour, Row]]] = {}
+    for colour, (text, members) in zip(_COLOURS, lines, strict=False):
+        for row in members:
+            (value,) = swept_values(row, [field])
+            panels.setdefault(f"{short_names([field])[field]} {value}", []).append((text, colour, row))
+    return list(panels.items())
 
 
 @styled
@@ -118,13 +160,13 @@ def _plain(value: object) -> float | int | str:
     return value if isinstance(value, int | float | str) else str(value)
 
 
-def _colour(place: int, rows: Sequence[Row]) -> str | tuple[float, ...]:
+def _colour(place: int, rows: Sequence[Row]) -> _Colour:
     if len(rows) <= len(_COLOURS):
         return _COLOURS[place]
     return matplotlib.colormaps["turbo"](0.06 + 0.88 * place / (len(rows) - 1))
 
 
-def _marker(axes: Axes, x: float | int, y: float | int, colour: str | tuple[float, ...], row: Row) -> None:
+def _marker(axes: Axes, x: float | int, y: float | int, colour: _Colour, row: Row) -> None:
     face = colour if _done(row) else "none"
     axes.plot([x], [y], marker="o", markersize=6, markeredgecolor=colour, markerfacecolor=face, linestyle="none")
 

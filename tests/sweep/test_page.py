@@ -4,8 +4,10 @@ import re
 import pytest
 
 from fvq_jax.runtime.errors import InputError
+from fvq_jax.sweep import figures
 from fvq_jax.sweep.page import write_report
 from fvq_jax.sweep.points import make_points
+from fvq_jax.sweep.table import gather
 from tests.helpers.sweep_folder import EVALUATION, write_point, write_sweep
 from tests.helpers.tiny import tiny_config
 
@@ -90,6 +92,23 @@ def test_many_points_numbers_and_words_can_be_drawn(tmp_path, count):
     outline(text)
     assert "tokenizer.quantizer.code_dim" in text
     assert text.count('<figure class="plot card">') == 2 + 2 + 2
+
+
+def test_many_points_of_two_fields_have_a_panel_for_every_value_of_the_first(tmp_path):
+    sweep = [{"tokenizer.quantizer.code_dim": dim, "seed": seed} for dim in (4, 8, 16) for seed in range(4)]
+    lines = [{"step": step, "usage/window": 0.1 * step, **EVALUATION} for step in (1, 2)]
+    for point in make_points(tiny_config(), sweep, tmp_path):
+        write_point(point, "finished", lines, exit_code=0)
+    rows = gather(tmp_path)
+    for figure in (figures.windows_figure(rows), figures.steps_figure(rows, "psnr")):
+        assert [axes.get_title(loc="left") for axes in figure.axes] == ["code_dim 4", "code_dim 8", "code_dim 16"]
+        assert [len(axes.lines) for axes in figure.axes] == [4, 4, 4]
+        assert [text.get_text() for text in figure.legends[0].texts] == [f"seed {seed}" for seed in range(4)]
+    few = figures.windows_figure(rows[:8])
+    assert [len(axes.lines) for axes in few.axes] == [8]
+    assert few.legends[0].texts[5].get_text() == "5: code_dim 8, seed 1"
+    assert list(few.axes[0].lines[0].get_ydata()) == [0.1, 0.2]
+    assert "Codes used in windows of training over steps" in page_of(tmp_path)
 
 
 def test_names_are_escaped(tmp_path):
