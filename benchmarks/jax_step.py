@@ -35,8 +35,10 @@ def load(config: ConfigDict, folder: str) -> Any:
     images, latent = inputs(config)
     batch, latent = global_batch({"image": images}, mesh), jax.device_put(latent)
 
-    def quantizer_loss(params, latent):
-        found = task.net.apply({"params": {"quantizer": params}}, latent, method=lambda net, x: net.quantizer(x))
+    def quantizer_loss(params, variables, latent):
+        found = task.net.apply(
+            {"params": {"quantizer": params}, **variables}, latent, method=lambda net, x: net.quantizer(x)
+        )
         weighted = sum(weight * found.losses[name] for name, weight in task.net.quantizer.loss_weights.items())
         return weighted + jnp.sum(found.vectors)  # the sum stands for what the decoder makes of the vectors
 
@@ -50,8 +52,9 @@ def load(config: ConfigDict, folder: str) -> Any:
     needed, there = compiled_cost.total_bytes(step), chips.memory_bytes(jax.devices()[0])
     if needed > there:
         raise MemoryError(f"the step needs {needed} bytes of {there}")
-    quantizer = jax.jit(jax.grad(quantizer_loss, argnums=(0, 1)))
-    quantizer = quantizer.lower(abstract.networks["tokenizer"].params["quantizer"], latent).compile()
+    quantizer = jax.jit(jax.grad(quantizer_loss, argnums=(0, 2)))
+    network = abstract.networks["tokenizer"]
+    quantizer = quantizer.lower(network.params["quantizer"], network.variables, latent).compile()
     counted = {"flops": product_flops(traced.jaxpr), "peak_flops": chips.peak_flops(jax.devices()[0], task.dtype)}
     counted |= {"program_mib": round(needed / MIB), "compile_seconds": round(compile_seconds, 1)}
     parameters = {name: _size(network.params) for name, network in abstract.networks.items()}
@@ -72,7 +75,8 @@ def load(config: ConfigDict, folder: str) -> Any:
                     first.setdefault(name, float(metrics.scalars[f"loss/{name}"]))
 
         def run_quantizer():
-            jax.block_until_ready(quantizer(state.networks["tokenizer"].params["quantizer"], latent))
+            network = state.networks["tokenizer"]
+            jax.block_until_ready(quantizer(network.params["quantizer"], network.variables, latent))
 
         return {
             "step": run_step,
