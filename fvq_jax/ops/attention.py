@@ -60,40 +60,46 @@ def _on_cpu(q, k, v):
 
 
 def _forward(q, k, v):
-    """The result, and what the backward pass needs: inputs, the largest score of every query and the sum of its exp."""
-    keys, values = _by_head(k), _by_head(v)
+    """The result, and what the backward pass needs: it, inputs, and of every query the top score and the sum of exp."""
+    queries, keys, values = _blocks(q) * q.shape[-1] ** -0.5, _by_head(k), _by_head(v)
 
     def block(queries):
-        scores = _scores(queries, keys)
+        scores = _product("bhqc,bhkc->bhqk", queries, keys)
         top = scores.max(-1, keepdims=True)
         weights = jnp.exp(scores - top)
         total = weights.sum(-1, keepdims=True)
         return _product("bhqk,bhkc->bhqc", weights, values) / total, top, total
 
-    found, top, total = lax.map(block, _blocks(q))
-    return _joined(found, q), (q, k, v, top, total)
+    found, top, total = lax.map(block, queries)
+    return _joined(found, q), (q, k, v, found, top, total)
 
 
 def _backward(saved, gradient):
-    """The closed form: d scores = weights (d weights - sum over keys of weights d weights)."""
-    q, k, v, top, total = saved
-    keys, values = _by_head(k), _by_head(v)
+    """The closed form: d scores = weights (d weights - sum over keys of weights d weights).
+
+    That sum is the product of the result and its gradient, which have far fewer numbers (arXiv 2205.14135, appendix B).
+    """
+    q, k, v, found, top, total = saved
+    scale = q.shape[-1] ** -0.5
+    # Weights are exp(scores - top) / total; it is not they but the few numbers that meet them that are divided.
+    keys, values, of_result = _by_head(k), _by_head(v), _blocks(gradient) / total
+    of_total = jnp.sum(found * of_result, -1, keepdims=True)
 
     def block(sums, arrays):
-        queries, top, total, of_result = arrays
-        weights = jnp.exp(_scores(queries, keys) - top) / total
+        queries, top, of_total, of_result = arrays
+        weights = jnp.exp(_product("bhqc,bhkc->bhqk", queries, keys) - top)
         of_weights = _product("bhqc,bhkc->bhqk", of_result, values)
-        of_scores = weights * (of_weights - jnp.sum(weights * of_weights, -1, keepdims=True)) * q.shape[-1] ** -0.5
-        of_keys = _product("bhqk,bhqc->bhkc", of_scores, queries)
-        of_values = _product("bhqk,bhqc->bhkc", weights, of_result)
+        of_scores = weights * (of_weights - of_total)
+        of_keys = _product("bhqk,bhqc->bhck", of_scores, queries)
+        of_values = _product("bhqk,bhqc->bhck", weights, of_result)
         return (sums[0] + of_keys, sums[1] + of_values), _product("bhqk,bhkc->bhqc", of_scores, keys)
 
-    zeros = jnp.zeros_like(keys), jnp.zeros_like(values)
-    (of_keys, of_values), of_queries = lax.scan(block, zeros, (_blocks(q), top, total, _blocks(gradient)))
+    zeros = (jnp.zeros_like(jnp.swapaxes(keys, 2, 3)),) * 2  # [b, h, c, n]
+    (of_keys, of_values), of_queries = lax.scan(block, zeros, (_blocks(q) * scale, top, of_total, of_result))
     return (
-        _joined(of_queries, q),
-        jnp.swapaxes(of_keys, 1, 2).astype(k.dtype),
-        jnp.swapaxes(of_values, 1, 2).astype(v.dtype),
+        _joined(of_queries * scale, q),
+        jnp.transpose(of_keys, (0, 3, 1, 2)).astype(k.dtype),
+        jnp.transpose(of_values, (0, 3, 1, 2)).astype(v.dtype),
     )
 
 
@@ -116,10 +122,6 @@ def _joined(blocks, like):
     """The inverse of `_blocks`, in the dtype of `like`."""
     b, n, h, c = like.shape
     return jnp.swapaxes(jnp.moveaxis(blocks, 0, 2).reshape(b, h, -1, c)[:, :, :n], 1, 2).astype(like.dtype)
-
-
-def _scores(queries, keys):
-    return _product("bhqc,bhkc->bhqk", queries, keys) * keys.shape[-1] ** -0.5
 
 
 def _product(subscripts, a, b):
