@@ -90,6 +90,13 @@ def test_both_steps_are_the_same_network():
         assert row["peak_mib"] > 0
 
 
+@pytest.mark.slow
+def test_a_quantizer_with_state_is_timed_alone():
+    config = ["--config=configs/full_codebook.py:smoke,bridge=none", "--config.tokenizer.ch_mult=(1,)"]
+    (row,), _ = run("train_step", *config, "--methods=fvq_jax", "--batch=1", "--rounds=1")
+    assert row["quantizer_share"] > 0
+
+
 @pytest.mark.parametrize(
     ("bridge", "published"), [("L/4", "vit:QBridge-L/4"), ("dit-S/2", "dit:QBridge-S/2"), ("none", "none")]
 )
