@@ -54,7 +54,7 @@ def load(config: ConfigDict, folder: str) -> Any:
         raise MemoryError(f"the step needs {needed} bytes of {there}")
     quantizer = jax.jit(jax.grad(quantizer_loss, argnums=(0, 2)))
     network = abstract.networks["tokenizer"]
-    quantizer = quantizer.lower(network.params["quantizer"], network.variables, latent).compile()
+    quantizer = quantizer.lower(network.params.get("quantizer", {}), network.variables, latent).compile()
     counted = {"flops": product_flops(traced.jaxpr), "peak_flops": chips.peak_flops(jax.devices()[0], task.dtype)}
     counted |= {"program_mib": round(needed / MIB), "compile_seconds": round(compile_seconds, 1)}
     parameters = {name: _size(network.params) for name, network in abstract.networks.items()}
@@ -63,7 +63,8 @@ def load(config: ConfigDict, folder: str) -> Any:
     def build():
         state, first = init(key), {}
         params = state.networks["tokenizer"].params
-        params["quantizer"] = _spread(params["quantizer"])
+        if "quantizer" in params:
+            params["quantizer"] = _spread(params["quantizer"])
         if folder:
             write_checkpoint(f"{folder}/tokenizer.safetensors", "fvq", task.net, params)
 
@@ -76,7 +77,7 @@ def load(config: ConfigDict, folder: str) -> Any:
 
         def run_quantizer():
             network = state.networks["tokenizer"]
-            jax.block_until_ready(quantizer(network.params["quantizer"], network.variables, latent))
+            jax.block_until_ready(quantizer(network.params.get("quantizer", {}), network.variables, latent))
 
         return {
             "step": run_step,

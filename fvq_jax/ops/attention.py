@@ -81,21 +81,21 @@ def _backward(saved, gradient):
     """
     q, k, v, found, top, total = saved
     scale = q.shape[-1] ** -0.5
-    # Weights are exp(scores - top) / total; it is not they but the few numbers that meet them that are divided.
+    # Not the weights are divided by their total, but the gradient of the result, which has fewer numbers.
     keys, values, of_result = _by_head(k), _by_head(v), _blocks(gradient) / total
-    of_total = jnp.sum(found * of_result, -1, keepdims=True)
+    mean = jnp.sum(found * of_result, -1, keepdims=True)
 
     def block(sums, arrays):
-        queries, top, of_total, of_result = arrays
+        queries, top, mean, of_result = arrays
         weights = jnp.exp(_product("bhqc,bhkc->bhqk", queries, keys) - top)
         of_weights = _product("bhqc,bhkc->bhqk", of_result, values)
-        of_scores = weights * (of_weights - of_total)
+        of_scores = weights * (of_weights - mean)
         of_keys = _product("bhqk,bhqc->bhck", of_scores, queries)
         of_values = _product("bhqk,bhqc->bhck", weights, of_result)
         return (sums[0] + of_keys, sums[1] + of_values), _product("bhqk,bhkc->bhqc", of_scores, keys)
 
-    zeros = (jnp.zeros_like(jnp.swapaxes(keys, 2, 3)),) * 2  # [b, h, c, n]
-    (of_keys, of_values), of_queries = lax.scan(block, zeros, (_blocks(q) * scale, top, of_total, of_result))
+    zeros = tuple(jnp.zeros_like(jnp.swapaxes(x, 2, 3)) for x in (keys, values))  # products are faster in [b, h, c, n]
+    (of_keys, of_values), of_queries = lax.scan(block, zeros, (_blocks(q) * scale, top, mean, of_result))
     return (
         _joined(of_queries * scale, q),
         jnp.transpose(of_keys, (0, 3, 1, 2)).astype(k.dtype),

@@ -1,16 +1,16 @@
 """Nearest-code search: which code is closest to each latent, without ever building a [tokens, codes] array.
 
 This module defines the score and its precision, and picks the program that computes it: a kernel on a TPU
-(`nearest_tpu.py`) or a GPU (`nearest_gpu.py`), an XLA scan elsewhere (`nearest_xla.py`). All three give candidates, and
-this module chooses the code among them. Pure functions of arrays on one device; `ops/sharded_codebook.py` runs the same
-search on the rows that each device holds.
+(`nearest_tpu.py`) or a GPU (`nearest_gpu.py`), a program for CPUs (`nearest_cpu.py`), an XLA scan elsewhere
+(`nearest_xla.py`). All give candidates, and this module chooses the code among them. Pure functions of arrays on one
+device; `ops/sharded_codebook.py` runs the same search on the rows that each device holds.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fvq_jax.ops import nearest_gpu, nearest_tpu, nearest_xla, split_matmul, vectors
+from fvq_jax.ops import nearest_cpu, nearest_gpu, nearest_tpu, nearest_xla, split_matmul, vectors
 
 # Passes of a bfloat16 matrix unit that the scores take: the cost of a search on a TPU.
 PASSES = {**split_matmul.PASSES, "bf16_rescored": 1}
@@ -30,15 +30,17 @@ def nearest_code(
 ) -> Int[Array, "n"]:
     """Finds, for every latent, the index of the code at the smallest Euclidean distance.
 
-    Codes are visited in blocks, so the largest temporary is [n, block_size] in float32 at most; the kernels keep scores
-    on the chip. Scores are |e - m|^2 - 2 (z - m).(e - m) with m the mean code: the shift leaves distances as they are
-    and keeps digits when codes lie close together far from the origin, as bridged codes do early in training.
+    Codes are visited in blocks, so the largest temporary is [n, block_size] in float32, on a CPU a part of it or 4 MiB
+    of codes; the kernels keep scores on the chip. Scores are |e - m|^2 - 2 (z - m).(e - m) with m the mean code: the
+    shift leaves distances as they are and keeps digits when codes lie close together far from the origin, as bridged
+    codes do early in training.
 
     Args:
       z: latents, float32 or bfloat16.
       codebook: the table that is searched, float32 or bfloat16.
-      block_size: codes per block of the XLA scan (default 16 to 512, by k, d and precision); any positive number, k
-        need not be a multiple of it. The kernels have tiles of their own.
+      block_size: codes per block of the XLA scan (default 512), or of the search on a CPU (default 16 to 128: every
+        token reads one block twice); any positive number, k need not be a multiple of it. The kernels have tiles of
+        their own.
       l2_normalize: compare directions: both sides are scaled to unit length first.
       inner_product: find the code with the largest z.e instead. The scores are -z.(e - m).
       precision: of the products z.e; everything else is float32.
@@ -47,7 +49,8 @@ def nearest_code(
         bf16_3x: three bfloat16 products, about 16 bits.
         bf16: one bfloat16 product. About one token in a hundred gets a nearly nearest code, see docs/results.md.
         bf16_rescored: as bf16, and then the best 8 of 128 or more candidates are scored again in float32.
-      implementation: auto (a kernel on TPU and NVIDIA GPU) or xla (the scan everywhere).
+      implementation: auto (a kernel on TPU and NVIDIA GPU, a program of its own on a CPU) or xla (the scan
+        everywhere).
 
     Returns:
       int32 [n]. Ties go to the lowest index. No gradient.
@@ -72,9 +75,16 @@ def nearest_code(
     return index
 
 
-def runs_kernel(implementation: str, platform: str) -> bool:
-    """Whether a search on this platform (cpu, gpu, tpu) runs in a kernel rather than as an XLA scan."""
-    return implementation == "auto" and platform in ("tpu", "gpu")
+def uncounted_share(n: int, k: int, d: int, precision: str, implementation: str, platform: str) -> float:
+    """The share of the 2 n k d flops of a search on this platform (cpu, gpu, tpu) that XLA's count leaves out.
+
+    It counts nothing of a kernel, and the body of a loop once.
+    """
+    if implementation == "auto" and platform in ("tpu", "gpu"):
+        return 1.0
+    if implementation == "auto" and platform == "cpu" and precision != "bf16_rescored":
+        return nearest_cpu.uncounted_share(n, k, d)
+    return nearest_xla.uncounted_share(k)
 
 
 def mean_code(codebook: Float[Array, "k d"], l2_normalize: bool = False) -> Float[Array, "d"]:
@@ -120,6 +130,7 @@ def search(
 
     scan = best(nearest_xla, classes=classes, block_size=block_size)
     on_tpu, on_gpu = best(nearest_tpu), best(nearest_gpu, classes=classes)
+    on_cpu = scan if rescored else best(nearest_cpu, block_size=block_size)
     if inner_product:
         query, bias = -_compared(z, l2_normalize), jnp.zeros(len(codebook), jnp.float32)
     else:
@@ -130,7 +141,7 @@ def search(
     if implementation == "xla":
         score, index = scan(*arrays)
     else:
-        score, index = jax.lax.platform_dependent(*arrays, tpu=on_tpu, cuda=on_gpu, default=scan)
+        score, index = jax.lax.platform_dependent(*arrays, tpu=on_tpu, cuda=on_gpu, cpu=on_cpu, default=scan)
     if rescored:
         score, index = _rescore(query, codebook, center, index, l2_normalize, inner_product)
     return score[:, 0], index[:, 0]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator, PercentFormatter
 
 from fvq_jax.evals.metric_table import METRICS
@@ -45,34 +46,36 @@ def _over_steps(rows: Sequence[Row], name: str, column: str) -> Figure | None:
     if not any(steps.size for steps, _ in curves.values()):
         return None
     panels = _panels(rows)
+    colours = dict(line[:2] for _, lines in panels for line in lines)
     across = min(len(panels), 2)
     down = math.ceil(len(panels) / across)
-    entries = max(len(lines) for _, lines in panels)
-    figure = Figure(figsize=(WIDTH, (3.4 if down == 1 else 2.3 * down) + 0.17 * entries), layout="constrained")
-    grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
-    legend = {}
+    height = (3.4 if down == 1 else 2.3 * down) + 0.17 * len(colours)
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    grid = figure.subplots(down, across, squeeze=False, sharey=True)
     for axes, (title, lines) in zip(grid.flat, panels, strict=False):
         for text, colour, row in lines:
             steps, values = curves[id(row)]
             if steps.size:
                 face = None if _done(row) else "none"
-                (legend[text],) = axes.plot(steps, values, color=colour, linewidth=1.5, label=text)
-                legend[text].set(marker="o", markersize=3.5, markerfacecolor=face)
+                (curve,) = axes.plot(steps, values, color=colour, linewidth=1.5, label=text)
+                curve.set(marker="o", markersize=3.5, markerfacecolor=face)
         axes.set_title(title)
-        step_axis(axes)
+        step_axis(axes, ticks=6 if across == 1 else 3)
         _score_axis(axes, column)
-        axes.label_outer()
+    for axes in grid[:, 1:].flat:
+        axes.set_ylabel("")
     for axes in grid.flat[len(panels) :]:
         axes.remove()
-    figure.legend(handles=list(legend.values()), loc="outside lower left", fontsize=8)
+    handles = [Line2D([], [], color=colour, marker="o", markersize=3.5, label=text) for text, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside lower left", fontsize=8)
     return figure
 
 
 def _panels(rows: Sequence[Row]) -> list[tuple[str, list[tuple[str, _Colour, Row]]]]:
     """(title, lines) of every panel; a line is a label, a colour and its point.
 
-    One panel, and a colour for every point. Points of several fields that are more than there are colours are divided:
-    a panel for every value of the first field, and a colour for what else differs.
+    One panel, and a colour for every point. Points that are more than there are colours are divided if they differ in
+    several fields: a panel for every value of the first, and a colour for what else differs, if the colours suffice.
     """
     field, lines = series(rows)
     if len(rows) <= len(_COLOURS) or not 1 < len(lines) <= len(_COLOURS):

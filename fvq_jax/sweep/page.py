@@ -105,7 +105,7 @@ def _figures(rows: Sequence[Row]) -> str:
         ),
         (
             "Over training",
-            "Every evaluation so far. Every run is annealed over its own length.",
+            "Every evaluation and window of training so far. Every run is annealed over its own length.",
             [
                 *((f"{_heading(score)} over steps", figures.steps_figure(rows, score)) for score in scores),
                 ("Codes used in windows of training over steps", figures.windows_figure(rows)),

@@ -104,6 +104,8 @@ def test_many_points_of_two_fields_have_a_panel_for_every_value_of_the_first(tmp
         assert [axes.get_title(loc="left") for axes in figure.axes] == ["code_dim 4", "code_dim 8", "code_dim 16"]
         assert [len(axes.lines) for axes in figure.axes] == [4, 4, 4]
         assert [text.get_text() for text in figure.legends[0].texts] == [f"seed {seed}" for seed in range(4)]
+        assert [axes.get_xlabel() for axes in figure.axes] == ["training step"] * 3
+        assert figure.legends[0].legend_handles[3].get_color() == figure.axes[2].lines[3].get_color()
     few = figures.windows_figure(rows[:8])
     assert [len(axes.lines) for axes in few.axes] == [8]
     assert few.legends[0].texts[5].get_text() == "5: code_dim 8, seed 1"

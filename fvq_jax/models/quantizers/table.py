@@ -12,8 +12,7 @@ from fvq_jax.models.quantizers.base import Quantizer
 from fvq_jax.ops import entropy
 from fvq_jax.ops.code_tokens import smallest_of_code
 from fvq_jax.ops.estimators import ESTIMATORS, dynamic
-from fvq_jax.ops.nearest import IMPLEMENTATIONS, PASSES, nearest_code, runs_kernel
-from fvq_jax.ops.nearest_xla import uncounted_share
+from fvq_jax.ops.nearest import IMPLEMENTATIONS, PASSES, nearest_code, uncounted_share
 from fvq_jax.ops.sharded_codebook import padded_tokens, sharded_lookup, sharded_nearest_code
 from fvq_jax.runtime.fields import setting
 
@@ -43,7 +42,9 @@ class TableQuantizer(Quantizer):
         stays=True,
     )
     search_implementation: str = setting(
-        "auto", "Program of the search: a kernel on TPU and GPU with auto, else a scan.", choices=IMPLEMENTATIONS
+        "auto",
+        "Program of the search: auto, one for the TPU, GPU or CPU at hand; xla, a scan.",
+        choices=IMPLEMENTATIONS,
     )
     commitment_weight: float = setting(0.25, "Weight of the commitment loss, which pulls latents to their codes.")
 
@@ -100,8 +101,7 @@ class TableQuantizer(Quantizer):
         product = 2.0 * tokens * self.choices * self.code_dim
         data, axis = (1, 1) if self.mesh is None else (self.mesh.shape["data"], self.mesh.shape["codebook"])
         local = -(-tokens // data), -(-self.choices // axis), self.code_dim
-        kernel = runs_kernel(self.search_implementation, platform)
-        search = product if kernel else product * uncounted_share(*local)
+        search = product * uncounted_share(*local, self.search_precision, self.search_implementation, platform)
         blocks = max(local[1] / entropy.BLOCK_SIZE, 1)  # the index gradient's blocks are as large
         losses = self.streamed_products * product * (1 - 1 / blocks)
         if platform == "cpu" or search + losses == 0:
