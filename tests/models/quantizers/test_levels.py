@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from fvq_jax.models.quantizers import make_quantizer, quantizer_settings
 from fvq_jax.models.tokenizer import TokenizerNet, fold
+from fvq_jax.ops import nearest_cpu
 from fvq_jax.runtime.mesh import shardings
 from fvq_jax.runtime.names import flatten
 from tests.helpers.compiled_program import COLLECTIVE, arrays, collectives, size
@@ -251,9 +252,11 @@ def test_rows_never_leave_their_device_and_no_array_has_tokens_times_codes(name)
     program, tokens = compiled(name), 8 * SIDE**2 // 2  # of all devices along `codebook`
     assert max(math.prod(dims) for _, _, dims in collectives(program)) <= BIG // 4 * D
     sizes = {dims for _, dims in arrays(program)}
-    assert size(tokens, 512) in sizes
-    scores_of_a_level = tokens * BIG // 4 // (LEVELS if "own" in name else 1)  # on a device, all at once
-    assert max(map(math.prod, sizes)) <= max(tokens * 512, BIG // 4 * D) < scores_of_a_level
+    codes = BIG // 4 // (LEVELS if "own" in name else 1)  # of a level on a device
+    block = nearest_cpu.default_block_size(codes, D)
+    assert size(tokens, block) in sizes
+    # Beside scores there are the codes that are read again, a block for every token.
+    assert max(map(math.prod, sizes)) <= max(tokens * block * (D + 1), BIG // 4 * D) < tokens * codes
 
 
 TWINS = [

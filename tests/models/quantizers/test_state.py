@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 
 from fvq_jax.models.quantizers import make_quantizer
 from fvq_jax.models.tokenizer import TokenizerNet, fold
+from fvq_jax.ops import nearest_cpu
 from fvq_jax.runtime.mesh import BATCH, shardings
 from tests.helpers.compiled_program import arrays, collectives, size
 from tests.helpers.golden_case import relative_error
@@ -141,7 +142,7 @@ def test_the_estimator_may_be_dynamic(name):
 
 @every
 def test_no_array_has_tokens_times_codes_and_rows_stay_where_they_are(name):
-    """On a mesh of 2 x 4, with two blocks of 512 codes on every device."""
+    """On a mesh of 2 x 4, with 64 blocks of 16 codes on every device."""
     big, tokens = 4096, 8 * 32 * 32
     quantizer = make(name, mesh_of(2, 4), codebook_size=big)
     latent = jax.device_put(jnp.zeros((8, 32, 32, D)), NamedSharding(quantizer.mesh, BATCH))
@@ -161,7 +162,7 @@ def test_no_array_has_tokens_times_codes_and_rows_stay_where_they_are(name):
     state = {kind: value for kind, value in variables.items() if kind != "params"}
     program = jax.jit(jax.grad(loss, has_aux=True)).lower(params, state, latent).compile().as_text()
     sizes = {dims for _, dims in arrays(program)}
-    assert size(tokens // 2, 512) in sizes  # a block of the search, for the tokens of a row of the mesh
-    assert max(math.prod(dims) for dims in sizes) == tokens // 2 * 512
+    assert size(tokens // 2, 16) in sizes  # a block of the search, for the tokens of a row of the mesh
+    assert max(math.prod(dims) for dims in sizes) <= nearest_cpu.READ_AGAIN < tokens // 2 * big // 4
     # Sums over the rows of one device at most, or all tokens.
     assert max(math.prod(dims) for *_, dims in collectives(program)) <= max(big // 4, tokens) * D
