@@ -8,6 +8,8 @@ Data: `imagenet2012` of TensorFlow Datasets, prepared once in DATA_SETS (docs/da
 --config.data.source=folder --config.data.train_dir=DIR --config.data.eval_dir=DIR instead of tfds_dir.
 Hardware: any number of TPU chips or GPUs that divides the batch of 128.
 The paper reports rFID 1.30 and 100 % of the codes used. It has not been trained here yet.
+Start: as published (`init_std=0`, `restart_after=0`), since FVQ came into use from every first scale that was tried on
+photographs, and codes that start on latents cost 0.3 dB there (docs/results.md, "Usage recovery").
 Arguments: `smoke` (seconds on a CPU), `batch=N` (rate 1e-4 x N / 128; more in `common.scale_to_batch`),
 `pictures=N` for a folder of N pictures: discriminator, evaluations and checkpoints come after as many epochs as on
 ImageNet, where they come after 20,000, 10,000 and 5,000 steps.

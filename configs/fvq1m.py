@@ -8,7 +8,7 @@ Hardware: any number of TPU chips or GPUs that divides the batch of 128. The cod
 every device; --config.mesh.codebook=N divides it by N (docs/scaling.md has the figures). Groups are 16 x 16 codes:
 with four times the codes of fvq262k in groups four times as large, the bridge has as many tokens as there.
 The paper has no such codebook. It has not been trained here yet.
-Data and arguments: as in fvq16k.
+Data, arguments and the start of the codes: as in fvq16k.
 """
 
 from configs import fvq16k

@@ -7,7 +7,7 @@
 Hardware: any number of TPU chips or GPUs that divides the batch of 128; --config.mesh.codebook=N shards the
 codebook and its moments over N of them. Groups are 8 x 8 codes, since a larger codebook wants larger groups.
 The paper reports rFID 0.95 and 100 % of the codes used. It has not been trained here yet.
-Data and arguments: as in fvq16k.
+Data, arguments and the start of the codes: as in fvq16k.
 """
 
 from configs import fvq16k

@@ -10,6 +10,7 @@ mean over the scales: SimVQ 2.17 %, FVQ 8.08 %, with the region loss and the res
 length are not published; ours are five powers of ten and the 1,000 steps of photographs.py, with usage over windows of
 32 steps, 65,536 tokens. The column "Mean usage of the windows in training" of the report is
 the inner mean. The fourth quantizer is no part of that paper: FVQ whose codes start on latents (`restart_after`).
+What came out with 500 steps: docs/results.md.
 Arguments: `kind=simvq|fvq|region|restart`, `smoke` (seconds).
 """
 
