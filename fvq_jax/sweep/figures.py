@@ -19,7 +19,7 @@ from fvq_jax.sweep.table import Row, series, short_names, swept_fields, swept_va
 
 # Told apart on a light and on a dark page.
 _COLOURS = ("#2f7ed8", "#e0701a", "#2a9d55", "#d0433a", "#8a5cd6", "#b58a1b", "#12a0ad", "#d6499f")
-_Colour = str | tuple[float, ...]
+_Colour = str | tuple[float, float, float, float]
 
 
 def label(row: Row, fields: Sequence[str]) -> str:
