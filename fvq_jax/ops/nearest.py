@@ -49,8 +49,8 @@ def nearest_code(
         bf16_3x: three bfloat16 products, about 16 bits.
         bf16: one bfloat16 product. About one token in a hundred gets a nearly nearest code, see docs/results.md.
         bf16_rescored: as bf16, and then the best 8 of 128 or more candidates are scored again in float32.
-      implementation: auto (a kernel on TPU and NVIDIA GPU, a program of its own on a CPU) or xla (the scan
-        everywhere).
+      implementation: auto (a kernel on TPU and NVIDIA GPU, on a CPU a program of its own for few dimensions) or xla
+        (the scan everywhere).
 
     Returns:
       int32 [n]. Ties go to the lowest index. No gradient.
@@ -82,9 +82,14 @@ def uncounted_share(n: int, k: int, d: int, precision: str, implementation: str,
     """
     if implementation == "auto" and platform in ("tpu", "gpu"):
         return 1.0
-    if implementation == "auto" and platform == "cpu" and precision != "bf16_rescored":
+    if implementation == "auto" and platform == "cpu" and _cpu_has_its_own(d, precision):
         return nearest_cpu.uncounted_share(n, k, d)
     return nearest_xla.uncounted_share(k)
+
+
+def _cpu_has_its_own(d, precision):
+    """Whether a CPU searches codes of d dimensions by a program of its own; the scan gives several candidates too."""
+    return d <= nearest_cpu.MOST_DIMENSIONS and precision != "bf16_rescored"
 
 
 def mean_code(codebook: Float[Array, "k d"], l2_normalize: bool = False) -> Float[Array, "d"]:
@@ -130,7 +135,7 @@ def search(
 
     scan = best(nearest_xla, classes=classes, block_size=block_size)
     on_tpu, on_gpu = best(nearest_tpu), best(nearest_gpu, classes=classes)
-    on_cpu = scan if rescored else best(nearest_cpu, block_size=block_size)
+    on_cpu = best(nearest_cpu, block_size=block_size) if _cpu_has_its_own(codebook.shape[1], precision) else scan
     if inner_product:
         query, bias = -_compared(z, l2_normalize), jnp.zeros(len(codebook), jnp.float32)
     else:

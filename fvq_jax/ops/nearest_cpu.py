@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from fvq_jax.ops.nearest_xla import block_starts, scores_of_blocks
 
+MOST_DIMENSIONS = 64  # of codes; with more the products take nearly all of the time, and the scan is faster
 TOKENS = 4096  # compared with a block at a time, so that their scores stay in a core's cache
 VECTOR = 16  # numbers; in products that are no multiple of it wide, equal codes may have unequal scores
 READ_AGAIN = 2**20  # numbers, codes x dimensions, that are read again at a time: 4 MiB

@@ -92,7 +92,8 @@ def test_a_cpu_searches_tokens_in_parts(tokens, again, monkeypatch):
         (100, 16, 8, "highest", "auto"),
         (500, 8192, 32, "highest", "auto"),
         (5000, 4096, 32, "highest", "auto"),
-        (9000, 3000, 256, "highest", "auto"),
+        (9000, 3000, 64, "highest", "auto"),
+        (500, 3000, 65, "highest", "auto"),
         (500, 8192, 32, "highest", "xla"),
         (500, 8192, 32, "bf16_rescored", "auto"),
     ],
@@ -107,7 +108,7 @@ def test_the_flops_that_are_not_counted(n, k, d, precision, implementation):
 
 
 @every
-@pytest.mark.parametrize(("d", "block"), [(6, 1), (6, 4), (6, 7), (6, 64), (256, 27), (300, None), (256, 16)])
+@pytest.mark.parametrize(("d", "block"), [(6, 1), (6, 4), (6, 7), (6, 64), (64, 27), (64, None), (300, 16)])
 def test_ties_go_to_the_lowest_index(d, block, implementation):
     find = functools.partial(search, block_size=block, implementation=implementation)
     z, distinct = random_problem(50, 8, d)
@@ -155,6 +156,16 @@ def test_l2_normalize_compares_directions():
     unit_z, unit_codes = (np.asarray(x) / np.linalg.norm(x, axis=1, keepdims=True) for x in (z, codebook))
     np.testing.assert_array_equal(codes, (unit_z @ unit_codes.T).argmax(axis=1))
     assert np.any(codes != search(z, codebook))
+
+
+def test_a_cpu_scans_codes_of_many_dimensions():
+    def lowered(d, implementation):
+        find = jax.jit(functools.partial(nearest_code, block_size=16, implementation=implementation))
+        return find.trace(*random_problem(4, 40, d)).lower(lowering_platforms=("cpu",)).as_text()
+
+    most = nearest_cpu.MOST_DIMENSIONS
+    assert lowered(most, "auto").count("stablehlo.dot_general") == 3
+    assert lowered(most + 1, "auto").count("stablehlo.dot_general") == 2
 
 
 def test_no_gradient_passes():
