@@ -1,6 +1,5 @@
 import functools
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -30,6 +29,7 @@ from fvq_jax.report.tokenizer import page, write_report
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.processes import Place
 from fvq_jax.tasks import default_config
+from tests.helpers.hanging_picture import with_hanging_picture
 from tests.helpers.random_tokenizer import random_tokenizer
 from tests.helpers.slow_cases import slow
 from tests.helpers.trained_workdir import trained_workdir
@@ -403,11 +403,9 @@ def test_pictures_that_stop_coming_end_the_program_with_one_line_and_exit_1(fold
     (run / "config.json").write_text(json.dumps(config))
     shutil.copytree(folder, pictures)
     shutil.copy(pictures / "00.png", pictures / "11.png")
-    last = sorted(pictures.iterdir())[order_of(pictures)[-1]]
-    last.unlink()
-    os.mkfifo(last)
+    last = sorted(path.name for path in pictures.iterdir())[order_of(pictures)[-1]]
     options = [f"--workdir={run}", f"--data={pictures}", f"--out={tmp_path / 'out'}", f"--size={SIZE}", "--batch=8"]
-    command = [sys.executable, "-m", "fvq_jax.evaluate", *options, "--save-npz"]
+    command = [sys.executable, *with_hanging_picture(last, "fvq_jax.evaluate"), *options, "--save-npz"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 1, ended.stderr
     beginnings = ("evaluating", "fvq_jax: not computed")

@@ -1,7 +1,6 @@
 """An evaluation by several processes: what ends it in one of them ends it in all, with one line each."""
 
 import json
-import os
 import time
 import zipfile
 
@@ -9,6 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers.golden_case import GOLDEN
+from tests.helpers.hanging_picture import with_hanging_picture
 from tests.helpers.tiny import random_images
 from tests.helpers.two_hosts import free_port, start_host
 
@@ -28,10 +28,10 @@ def workdir(tmp_path_factory):
     return path.parent
 
 
-def evaluate_on_two(*options):
+def evaluate_on_two(*options, program=("-m", "fvq_jax.evaluate")):
     """(exit code, own lines, all of standard error) of each of two processes, and the seconds until both had ended."""
     port, began = free_port(), time.monotonic()
-    command = ["-m", "fvq_jax.evaluate", *options, "--distributed", f"--distributed_timeout={TIMEOUT}"]
+    command = [*program, *options, "--distributed", f"--distributed_timeout={TIMEOUT}"]
     hosts = [start_host(index, 2, port, *command) for index in range(2)]
     said = [host.communicate(timeout=300)[1] for host in hosts]
     lines = [[line for line in text.splitlines() if line.startswith("fvq_jax: ")] for text in said]
@@ -41,15 +41,13 @@ def evaluate_on_two(*options):
 
 @pytest.mark.slow
 def test_pictures_that_stop_coming_in_one_process_end_both(workdir, tmp_path):
-    """One of sixteen cannot be opened to its end, as on a mount that no longer answers."""
+    """One of sixteen hangs."""
     (tmp_path / "pictures").mkdir()
     for index, image in enumerate(random_images(16, 16)):
         Image.fromarray(image).save(tmp_path / "pictures" / f"{index:02}.png")
-    os.mkfifo(tmp_path / "fifo")
-    (tmp_path / "pictures" / "05.png").unlink()
-    (tmp_path / "pictures" / "05.png").symlink_to(tmp_path / "fifo")
     options = [f"--workdir={workdir}", f"--data={tmp_path / 'pictures'}", f"--out={tmp_path / 'out'}", "--batch=8"]
-    codes, lines, said, seconds = evaluate_on_two(*options)
+    hangs = with_hanging_picture("05.png", "fvq_jax.evaluate")
+    codes, lines, said, seconds = evaluate_on_two(*options, program=hangs)
     assert codes == [1, 1], said
     for own, text in zip(lines, said, strict=True):
         assert len(own) == 1, text
