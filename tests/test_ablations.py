@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs.ablations import base, mesh
+from configs.ablations import base, mesh, usage_law
 from fvq_jax.models.quantizers.bridge import make_bridge
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.mesh import make_mesh
@@ -19,7 +19,7 @@ from tests.helpers.tiny import make_step
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / "configs" / "ablations"
-OTHERS = ("base", "__init__", "usage_recovery")  # the last one starts from rivals.py, see test_rivals.py
+OTHERS = ("base", "__init__", "usage_law", "usage_recovery")  # the last two start from full_codebook.py and rivals.py
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in OTHERS)
 SIZES = ["", "smoke"]
 COUNTS = {
@@ -76,7 +76,8 @@ def test_every_point_is_valid_and_its_codebook_can_be_made(name, arg):
 def test_the_list_of_sweeps_is_complete():
     listed = re.findall(r"^\| `(\w+)` \| (\d+) \|", (ROOT / "docs" / "sweeps.md").read_text(), flags=re.MULTILINE)
     assert {name: int(points) for name, points in listed} == {name: COUNTS[name][0] for name in NAMES} | {
-        "usage_recovery": 20
+        "usage_law": 18,
+        "usage_recovery": 20,  # see test_rivals.py
     }
 
 
@@ -122,6 +123,30 @@ def test_the_values_of_the_paper():
         1048576,
     ]
     assert values_of("schedule", "", "optim.decay") == ["linear", "cosine", "constant"]
+
+
+@pytest.mark.parametrize("arg", SIZES)
+def test_the_law_of_usage_takes_every_group_with_both_starts_in_one_network(arg, tmp_path):
+    config = usage_law.get_config(arg)
+    if config.data.source == "folder":
+        config.data.train_dir = config.data.eval_dir = str(tmp_path)
+    points = make_points(config, read_sweep(usage_law.__file__), pathlib.Path("sweep"))
+    assert [point.refused for point in points] == [""] * 18
+    quantizer = "tokenizer.quantizer."
+    varied = [
+        [point.config[quantizer + name] for name in ("codebook_size", "bridge", "restart_after")] for point in points
+    ]
+    assert varied[::2] == [
+        [codes, f"S/{patch}", 0.0] for codes, patches in usage_law.GROUPS.items() for patch in patches
+    ]
+    assert varied[1::2] == [[codes, bridge, usage_law.RESTART] for codes, bridge, _ in varied[::2]]
+    assert all(codes // int(bridge[2:]) ** 2 <= 4096 for codes, bridge, _ in varied)
+    assert (
+        len({str({name: point.config[name] for name in point.config if quantizer not in name}) for point in points})
+        == 1
+    )
+    if not arg:  # every window has as many tokens as the file says
+        assert {point.config["log.every_steps"] * point.config["batch_size"] * 256 for point in points} == {131072}
 
 
 def test_meshes_use_all_devices_and_say_so():
