@@ -47,7 +47,8 @@ def nearest_code(
         highest: float32, on a GPU made of six bfloat16 products. Picks another code than exact arithmetic only
         where two distances agree to about 7 digits.
         bf16_3x: three bfloat16 products, about 16 bits.
-        bf16: one bfloat16 product. About one token in a hundred gets a nearly nearest code, see docs/results.md.
+        bf16: one bfloat16 product. Of a hundred tokens one (256 dimensions) to seven (8) get a nearly nearest code,
+          see docs/results.md.
         bf16_rescored: as bf16, and then the best 8 of 128 or more candidates are scored again in float32.
       implementation: auto (a kernel on TPU and NVIDIA GPU, on a CPU a program of its own for few dimensions) or xla
         (the scan everywhere).

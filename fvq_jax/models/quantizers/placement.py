@@ -27,9 +27,9 @@ class Placement(nn.Module):
     codes move and spread as the latents do. The offset is where a code was put relative to them: in the first steps
     every code is put onto a latent of its own, and onto another one whenever it has not been chosen for a long time.
 
-    The time is counted in tokens per code, so that one value suits all batches and codebooks: codes that are chosen
-    evenly are missed for 16 of them with probability exp(-16). Rows take turns, and all have had one in half that time:
-    codes that start together would only know the pictures of a few batches.
+    The time is counted in tokens per code, so that one value suits all batches and codebooks: a code that is as
+    frequent as the average is missed for X of them with probability exp(-X). Rows take turns, and all have had one in
+    half that time: codes that start together would only know the pictures of a few batches.
 
     State: `offset` [k, d] and `unused` [k], the steps since a code was last chosen, are divided by rows; `mean` [1, d],
     `covariance` and its root [d, d], `steps`, and `next_row`, where the rows begin whose turn it is, are on all
