@@ -10,8 +10,14 @@ bridge's groups grow with the codebook, as in the paper: S/4 for 16,384 codes, S
 start on latents, and so do again those that are not chosen for long;
 `--config.tokenizer.quantizer.restart_after=0` is the published start. Usage means little below some ten tokens for
 every code: the second command counts 1,048,576, and its page says how much of the codebook even use would show.
-Arguments: `codes=N`, `bridge=NAME` (`bridge=none` and `bridge=linear` to compare with), `smoke` (seconds),
-`batch=N` (rate 1e-3 x N / 16). Another seed: `--config.seed=N`.
+
+As a sweep it runs beside the two rivals, no bridge and a linear one:
+
+  python -m fvq_jax.sweep --config=configs/full_codebook.py:codes=16384,seeds=2 --workdir=DIR \
+      --config.data.train_dir=PHOTOS/train --config.data.eval_dir=PHOTOS/val
+
+Arguments: `codes=N`, `bridge=NAME`, `seeds=N` (the sweep takes seeds 0 to N - 1; 1), `smoke` (seconds), `batch=N` (rate
+1e-3 x N / 16). Another seed: `--config.seed=N`.
 """
 
 from configs import common, quickstart
@@ -28,7 +34,7 @@ SIZES = (
 
 def get_config(arg=""):
     """The quickstart with less network and more codes."""
-    args = common.parse_arg(arg, codes=16384, bridge="", smoke=False, batch=0)
+    args = _args(arg)
     _, patch, ch_mult, steps = next((size for size in SIZES if args["codes"] <= size[0]), SIZES[-1])
     config = quickstart.get_config(f"bridge={args['bridge'] or f'S/{patch}'}")
     config.steps, config.optim.warmup_steps = steps, steps // 10
@@ -48,3 +54,15 @@ def get_config(arg=""):
     if args["batch"]:
         common.scale_to_batch(config, args["batch"], rate=1e-3, per=16)
     return config
+
+
+def sweep(arg=""):
+    """The bridge of this size, no bridge and a linear one, each with every seed."""
+    args = _args(arg)
+    for seed in range(args["seeds"]):
+        for bridge in (get_config(arg).tokenizer.quantizer.bridge, "none", "linear"):
+            yield {"tokenizer.quantizer.bridge": bridge, "seed": seed}
+
+
+def _args(arg):
+    return common.parse_arg(arg, codes=16384, bridge="", seeds=1, smoke=False, batch=0)

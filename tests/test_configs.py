@@ -242,6 +242,20 @@ def test_groups_and_tokens_of_a_full_codebook_grow_with_it(codes, bridge, tokens
     }
 
 
+@pytest.mark.parametrize(("codes", "bridge"), [(16384, "S/4"), (262144, "S/8")])
+def test_a_full_codebook_runs_beside_no_bridge_and_a_linear_one_with_every_seed(codes, bridge):
+    config = get_config("full_codebook", f"codes={codes}")
+    config.data.train_dir = config.data.eval_dir = str(FOLDER)
+    points = make_points(config, read_sweep(f"{FOLDER / 'full_codebook.py'}:codes={codes},seeds=2"), FOLDER)
+    assert [point.refused for point in points] == [""] * 6
+    bridges = [point.config["tokenizer.quantizer.bridge"] for point in points]
+    assert [(name, point.config["seed"]) for name, point in zip(bridges, points, strict=True)] == [
+        *((name, 0) for name in (bridge, "none", "linear")),
+        *((name, 1) for name in (bridge, "none", "linear")),
+    ]
+    assert {point.config["tokenizer.quantizer.codebook_size"] for point in points} == {codes}
+
+
 @pytest.mark.parametrize(("size", "batch"), [(32, 32), (64, 8), (128, 2), (256, 2)])
 def test_small_takes_crops_of_any_size_and_fewer_large_ones(size, batch):
     config = get_config("small", f"size={size}")
