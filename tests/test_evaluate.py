@@ -424,6 +424,7 @@ def test_bridge_and_usage_by_position_of_a_run(restart_after, folder, tmp_path, 
     options = [f"--workdir={tmp_path / 'run'}", f"--data={folder}", f"--out={tmp_path / 'out'}", f"--size={SIZE}"]
     report, _ = run(capsys, *options, f"--compare={tmp_path / 'run'}")
     assert page(written[0]).count("codes, bridge XS/2, ") >= 4  # title, heading, and a row for each
+    assert "codes, bridge XS/2, " in report["tokenizer"]
     assert len(report["usage_by_position"]) == 4
     assert min(report["usage_by_position"]) == report["positions/usage_min"]
     assert np.mean(report["usage_by_position"]) == pytest.approx(report["usage"])

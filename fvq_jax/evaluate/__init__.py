@@ -49,7 +49,7 @@ from fvq_jax.evals.reference import Moments, Reference
 from fvq_jax.evaluate.options import NPZ, SIZE, parse
 from fvq_jax.evaluate.samples import evaluate_samples
 from fvq_jax.inference.class_tables import condition_of, labels_for
-from fvq_jax.inference.tokenizer import Tokenizer
+from fvq_jax.inference.tokenizer import Tokenizer, describe
 from fvq_jax.models.quantizers import Quantizer, make_quantizer
 from fvq_jax.ops.code_usage import usage_by_position
 from fvq_jax.report.tokenizer import Compared, Report, Trained, write_report
@@ -117,7 +117,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         moments = sums.real.moments()
         if reference and not sums.skipped:  # what cannot be read now may be readable the next time
             reference.save(moments)
-    facts = {"tokenizer": repr(tokenizer), "path": str(path)}
+    facts = {"tokenizer": describe(quantizer, tokenizer.downsampling), "path": str(path)}
     facts |= conditions(found, source, data=prepared.data, protocol=args.protocol, size=size) | {
         "random_crops": args.crops,
         "condition": prepared.condition,

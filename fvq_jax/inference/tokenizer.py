@@ -26,7 +26,7 @@ from fvq_jax.interop.layouts import LAYOUTS
 from fvq_jax.interop.named_tensors import ENDINGS
 from fvq_jax.interop.tokenizer_checkpoint import write_checkpoint
 from fvq_jax.models.layers import levels_from_zero
-from fvq_jax.models.quantizers import quantizer_settings
+from fvq_jax.models.quantizers import Quantizer, quantizer_settings
 from fvq_jax.models.tokenizer import TokenizerNet, quantization_error
 from fvq_jax.ops.attention import SCORES
 from fvq_jax.ops.pixels import to_float
@@ -359,11 +359,7 @@ class Tokenizer:
         return Tokenizer, (self._saved,)
 
     def __repr__(self) -> str:
-        quantizer = self.trained_net.quantizer
-        return (
-            f"Tokenizer({quantizer.size} x {quantizer.latent_dim} codes, {quantizer.description}, "
-            f"down-sampling {self.downsampling})"
-        )
+        return describe(self.trained_net.quantizer, self.downsampling)
 
     def _numbers(self, labels: ArrayLike | str | None, rows: int) -> Int[np.ndarray, "b"] | None:
         """The class of every row; None for a tokenizer without classes. InputError for labels that do not fit it."""
@@ -411,6 +407,12 @@ class Tokenizer:
 
 
 # Programs on a batch. `params` are those of the network, or of its quantizer in `_search` and `_look_up`.
+
+
+def describe(quantizer: Quantizer, downsampling: int) -> str:
+    """A tokenizer in one line."""
+    codes = f"{quantizer.size} x {quantizer.latent_dim} codes"
+    return f"Tokenizer({codes}, {quantizer.description}, down-sampling {downsampling})"
 
 
 def _encode(net: TokenizerNet, params: dict[str, Any], images: Array, method: str = "encode") -> Any:
