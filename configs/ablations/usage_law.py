@@ -8,7 +8,7 @@ The network of full_codebook.py, one for all points, 4,096 tokens in a step; 4,0
 16 x 16, each with the published start and with codes that start on latents (`restart_after`). Usage is counted over
 windows of 32 steps, 131,072 tokens, of which even use would show 100 % of 4,096 codes, 99.97 % of 16,384 and 86.5 % of
 65,536. Hardware: two CPU cores.
-What came out, and the rule of thumb: docs/sweeps.md.
+It has not been run as a whole yet.
 Arguments: `smoke` (seconds a point).
 """
 
