@@ -11,7 +11,7 @@ start on latents, and so do again those that are not chosen for long;
 `--config.tokenizer.quantizer.restart_after=0` is the published start. Usage means little below some ten tokens for
 every code: the second command counts 1,048,576, and its page says how much of the codebook even use would show.
 
-As a sweep it runs beside the two rivals, no bridge and a linear one:
+What came out so far: docs/results.md, "Large codebooks". As a sweep it runs beside no bridge and a linear one:
 
   python -m fvq_jax.sweep --config=configs/full_codebook.py:codes=16384,seeds=2 --workdir=DIR \
       --config.data.train_dir=PHOTOS/train --config.data.eval_dir=PHOTOS/val
