@@ -58,9 +58,9 @@ def get_config(arg=""):
 
 def sweep(arg=""):
     """The bridge of this size, no bridge and a linear one, each with every seed."""
-    args = _args(arg)
-    for seed in range(args["seeds"]):
-        for bridge in (get_config(arg).tokenizer.quantizer.bridge, "none", "linear"):
+    bridges = dict.fromkeys((get_config(arg).tokenizer.quantizer.bridge, "none", "linear"))
+    for seed in range(_args(arg)["seeds"]):
+        for bridge in bridges:
             yield {"tokenizer.quantizer.bridge": bridge, "seed": seed}
 
 

@@ -254,6 +254,8 @@ def test_a_full_codebook_runs_beside_no_bridge_and_a_linear_one_with_every_seed(
         *((name, 1) for name in (bridge, "none", "linear")),
     ]
     assert {point.config["tokenizer.quantizer.codebook_size"] for point in points} == {codes}
+    linear = read_sweep(f"{FOLDER / 'full_codebook.py'}:codes={codes},bridge=linear")
+    assert len(make_points(config, linear, FOLDER)) == 2  # it is one of the others
 
 
 @pytest.mark.parametrize(("size", "batch"), [(32, 32), (64, 8), (128, 2), (256, 2)])

@@ -406,13 +406,13 @@ class Tokenizer:
         return np.concatenate(results)
 
 
-# Programs on a batch. `params` are those of the network, or of its quantizer in `_search` and `_look_up`.
-
-
 def describe(quantizer: Quantizer, downsampling: int) -> str:
     """A tokenizer in one line."""
     codes = f"{quantizer.size} x {quantizer.latent_dim} codes"
     return f"Tokenizer({codes}, {quantizer.description}, down-sampling {downsampling})"
+
+
+# Programs on a batch. `params` are those of the network, or of its quantizer in `_search` and `_look_up`.
 
 
 def _encode(net: TokenizerNet, params: dict[str, Any], images: Array, method: str = "encode") -> Any:
