@@ -9,7 +9,8 @@ Down-sampling is 4x, 256 tokens a crop, and 2x, 1,024 tokens, for the largest co
 bridge's groups grow with the codebook, as in the paper: S/4 for 16,384 codes, S/8 up to 262,144, S/16 above. Codes
 start on latents, and so do again those that are not chosen for long;
 `--config.tokenizer.quantizer.restart_after=0` is the published start. Usage means little below some ten tokens for
-every code: the second command counts 1,048,576, and its page says how much of the codebook even use would show.
+every code: the second command counts 1,048,576, and its page says how much of the codebook even use would show. The
+run's own evaluations, five of them, score 16 tokens for every code, 4 above 65,536 codes; its page draws their usage.
 
 What came out so far: docs/results.md, "Large codebooks". As a sweep it runs beside no bridge and a linear one:
 
@@ -48,8 +49,12 @@ def get_config(arg=""):
     config.data.image_size = 64
     config.data.resize_min, config.data.resize_max = 96, 192
     config.data.flip = True
-    config.eval.images = 0
+    # So many that even use would show nearly every code: 16 tokens for every code, 4 for the largest codebooks.
+    tokens = (config.data.image_size // 2 ** (len(ch_mult) - 1)) ** 2
+    config.eval.images, config.eval.crops = 0, (16 if args["codes"] <= 65536 else 4) * args["codes"] // tokens
+    config.eval.every_steps = steps // 5
     if args["smoke"]:
+        config.eval.crops = 0
         common.shrink_to_smoke(config)
     if args["batch"]:
         common.scale_to_batch(config, args["batch"], rate=1e-3, per=16)

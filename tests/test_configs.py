@@ -234,6 +234,7 @@ def test_groups_and_tokens_of_a_full_codebook_grow_with_it(codes, bridge, tokens
     quantizer = config.tokenizer.quantizer
     assert (quantizer.codebook_size, quantizer.bridge, quantizer.restart_after) == (codes, bridge, 2)
     assert (config.data.image_size // downsampling(config)) ** 2 == tokens
+    assert config.eval.crops * tokens == codes * (16 if codes <= 65536 else 4)
     config.data.train_dir, config.data.eval_dir = "train", "eval"
     check(config, 8)
     other = get_config("full_codebook", f"codes={codes},bridge=linear")

@@ -1,3 +1,4 @@
+import copy
 import functools
 import json
 import re
@@ -316,13 +317,18 @@ def test_what_a_workdir_says(tmp_path):
 def test_pictures_that_a_workdir_names_are_cropped_and_counted_as_asked(folder):
     config = default_config()
     config.data.source, config.data.eval_dir, config.data.image_size = "folder", str(folder), 256
-    source, data = evaluate._source(None, SIZE, 5, config)
+    source, data = evaluate._source(None, SIZE, 5, config, own_crops=True)
     assert (len(source), data) == (PICTURES, str(folder))
+    config.eval.crops = 31
+    for own_crops, count in ((True, 31), (False, PICTURES)):
+        source, data = evaluate._source(None, SIZE, 0, copy.deepcopy(config), own_crops=own_crops)
+        assert (len(source), data) == (count, str(folder))
+    config.eval.crops = 0
     config.data.source = "photos"
-    source, _ = evaluate._source(None, SIZE, 5, config)
+    source, _ = evaluate._source(None, SIZE, 5, config, own_crops=True)
     assert len(source) == 5
     with pytest.raises(InputError, match="--data=FOLDER is missing"):
-        evaluate._source(None, SIZE, 0, None)
+        evaluate._source(None, SIZE, 0, None, own_crops=True)
 
 
 def test_processes_are_joined_if_asked_for(saved, folder, tmp_path, monkeypatch, capsys):

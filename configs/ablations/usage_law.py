@@ -7,7 +7,7 @@
 The network of full_codebook.py, one for all points, 4,096 tokens in a step; 4,096 to 65,536 codes in groups of 2 x 2 to
 16 x 16, each with the published start and with codes that start on latents (`restart_after`). Usage is counted over
 windows of 32 steps, 131,072 tokens, of which even use would show 100 % of 4,096 codes, 99.97 % of 16,384 and 86.5 % of
-65,536. Hardware: two CPU cores.
+65,536; and twice, of 262,144 tokens of random crops of other pictures. Hardware: two CPU cores.
 It has not been run as a whole yet.
 Arguments: `smoke` (seconds a point).
 """

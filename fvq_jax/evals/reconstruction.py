@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int, Int64, UInt8
 
+from fvq_jax.data.crops import RandomCrops
 from fvq_jax.data.evaluation_set import Sample
 from fvq_jax.data.npz_rows import ImageWriter
 from fvq_jax.data.pipeline import eval_batches
@@ -221,12 +222,16 @@ def _on_all_hosts(batches: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str
 
 def conditions(found: Found, source: Source, *, data: str, protocol: str, size: int) -> dict[str, str | int]:
     """What was scored and how, to stand beside every figure; `data` is what to call the source."""
-    sums = found.sums
+    sums, means, crops = found.sums, PROTOCOLS[protocol], 0
+    if isinstance(source, RandomCrops):
+        crops, (_, _, scored_as) = source.count, means.partition("; ")
+        means = f"{crops:,} random crops as in training, seed {source.seed}; {scored_as}"
     return {
         "data": data,
         "pictures": source.fingerprint(),
         "protocol": protocol,
-        "protocol_means": PROTOCOLS[protocol],
+        "protocol_means": means,
+        "random_crops": crops,
         "size": size,
         "images": int(sums.images),
         "skipped_files": int(sums.skipped),

@@ -117,14 +117,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         moments = sums.real.moments()
         if reference and not sums.skipped:  # what cannot be read now may be readable the next time
             reference.save(moments)
-    facts = {"tokenizer": describe(quantizer, tokenizer.downsampling), "path": str(path)}
-    facts |= conditions(found, source, data=prepared.data, protocol=args.protocol, size=size) | {
-        "random_crops": args.crops,
-        "condition": prepared.condition,
-    }
-    if args.crops:
-        _, _, scored_as = facts["protocol_means"].partition("; ")
-        facts["protocol_means"] = f"{args.crops:,} random crops as in training, seed {args.seed}; {scored_as}"
+    facts: dict[str, str | int] = {"tokenizer": describe(quantizer, tokenizer.downsampling), "path": str(path)}
+    facts |= conditions(found, source, data=prepared.data, protocol=args.protocol, size=size)
+    facts["condition"] = prepared.condition
     table = tokenizer.table("null" if tokenizer.classes else None)
     report = Report(
         tokenizer=_trained(quantizer, tokenizer),
@@ -286,7 +281,7 @@ def _prepare(args: argparse.Namespace) -> _Prepared:
         for other, tokenizer in zip(paths, loaded, strict=True)
     ]
     images = args.images or (trained.eval.images if trained and args.data is None else 0)
-    source, data = _source(args.data, size, images, copy.deepcopy(trained))
+    source, data = _source(args.data, size, images, copy.deepcopy(trained), own_crops=not (args.images or args.crops))
     if args.crops:
         low, high = (trained.data.resize_min, trained.data.resize_max) if trained else (0, 0)
         source, images = RandomCrops(source, args.crops, size, low, high, seed=args.seed), 0
@@ -304,13 +299,16 @@ def _load(path: Path, size: int, l2_norm: bool | None) -> Tokenizer:
     return tokenizer
 
 
-def _source(given: str | None, size: int, images: int, trained: ConfigDict | None) -> tuple[Source, str]:
-    """The pictures, and what to call them."""
+def _source(
+    given: str | None, size: int, images: int, trained: ConfigDict | None, *, own_crops: bool
+) -> tuple[Source, str]:
+    """The pictures, and what to call them; those of a run are its own random crops if it has any and `own_crops`."""
     if given is not None:
         return make_source(kind_of(given), "eval", image_size=size, eval_dir=given, eval_images=images), given
     if trained is None:
         raise InputError("--data=FOLDER is missing: only the workdir of a run says what that is evaluated on")
     trained.data.image_size, trained.eval.images = size, images
+    trained.eval.crops *= own_crops
     return source_of(trained, "eval"), data_name(trained)
 
 

@@ -77,6 +77,7 @@ REFUSED = [
     ({"log.images": 0}, ["log.images", "above 0"]),
     ({"data.num_workers": -1}, ["data.num_workers", "0 or more", "-1"]),
     ({"eval.images": -1}, ["eval.images", "0 or more"]),
+    ({"eval.images": 8, "eval.crops": 8}, ["eval.images and eval.crops exclude each other"]),
     ({"tokenizer.quantizer.commitment_weight": -0.25}, ["tokenizer.quantizer.commitment_weight", "0 or more", "-0.25"]),
     ({"loss.reconstruction_weight": float("nan")}, ["loss.reconstruction_weight", "finite", "nan"]),
     ({"optim.learning_rate": float("inf")}, ["optim.learning_rate", "finite", "inf"]),

@@ -64,6 +64,11 @@ def test_a_config_names_its_source(fields, name):
     config = tiny_config(**changes, **{"data.source": name, "data.image_size": 32, "eval.images": 7})
     validate(config, task_of(config), 8)
     assert tuple(len(source_of(config, split)) for split in ("train", "eval")) == SIZES[name]
+    config.update({"eval": {"images": 0, "crops": 11}, "data": {"resize_min": 40, "resize_max": 50}})
+    train, crops = (source_of(config, split) for split in ("train", "eval"))
+    assert len(train) == SIZES[name][0]
+    assert (len(crops), crops[10]["image"].shape) == (11, (32, 32, 3))
+    assert crops.fingerprint().startswith("11 crops of 32 pixels, resized to 40..50, seed 0, of ")
 
 
 def test_the_photographs_have_2048_crops_unless_told(fields):

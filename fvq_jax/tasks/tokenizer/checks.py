@@ -18,6 +18,10 @@ def check(config: ConfigDict, devices: int) -> None:
     _check_channels(config)
     _check_quantizer(config, devices)
     _check_images(config)
+    require(
+        not (config.eval.images and config.eval.crops),
+        "eval.images and eval.crops exclude each other, both say how many pictures to score: set one of them to 0",
+    )
     check_pictures(config.data)
 
 

@@ -116,6 +116,9 @@ _FIELDS: dict[str, Field] = {
     ),
     **prefixed("data", PICTURES),
     "eval.images": Field(0, "Pictures in an evaluation; 0: the whole set."),
+    "eval.crops": Field(
+        0, "Random crops in an evaluation, resized and placed as in training; 0: the centre of every picture."
+    ),
     "eval.inception": Field("", "File with FID's InceptionV3, see README; empty: no rFID while training."),
     "log.images": Field(8, "Pictures that an evaluation shows.", above=0),
 }

@@ -4,14 +4,15 @@ from typing import Literal
 
 from ml_collections import ConfigDict
 
+from fvq_jax.data.crops import RandomCrops
 from fvq_jax.data.record import Source
 from fvq_jax.data.sources import make_source
 
 
 def source_of(config: ConfigDict, split: Literal["train", "eval"]) -> Source:
-    """The pictures that a config names. InputError if they are not available."""
-    data = config.data
-    return make_source(
+    """The pictures that a config names, or random crops of them. InputError if they are not available."""
+    data, crops = config.data, config.eval.crops if split == "eval" else 0
+    pictures = make_source(
         data.source,
         split,
         image_size=data.image_size,
@@ -23,6 +24,7 @@ def source_of(config: ConfigDict, split: Literal["train", "eval"]) -> Source:
         eval_split=data.eval_split,
         eval_images=config.eval.images,
     )
+    return RandomCrops(pictures, crops, data.image_size, data.resize_min, data.resize_max) if crops else pictures
 
 
 def data_name(config: ConfigDict) -> str:

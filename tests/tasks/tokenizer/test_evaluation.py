@@ -110,3 +110,14 @@ def test_pictures_that_stop_coming_end_it_after_the_timeout_of_the_run(seen):
             evaluator.evaluate(variables)
     finally:
         hanging.release()
+
+
+def test_random_crops_are_scored_and_called_so(tmp_path):
+    config = tiny_config(**{"eval.images": 0, "eval.crops": 20})
+    step = make_step(config, make_mesh(data=8, codebook=1))
+    state = random_state(step)
+    found = step.task.evaluate(state)
+    tokens = (config.data.image_size // step.task.net.downsampling) ** 2
+    assert (found.metrics["images"], found.metrics["tokens"]) == (20, 20 * tokens)
+    step.task.report(state, found, tmp_path, [])
+    assert "(20 random crops as in training, seed 0; " in (tmp_path / "report" / "index.html").read_text()
