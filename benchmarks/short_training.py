@@ -67,6 +67,7 @@ def command(args: argparse.Namespace, workdir: Path, steps: int) -> list[str]:
         "batch_size": args.batch,
         "eval.batch_size": args.batch,
         "eval.images": args.images,
+        "eval.crops": 0,
         "eval.every_steps": max(1, steps // args.evaluations),
         "log.every_steps": max(1, steps // 40),
         "checkpoint.every_steps": steps + 1,

@@ -84,7 +84,7 @@ def shrink_to_smoke(config: ConfigDict) -> None:
     config.data.source = "photos"
     config.data.image_size = 32
     config.data.resize_min = config.data.resize_max = 0
-    config.eval.images = 64
+    config.eval.images, config.eval.crops = 64, 0
 
 
 def shrink_generator_to_smoke(config: ConfigDict) -> None:

@@ -49,15 +49,17 @@ def get_config(arg=""):
     config.data.image_size = 64
     config.data.resize_min, config.data.resize_max = 96, 192
     config.data.flip = True
-    # So many that even use would show nearly every code: 16 tokens for every code, 4 for the largest codebooks.
+    # So many that even use would show nearly every code: 16 tokens for every code, 4 for the largest codebooks. So the
+    # scores of two sizes are of different crops.
     tokens = (config.data.image_size // 2 ** (len(ch_mult) - 1)) ** 2
-    config.eval.images, config.eval.crops = 0, (16 if args["codes"] <= 65536 else 4) * args["codes"] // tokens
-    config.eval.every_steps = steps // 5
+    crops = (16 if args["codes"] <= 65536 else 4) * args["codes"] // tokens
+    config.eval.images, config.eval.crops = 0, max(1, crops)
     if args["smoke"]:
-        config.eval.crops = 0
         common.shrink_to_smoke(config)
     if args["batch"]:
         common.scale_to_batch(config, args["batch"], rate=1e-3, per=16)
+    if not args["smoke"]:
+        config.eval.every_steps = steps // 5
     return config
 
 

@@ -1,4 +1,3 @@
-import copy
 import functools
 import json
 import re
@@ -284,6 +283,8 @@ def test_a_weight_file_that_is_not_there_is_refused(saved, folder, tmp_path, cap
         (["--size=16", "--compare=,"], "argument --compare: names no tokenizer"),
         (["--size=16", "--batch=0"], "--batch must be at least 1"),
         (["--size=16", "--images=-1"], "--images, --crops and --seed at least 0"),
+        (["--size=16", "--seed=3"], "--seed is that of random crops: leave it out, or add --crops=N"),
+        (["--size=16", "--data=photos", "--crops=9"], "--crops does not go with the bundled photographs"),
         (["--size=16", "--inception=PICTURE"], "is damaged or not written by torch.save"),
         (["--size=16", "--l2_norm=true"], "l2_norm=True contradicts"),
         (["--size=16", "--out=PICTURE"], "cannot write to"),
@@ -317,18 +318,13 @@ def test_what_a_workdir_says(tmp_path):
 def test_pictures_that_a_workdir_names_are_cropped_and_counted_as_asked(folder):
     config = default_config()
     config.data.source, config.data.eval_dir, config.data.image_size = "folder", str(folder), 256
-    source, data = evaluate._source(None, SIZE, 5, config, own_crops=True)
+    source, data = evaluate._source(None, SIZE, 5, config)
     assert (len(source), data) == (PICTURES, str(folder))
-    config.eval.crops = 31
-    for own_crops, count in ((True, 31), (False, PICTURES)):
-        source, data = evaluate._source(None, SIZE, 0, copy.deepcopy(config), own_crops=own_crops)
-        assert (len(source), data) == (count, str(folder))
-    config.eval.crops = 0
     config.data.source = "photos"
-    source, _ = evaluate._source(None, SIZE, 5, config, own_crops=True)
+    source, _ = evaluate._source(None, SIZE, 5, config)
     assert len(source) == 5
     with pytest.raises(InputError, match="--data=FOLDER is missing"):
-        evaluate._source(None, SIZE, 0, None, own_crops=True)
+        evaluate._source(None, SIZE, 0, None)
 
 
 def test_processes_are_joined_if_asked_for(saved, folder, tmp_path, monkeypatch, capsys):
@@ -436,6 +432,26 @@ def test_bridge_and_usage_by_position_of_a_run(restart_after, folder, tmp_path, 
     assert np.mean(report["usage_by_position"]) == pytest.approx(report["usage"])
     moved = Tokenizer.from_pretrained(tmp_path / "run").codebook - Tokenizer(saved).codebook
     np.testing.assert_allclose(moved, float(restart_after > 0), atol=1e-5)
+
+
+def test_random_crops_of_a_run_are_the_default_of_its_pictures(folder, tmp_path, capsys):
+    trained_workdir(tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["data"] |= {"source": "folder", "eval_dir": str(folder)}
+    config["eval"] |= {"images": 0, "crops": 21}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    size = config["data"]["image_size"]
+
+    def scored(*options):
+        report, _ = run(capsys, f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}", *options)
+        return report["random_crops"], report["images"], report["pictures"].partition(",")[0]
+
+    assert scored() == (21, 21, f"21 crops of {size} pixels")
+    assert scored("--crops=7", "--seed=1") == (7, 7, f"7 crops of {size} pixels")
+    for whole in ("--images=5", f"--data={folder}", f"--size={size + 2}"):
+        crops, images, pictures = scored(whole)
+        assert (crops, images) == (0, 5 if "images" in whole else PICTURES)
+        assert " crops of " not in pictures
 
 
 def test_weights_that_give_no_numbers_are_refused(saved, folder, tmp_path, capsys, monkeypatch):

@@ -13,7 +13,8 @@ from fvq_jax.data.transforms import random_resize_crop
 class RandomCrops:
     """`count` square crops of `size` pixels; every picture is cropped equally often, give or take one.
 
-    Crop i is always the same for a `seed`. Crops are resized and placed as in training, see
+    Of more pictures than crops as many are taken as there are crops, evenly spaced: the first ones of a source would be
+    of few classes. Crop i is always the same for a `seed`. Crops are resized and placed as in training, see
     `transforms.random_resize_crop`, and not mirrored.
     """
 
@@ -28,7 +29,7 @@ class RandomCrops:
         return self.count
 
     def __getitem__(self, index: int) -> Record:
-        record = self.source[index % len(self.source)]
+        record = self.source[self._picture(index)]
         # Without resizing the crop is of the pixels as they are stored.
         image = open_stored(record["image"], self.resize_max if self.resize_min else 0)
         rng = np.random.default_rng((self.seed, index))
@@ -37,7 +38,11 @@ class RandomCrops:
 
     def name(self, index: int) -> str:
         """The picture that crop `index` is cut from."""
-        return self.source.name(index % len(self.source))
+        return self.source.name(self._picture(index))
+
+    def _picture(self, index: int) -> int:
+        pictures = len(self.source)
+        return index % pictures if self.count >= pictures else index * pictures // self.count
 
     def fingerprint(self) -> str:
         """The pictures, and everything that decides on the crops."""

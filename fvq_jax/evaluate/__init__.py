@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 from fvq_jax.data.crops import RandomCrops
 from fvq_jax.data.npz_rows import ImageWriter
+from fvq_jax.data.photos import PhotoSource
 from fvq_jax.data.record import Source
 from fvq_jax.data.sources import kind_of, make_source
 from fvq_jax.evals.frechet import biased
@@ -281,10 +282,17 @@ def _prepare(args: argparse.Namespace) -> _Prepared:
         for other, tokenizer in zip(paths, loaded, strict=True)
     ]
     images = args.images or (trained.eval.images if trained and args.data is None else 0)
-    source, data = _source(args.data, size, images, copy.deepcopy(trained), own_crops=not (args.images or args.crops))
-    if args.crops:
+    source, data = _source(args.data, size, images, copy.deepcopy(trained))
+    crops = args.crops
+    if trained and args.data is None and not args.images and size == trained.data.image_size:
+        crops = crops or trained.eval.crops
+    if args.seed and not crops:
+        raise InputError("--seed is that of random crops: leave it out, or add --crops=N")
+    if crops:
+        if isinstance(source, PhotoSource):
+            raise InputError("--crops does not go with the bundled photographs, which are random crops: use --images")
         low, high = (trained.data.resize_min, trained.data.resize_max) if trained else (0, 0)
-        source, images = RandomCrops(source, args.crops, size, low, high, seed=args.seed), 0
+        source, images = RandomCrops(source, crops, size, low, high, seed=args.seed), 0
     networks = load_networks({name: getattr(args, name) for name in FILES}, size)
     return _Prepared(path, trained, first.tokenizer, networks, source, data, images, size, first.condition, compared)
 
@@ -299,16 +307,13 @@ def _load(path: Path, size: int, l2_norm: bool | None) -> Tokenizer:
     return tokenizer
 
 
-def _source(
-    given: str | None, size: int, images: int, trained: ConfigDict | None, *, own_crops: bool
-) -> tuple[Source, str]:
-    """The pictures, and what to call them; those of a run are its own random crops if it has any and `own_crops`."""
+def _source(given: str | None, size: int, images: int, trained: ConfigDict | None) -> tuple[Source, str]:
+    """The pictures, whole, and what to call them."""
     if given is not None:
         return make_source(kind_of(given), "eval", image_size=size, eval_dir=given, eval_images=images), given
     if trained is None:
         raise InputError("--data=FOLDER is missing: only the workdir of a run says what that is evaluated on")
-    trained.data.image_size, trained.eval.images = size, images
-    trained.eval.crops *= own_crops
+    trained.data.image_size, trained.eval.images, trained.eval.crops = size, images, 0
     return source_of(trained, "eval"), data_name(trained)
 
 

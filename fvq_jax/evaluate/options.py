@@ -63,12 +63,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--size", type=int, help=f"side of the crops (default: as trained, or else {SIZE})")
     parser.add_argument("--batch", type=int, default=64, help="pictures at a time, of all processes (default: 64)")
-    parser.add_argument("--images", type=int, default=0, help="how many, evenly spaced (default: 0, all)")
+    parser.add_argument(
+        "--images", type=int, default=0, help="how many, evenly spaced (default: 0, all; of a workdir as the run)"
+    )
     parser.add_argument(
         "--crops",
         type=int,
         default=0,
-        help="score this many random crops, resized and placed as in training, instead of one crop of every picture",
+        help="score this many random crops, resized and placed as in training, instead of one crop of every picture "
+        "(default: as the run in the workdir, or else 0)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of --crops, or of samples (default: 0)")
     for name, what in FILES.items():

@@ -103,7 +103,7 @@ def draw(
 
 
 def greedy(logits: Logits) -> Int[Array, "b"]:
-    """The likeliest code of each image; of equal ones the lowest."""
+    """The likeliest code of each image; of equal ones the lowest. Logits must not be NaN."""
     # In two passes of floating-point numbers, which a CPU vectorises. An argmax takes it twice as long, and five times
     # with the random numbers of `draw`, which would be made inside it.
     logits = jax.lax.optimization_barrier(logits)  # not computed in both

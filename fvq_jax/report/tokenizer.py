@@ -176,8 +176,9 @@ def _labels(names: Sequence[str]) -> list[str]:
 
 def _header(report: Report) -> str:
     facts = report.facts
+    what = "random crops" if facts.get("random_crops") else "pictures"
     lead = (
-        f"<b>{facts['images']:,}</b> pictures of <b>{facts['size']} {TIMES} {facts['size']}</b> pixels, "
+        f"<b>{facts['images']:,}</b> {what} of <b>{facts['size']} {TIMES} {facts['size']}</b> pixels, "
         f"<b>{facts['tokens']:,}</b> tokens · data <b>{escape(str(facts['data']))}</b> · "
         f"protocol <b>{escape(str(facts['protocol']))}</b>"
         f"{_made_to_fit(facts)}"

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from fvq_jax.config.checks import validate
+from fvq_jax.config.checks import all_fields, validate
 from fvq_jax.runtime.config_file import explained, run_file
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.files import replace_whole
@@ -44,6 +44,7 @@ class Point:
       workdir: the workdir of its run; the last part is the point's name.
       devices: how many its mesh needs at least; exactly that many if neither axis is -1.
       refused: why its config cannot run; empty if it can.
+      defaults: of all fields, as `config` keeps them: an older record lacks the fields that came later.
     """
 
     index: int
@@ -52,6 +53,7 @@ class Point:
     workdir: Path
     devices: int
     refused: str = ""
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -121,13 +123,17 @@ def make_points(
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             reason = error.args[0] if isinstance(error, KeyError) and error.args else error
             raise InputError(f"point {index} of the sweep, {name}: {reason}") from None
-        devices, refused = devices_needed(changed), ""
+        devices, refused, defaults = devices_needed(changed), "", {}
         try:
             validate(changed, task_of(changed), devices)
+            defaults = {name: field.default for name, field in all_fields(task_of(changed), changed).items()}
         except InputError as error:
             refused = str(error)
-        kept = json.loads(json.dumps({"overrides": dict(overrides), "config": dotted(changed)}))
-        points[name] = Point(index, kept["overrides"], kept["config"], workdir / name, devices, refused)
+        kept = json.loads(
+            json.dumps({"overrides": dict(overrides), "config": dotted(changed), "defaults": dotted(defaults)})
+        )
+        made_of = kept["overrides"], kept["config"]
+        points[name] = Point(index, *made_of, workdir / name, devices, refused, kept["defaults"])
     return list(points.values())
 
 
@@ -202,7 +208,9 @@ def read_record(workdir: Path) -> Record | None:
 def is_finished(point: Point) -> bool:
     """Whether a run of exactly this config has reached its last step."""
     record = read_record(point.workdir)
-    return record is not None and record.status == "finished" and record.config == point.config
+    if record is None or record.status != "finished":
+        return False
+    return {**point.defaults, **record.config} == point.config  # a field that came later had its default before
 
 
 def try_lock(workdir: Path) -> int | None:

@@ -37,6 +37,14 @@ def test_a_crop_is_a_part_of_its_picture_and_always_the_same(pictures):
     assert not np.array_equal(pixels(crops, 0), pixels(crops, 3))  # of the same picture
 
 
+def test_fewer_crops_than_pictures_are_of_pictures_from_everywhere(tmp_path):
+    for shade in range(20):
+        Image.new("RGB", (16, 16), (shade, 0, 0)).save(tmp_path / f"{shade:02}.png")
+    crops = RandomCrops(FolderSource(tmp_path), 5, 16)
+    assert [pixels(crops, index)[0, 0, 0] for index in range(5)] == [0, 4, 8, 12, 16]
+    assert [crops.name(index) for index in range(5)] == [crops.source.name(4 * index) for index in range(5)]
+
+
 @pytest.mark.parametrize("change", [{"seed": 1}, {"resize_min": 20, "resize_max": 24}, {"size": 12}, {"count": 9}])
 def test_every_option_changes_the_crops_or_their_number_and_the_fingerprint(pictures, change):
     before = RandomCrops(pictures, 7, 16)

@@ -65,6 +65,11 @@ def test_a_config_names_its_source(fields, name):
     validate(config, task_of(config), 8)
     assert tuple(len(source_of(config, split)) for split in ("train", "eval")) == SIZES[name]
     config.update({"eval": {"images": 0, "crops": 11}, "data": {"resize_min": 40, "resize_max": 50}})
+    if name == "photos":
+        with pytest.raises(InputError, match=r"eval\.crops does not go with data\.source=photos"):
+            validate(config, task_of(config), 8)
+        return
+    validate(config, task_of(config), 8)
     train, crops = (source_of(config, split) for split in ("train", "eval"))
     assert len(train) == SIZES[name][0]
     assert (len(crops), crops[10]["image"].shape) == (11, (32, 32, 3))

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import pathlib
@@ -164,6 +165,12 @@ def test_a_finished_point_counts_only_with_the_very_same_config(tmp_path):
     write_record(point, "finished", exit_code=0, summary={"usage": 1.0})
     assert is_finished(point)
     assert read_record(point.workdir).summary == {"usage": 1.0}
+    older = {name: value for name, value in point.config.items() if name != "eval.crops"}
+    write_record(dataclasses.replace(point, config=older), "finished")  # by a version without this field
+    assert is_finished(point)
+    (later,) = make([{"seed": 1}], tmp_path, **{"eval.images": 0, "eval.crops": 5})
+    assert later.workdir == point.workdir
+    assert not is_finished(later)
     (changed,) = make([{"seed": 1}], tmp_path, **{"tokenizer.quantizer.code_dim": 16})
     assert changed.workdir == point.workdir
     assert not is_finished(changed)

@@ -22,6 +22,10 @@ def check(config: ConfigDict, devices: int) -> None:
         not (config.eval.images and config.eval.crops),
         "eval.images and eval.crops exclude each other, both say how many pictures to score: set one of them to 0",
     )
+    require(
+        not config.eval.crops or config.data.source != "photos",
+        "eval.crops does not go with data.source=photos, whose pictures are random crops: use eval.images",
+    )
     check_pictures(config.data)
 
 

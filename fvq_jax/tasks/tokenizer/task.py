@@ -93,10 +93,10 @@ class TokenizerTask(Task):
 
     @classmethod
     def plannable(cls, config: ConfigDict, devices: int) -> dict[str, Any]:
-        """The bundled photographs as data, and an eval.batch_size that fits the devices."""
+        """The bundled photographs as data, whole, and an eval.batch_size that fits the devices."""
         named = ("train_dir", "eval_dir", "tfds_name", "tfds_dir", "train_split", "eval_split")
         pictures = {f"data.{name}": PICTURES[name].default for name in named}
-        return {**pictures, "data.source": "photos", "eval.batch_size": devices}
+        return {**pictures, "data.source": "photos", "eval.batch_size": devices, "eval.crops": 0}
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
         self._config, self._mesh = config, mesh
@@ -309,6 +309,7 @@ class TokenizerTask(Task):
         """Reconstructs the evaluation set and scores it."""
         metrics, missing, found = self.evaluator.evaluate(self.scored_variables(state), progress)
         counted = {"images": int(found.sums.images), "tokens": int(found.sums.code_counts.sum())}
+        counted["random_crops"] = self._config.eval.crops
         size = self.net.quantizer.size
         line = (
             f"PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.3f}, {100 * metrics['usage']:.2f} % of {size} "

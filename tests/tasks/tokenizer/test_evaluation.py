@@ -1,6 +1,7 @@
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from fvq_jax.data.evaluation_set import Sample
 from fvq_jax.data.sources import make_source
@@ -113,11 +114,19 @@ def test_pictures_that_stop_coming_end_it_after_the_timeout_of_the_run(seen):
 
 
 def test_random_crops_are_scored_and_called_so(tmp_path):
-    config = tiny_config(**{"eval.images": 0, "eval.crops": 20})
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 40, 60, 3), dtype=np.uint8)
+    (tmp_path / "pictures").mkdir()
+    for number, picture in enumerate(pixels):
+        Image.fromarray(picture).save(tmp_path / "pictures" / f"{number}.png")
+    folders = {"data.source": "folder", "data.eval_dir": str(tmp_path / "pictures")}
+    config = tiny_config(**folders, **{"eval.images": 0, "eval.crops": 20})
     step = make_step(config, make_mesh(data=8, codebook=1))
     state = random_state(step)
     found = step.task.evaluate(state)
     tokens = (config.data.image_size // step.task.net.downsampling) ** 2
     assert (found.metrics["images"], found.metrics["tokens"]) == (20, 20 * tokens)
+    assert found.metrics["random_crops"] == 20
     step.task.report(state, found, tmp_path, [])
-    assert "(20 random crops as in training, seed 0; " in (tmp_path / "report" / "index.html").read_text()
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "<b>20</b> random crops of <b>" in page
+    assert "(20 random crops as in training, seed 0; " in page
