@@ -8,7 +8,7 @@ The network of full_codebook.py, one for all points, 4,096 tokens in a step; 4,0
 16 x 16, each with the published start and with codes that start on latents (`restart_after`). Usage is counted over
 windows of 32 steps, 131,072 tokens, of which even use would show 100 % of 4,096 codes, 99.97 % of 16,384 and 86.5 % of
 65,536; and twice, of 262,144 tokens of random crops of other pictures. Hardware: two CPU cores.
-It has not been run as a whole yet.
+What came out of nine of them: docs/results.md, "Codes, groups, tokens"; the others have not been run yet.
 Arguments: `smoke` (seconds a point).
 """
 
