@@ -116,6 +116,7 @@ def test_every_field_of_its_config_has_a_name_today(written):
     new = {"tokenizer.quantizer.init_std", "tokenizer.quantizer.estimator", "tokenizer.quantizer.region_window"}
     new |= {
         "data.max_unreadable",
+        "eval.crops",
         "tokenizer.quantizer.restart_after",
         "tokenizer.attention_levels",
         "tokenizer.quant_kernel",
