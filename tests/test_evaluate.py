@@ -258,7 +258,7 @@ def test_other_tokenizers_are_scored_on_the_same_pictures(saved, folder, tmp_pat
 def test_random_crops_are_called_so(saved, folder, tmp_path, capsys):
     options = [f"--tokenizer={saved}", f"--size={SIZE}", f"--out={tmp_path / 'out'}", f"--data={folder}"]
     report, _ = run(capsys, *options, "--crops=30", "--seed=4", "--protocol=published")
-    assert report["images"] == 30
+    assert (report["images"], report["different_pictures"]) == (30, PICTURES)
     expected = "30 random crops as in training, seed 4; crops and reconstructions scored after JPEG of quality 75"
     assert report["protocol_means"] == expected
 

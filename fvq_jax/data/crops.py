@@ -28,6 +28,11 @@ class RandomCrops:
     def __len__(self) -> int:
         return self.count
 
+    @property
+    def pictures(self) -> int:
+        """How many different pictures the crops are of."""
+        return min(self.count, len(self.source))
+
     def __getitem__(self, index: int) -> Record:
         record = self.source[self._picture(index)]
         # Without resizing the crop is of the pixels as they are stored.
@@ -41,8 +46,7 @@ class RandomCrops:
         return self.source.name(self._picture(index))
 
     def _picture(self, index: int) -> int:
-        pictures = len(self.source)
-        return index % pictures if self.count >= pictures else index * pictures // self.count
+        return index % self.pictures if self.count >= len(self.source) else index * len(self.source) // self.count
 
     def fingerprint(self) -> str:
         """The pictures, and everything that decides on the crops."""

@@ -31,12 +31,14 @@ class Batches(Stream):
     `skipped` maps the name of each such file, below its folder, to how often it was replaced; every new one is logged
     with the reason. Iteration raises InputError once there are more of these files than `unreadable.allowed`, and
     RuntimeError when a worker process has died. Each host counts the files it sees. Call `close` to stop the workers
-    early.
+    early. `pictures` is how many different pictures the records are of.
     """
 
-    def __init__(self, dataset: grain.MapDataset, source: Source, num_workers: int, max_unreadable: float | int):
+    def __init__(
+        self, dataset: grain.MapDataset, source: Source, num_workers: int, max_unreadable: float | int, pictures: int
+    ):
         super().__init__(dataset, num_workers)
-        self._source, self._max_unreadable = source, max_unreadable
+        self._source, self._pictures, self._max_unreadable = source, pictures, max_unreadable
         self._found: list[tuple[str, str]] = []  # names and reasons
 
     def __next__(self) -> dict[str, np.ndarray]:
@@ -45,7 +47,7 @@ class Batches(Stream):
         for index in unreadable[unreadable >= 0]:
             self._skip(int(index))
         for index in _GAVE_UP - unreadable[unreadable <= _GAVE_UP]:  # counted here, so that all of them are known
-            for following in range(allowed(len(self._source), self._max_unreadable) + 1):
+            for following in range(allowed(self._pictures, self._max_unreadable) + 1):
                 self._skip((int(index) + following) % len(self._source))
         return batch
 
@@ -55,8 +57,8 @@ class Batches(Stream):
             self._found.append((self._source.name(index), reason(self._source, index)))
             logging.warning("skipped %r: %s", *self._found[-1])
         self.skipped[name] = self.skipped.get(name, 0) + 1
-        if len(self._found) > allowed(len(self._source), self._max_unreadable):
-            raise too_many(self._found, len(self._source), self._max_unreadable)
+        if len(self._found) > allowed(self._pictures, self._max_unreadable):
+            raise too_many(self._found, self._pictures, self._max_unreadable)
 
 
 def train_batches(
@@ -98,7 +100,7 @@ def train_batches(
     )
     place = {"start_step": start_step, "process_index": process_index, "process_count": process_count}
     dataset = local_batches(endless_order(len(source), seed).random_map(load), batch_size, **place)
-    return Batches(dataset, source, num_workers, max_unreadable)
+    return Batches(dataset, source, num_workers, max_unreadable, len(source))
 
 
 def eval_batches(
@@ -111,18 +113,20 @@ def eval_batches(
     process_count: int = 1,
     num_workers: int = 0,
     max_unreadable: float | int = MAX_UNREADABLE,
+    pictures: int | None = None,
 ) -> Batches:
     """Every picture once, in order and cropped by `crop`: `image` and `label` as in training, `mask` and `small` [b].
 
     `small` says whether a side of the picture is shorter than the crop, so that `crop` enlarges or frames it.
 
     Rows with a False `mask` must not count: they fill up the last batch, or stand in for an unreadable file. Every
-    process gets the same number of batches, and the same part of each as in `train_batches`.
+    process gets the same number of batches, and the same part of each as in `train_batches`. `pictures` is how many
+    different pictures the records are of, if that are fewer than records: `max_unreadable` is a share of them.
     """
     load = functools.partial(_load_to_score, source=source, image_size=image_size, crop=crop)
     place = {"process_index": process_index, "process_count": process_count}
     dataset = local_batches(padded_order(len(source), batch_size).map(load), batch_size, **place)
-    return Batches(dataset, source, num_workers, max_unreadable)
+    return Batches(dataset, source, num_workers, max_unreadable, pictures or len(source))
 
 
 def _open(source: Source, index: int, min_side: int = 0) -> tuple[Image.Image, np.int32]:

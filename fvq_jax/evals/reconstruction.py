@@ -165,6 +165,7 @@ def collect(
         process_count=hosts,
         num_workers=num_workers,
         max_unreadable=max_unreadable,
+        pictures=source.pictures if isinstance(source, RandomCrops) else count,
     )
     prefetched = Prefetch(batches, lambda batch: batch, timeout=timeout)
     level_of = level_of.reshape(-1)
@@ -223,8 +224,9 @@ def _on_all_hosts(batches: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str
 def conditions(found: Found, source: Source, *, data: str, protocol: str, size: int) -> dict[str, str | int]:
     """What was scored and how, to stand beside every figure; `data` is what to call the source."""
     sums, means, crops = found.sums, PROTOCOLS[protocol], 0
+    images = different = int(sums.images)
     if isinstance(source, RandomCrops):
-        crops, (_, _, scored_as) = source.count, means.partition("; ")
+        crops, different, (_, _, scored_as) = source.count, min(images, source.pictures), means.partition("; ")
         means = f"{crops:,} random crops as in training, seed {source.seed}; {scored_as}"
     return {
         "data": data,
@@ -233,7 +235,8 @@ def conditions(found: Found, source: Source, *, data: str, protocol: str, size: 
         "protocol_means": means,
         "random_crops": crops,
         "size": size,
-        "images": int(sums.images),
+        "images": images,
+        "different_pictures": different,
         "skipped_files": int(sums.skipped),
         f"{WHEN_SMALL[protocol]}_pictures": int(sums.small),
         "tokens": int(sums.code_counts.sum()),

@@ -149,7 +149,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "reference": {"path": str(reference.path), "cached": known is not None} if reference and moments else None,
         "usage_by_position": usage_by_position(sums.code_counts.sum(axis=0), positions).tolist(),
         "not_computed": report.not_computed,
-        "biased": biased(report.metrics, int(sums.images)),
+        "biased": biased(report.metrics, report.facts["different_pictures"]),
         "compared": [{"path": other.name, **other.metrics} for other in report.compared],
     }
     write_whole(args.out / METRICS, json_text(metrics, indent=2) + "\n")  # first: the page only shows it

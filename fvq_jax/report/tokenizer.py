@@ -207,7 +207,7 @@ def _made_to_fit(facts: Mapping[str, Any]) -> str:
 
 
 def _few_pictures(report: Report) -> bool:
-    return report.facts["images"] < UNBIASED_FROM
+    return report.facts["different_pictures"] < UNBIASED_FROM
 
 
 def _comparison(report: Report) -> str:
@@ -229,8 +229,8 @@ def _comparison(report: Report) -> str:
     warning = ""
     if "rfid" in report.metrics and _few_pictures(report):
         warning = (
-            f" <b>rFID of {report.facts['images']:,} pictures:</b> the Frechet distance is biased upwards for few "
-            "pictures and cannot be compared with that of 50,000."
+            f" <b>rFID of {report.facts['different_pictures']:,} pictures:</b> the Frechet distance is biased upwards "
+            "for few pictures and cannot be compared with that of 50,000."
         )
     size, protocol, means, data = (escape(str(report.facts[name])) for name in _CONDITIONS)
     return (

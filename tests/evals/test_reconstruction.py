@@ -2,13 +2,17 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from fvq_jax.data.crops import RandomCrops
 from fvq_jax.data.evaluation_set import Sample
+from fvq_jax.data.folder import FolderSource
 from fvq_jax.evals import reconstruction
 from fvq_jax.evals.networks import Networks
 from fvq_jax.models.frozen.inception import CLASSES
-from fvq_jax.runtime.errors import DataError
+from fvq_jax.runtime.errors import DataError, InputError
 from tests.helpers.hanging_source import HangingSource
+from tests.helpers.pictures import damage
 
 SIZE, SHADES = 16, 20
 NO_NETWORKS = Networks(None, {}, {})
@@ -53,6 +57,21 @@ def collect(source, reconstruct=as_they_are, networks=NO_NETWORKS, batch_size=64
     return reconstruction.collect(
         reconstruct, source, networks, codebook_size=SHADES + 4, size=SIZE, batch_size=batch_size, **options
     )
+
+
+def test_crops_of_few_pictures_count_as_few_pictures(tmp_path):
+    """Ten pictures of 40 may be unreadable, however many crops are cut from them."""
+    for number in range(40):
+        Image.fromarray(np.full((20, 20, 3), 10 * (number % SHADES), np.uint8)).save(tmp_path / f"{number}.png")
+    crops = RandomCrops(FolderSource(tmp_path), 1600, SIZE)
+    for number in range(10):
+        damage(tmp_path / f"{number}.png")
+    found = collect(crops)
+    said = reconstruction.conditions(found, crops, data="greys", protocol="direct", size=SIZE)
+    assert (said["images"], said["different_pictures"], said["skipped_files"]) == (1200, 40, 10)
+    damage(tmp_path / "10.png")
+    with pytest.raises(InputError, match="11 of 40 pictures are unreadable, and 10 may be"):
+        collect(crops)
 
 
 def test_inception_score_does_not_depend_on_the_order_of_the_classes():

@@ -66,6 +66,7 @@ def made_up_report(codes: int = 1024, size: int = 32, images: int = 192) -> Repo
             "protocol_means": "shorter side resized, central crop",
             "size": size,
             "images": images,
+            "different_pictures": 192,
             "skipped_files": 0,
             "enlarged_pictures": 3,
             "tokens": tokens,

@@ -45,7 +45,7 @@ def test_a_score_of_few_pictures_says_so(report, text):
     assert warning in text
     assert "<span>rFID</span><b>1.23 <small></small></b><small>biased upwards<" in text
     for facts, metrics in (
-        ({"images": 10_000}, report.metrics),
+        ({"different_pictures": 10_000}, report.metrics),
         ({}, {name: value for name, value in report.metrics.items() if name != "rfid"}),
     ):
         changed = dataclasses.replace(report, facts=report.facts | facts, metrics=metrics)
