@@ -1,0 +1,194 @@
+"""Which codes of a large codebook are never chosen, among very many tokens, on a CPU.
+
+  python benchmarks/count_codes.py --tokenizer=WORKDIR --data=PHOTOS/train --per-code=256 --out=FILE
+
+`fvq_jax.evaluate --crops` scores pictures too, and compares every token with every code. This script only counts the
+codes of the same crops. It finds them in a k-d tree of SciPy, which looks at few codes where these have few
+dimensions: 8 dimensions and a million codes take about a fifth of the time. The tree works in float64, so a token
+that is as near to two codes, to some 7 digits, may get the other one. One batch is also encoded by the tokenizer
+itself; the script ends if a code of the two is not as near as the other.
+
+It prints one JSON object whenever the tokens for every code have doubled. The counts are in FILE (.npz) after every
+5 % of the crops; started again with the same arguments it goes on from there.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.spatial import KDTree
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from fvq_jax.data.crops import RandomCrops
+from fvq_jax.data.pipeline import eval_batches
+from fvq_jax.data.sources import kind_of, make_source
+from fvq_jax.inference.tokenizer import Tokenizer
+from fvq_jax.models.quantizers import make_quantizer
+from fvq_jax.models.quantizers.vector import VectorQuantizer
+from fvq_jax.ops.code_usage import code_statistics, perplexity, position_statistics, usage
+from fvq_jax.ops.pixels import to_float
+from fvq_jax.runtime.errors import InputError
+
+NEAR = 1e-5  # of a token's squared length: two codes that float32 may take for equally near
+SAVES = 20
+
+
+class Counter:
+    """The codes of pictures, counted; `first` is the first crop that is not counted yet."""
+
+    def __init__(self, tokenizer, trained):
+        if not isinstance(tokenizer.net.quantizer, VectorQuantizer) or tokenizer.classes:
+            raise InputError(f"{tokenizer} has no single table of which the nearest row is the code")
+        self.tokenizer, self.table = tokenizer, tokenizer.codebook
+        self.counts, self.first = np.zeros(len(self.table), np.int64), 0
+        self.positions = trained.positions()
+        self._tree = KDTree(self.table)
+        net, params = tokenizer.net, tokenizer.params
+
+        @jax.jit
+        def latents(images):
+            z = net.apply({"params": params}, to_float(images), method="encode_latent")
+            return net.quantizer.compared(z).reshape(-1, net.quantizer.code_dim)
+
+        self._latents = latents
+
+    def codes(self, images):
+        """Latents and codes of a batch."""
+        z = np.asarray(self._latents(images))
+        return z, self._tree.query(z, workers=len(os.sched_getaffinity(0)))[1]
+
+    def check(self, images):
+        """The share of tokens that get the tokenizer's code. InputError if another code is not as near."""
+        z, ours = self.codes(images)
+        theirs = self.tokenizer.encode(images).reshape(-1)
+        z = z.astype(np.float64)
+        far = [np.square(z - self.table[codes]).sum(1) for codes in (ours, theirs)]
+        if (np.abs(far[0] - far[1]) > NEAR * np.square(z).sum(1)).any():
+            raise InputError("the tree and the tokenizer disagree on which code is nearest")
+        return float((ours == theirs).mean())
+
+    def add(self, images, mask):
+        """Counts the codes of the pictures of a batch that the mask [b] has."""
+        codes = self.codes(images)[1].reshape(len(images), -1)[mask]
+        self.counts += np.bincount(codes.reshape(-1), minlength=len(self.counts))
+
+    def row(self):
+        """What the counts say so far."""
+        n, k = int(self.counts.sum()), len(self.counts)
+        pixels = float(self.tokenizer.downsampling**2)
+        return {
+            "tokens": n,
+            "codes": k,
+            "tokens_per_code": n / k,
+            "usage": float(usage(self.counts)),
+            **code_statistics(self.counts, pixels, k),
+            **position_statistics(self.counts, self.positions),
+            "perplexity": float(perplexity(jnp.asarray(self.counts))),
+        }
+
+
+def count(args):
+    """Yields a row whenever the tokens for every code have doubled, and at the end."""
+    if args.per_code < 1 or args.batch < 1:
+        raise InputError("--per-code and --batch must be at least 1")
+    tokenizer, config = Tokenizer.from_pretrained(args.tokenizer), Path(args.tokenizer, "config.json")
+    trained = tokenizer.trained_net.quantizer
+    if config.exists():  # of a run, which knows the bridge's groups; what is loaded of it has only the table
+        trained = make_quantizer(json.loads(config.read_text())["tokenizer"]["quantizer"])
+    counter = Counter(tokenizer, trained)
+    tokens = math.prod(tokenizer.code_shape(args.size, args.size))
+    total = -(-args.per_code * len(counter.table) // tokens)
+    source = make_source(kind_of(args.data), "eval", image_size=args.size, eval_dir=args.data, eval_images=0)
+    crops = RandomCrops(source, total, args.size, args.resize_min, args.resize_max, seed=args.seed)
+    what = f"{crops.fingerprint()} by {tokenizer.fingerprint}"
+    if args.out.exists():
+        saved = np.load(args.out)
+        if str(saved["what"]) != what:
+            raise InputError(f"{args.out} has the counts of other crops or another tokenizer: name another file")
+        counter.counts, counter.first = saved["counts"], int(saved["first"])
+    if counter.first == total:
+        yield counter.row()
+        return
+    start, since, saved_at, agreement = time.monotonic(), counter.first, counter.first, None
+    shown = max(1, counter.counts.sum() // len(counter.table))
+    rest = Rest(crops, counter.first)
+    options = {"num_workers": args.workers, "pictures": crops.pictures}
+    for batch in eval_batches(rest, image_size=args.size, batch_size=args.batch, **options):
+        agreement = agreement or counter.check(batch["image"])
+        counter.add(batch["image"], batch["mask"])
+        counter.first = min(total, counter.first + args.batch)
+        done = counter.first == total
+        if done or counter.first - saved_at >= total / SAVES:
+            saved_at = counter.first
+            save(args.out, what=what, counts=counter.counts, first=counter.first)
+        if done or counter.counts.sum() >= 2 * shown * len(counter.table):
+            shown = counter.counts.sum() // len(counter.table)
+            rate = (counter.first - since) * tokens / (time.monotonic() - start)
+            yield counter.row() | {"agreement": agreement, "tokens_per_second": round(rate)}
+
+
+class Rest:
+    """The records of a source from one on."""
+
+    def __init__(self, source, first):
+        self._source, self._first = source, first
+
+    def __len__(self):
+        return len(self._source) - self._first
+
+    def __getitem__(self, index):
+        return self._source[self._first + index]
+
+    def name(self, index):
+        """What to call a record."""
+        return self._source.name(self._first + index)
+
+    def fingerprint(self):
+        """Changes with the records."""
+        return f"{self._source.fingerprint()} from {self._first} on"
+
+
+def save(path, **arrays):
+    """Writes the file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part.npz")
+    np.savez(part, **arrays)
+    part.replace(path)
+
+
+def parse(arguments):
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokenizer", required=True, help="a workdir, an exported tokenizer, or a published file")
+    parser.add_argument("--data", required=True, help="a folder of pictures")
+    parser.add_argument("--out", required=True, type=Path, help="the file of the counts, .npz")
+    parser.add_argument("--per-code", type=int, default=256, help="tokens for every code")
+    parser.add_argument("--size", type=int, default=64, help="side of the crops, pixels")
+    parser.add_argument("--resize-min", type=int, default=96, help="shorter side before cropping; 0: as stored")
+    parser.add_argument("--resize-max", type=int, default=192)
+    parser.add_argument("--seed", type=int, default=0, help="of the crops")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--workers", type=int, default=0, help="processes that cut crops; 0: threads")
+    return parser.parse_args(arguments)
+
+
+def main():
+    """Counts, or says in one line why not."""
+    try:
+        for row in count(parse(sys.argv[1:])):
+            sys.stdout.write(json.dumps(row) + "\n")
+            sys.stdout.flush()
+    except InputError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
