@@ -17,23 +17,27 @@ def load(config: ConfigDict, folder: str) -> Any:
     """Our step; see `processes.py` for what is returned. Leaves its first tokenizer in `folder`, for the other step."""
     import jax
     import jax.numpy as jnp
-    from jax.sharding import AxisType
+    from jax.sharding import NamedSharding
 
     from fvq_jax.interop.tokenizer_checkpoint import write_checkpoint
     from fvq_jax.runtime import chips, compiled_cost
     from fvq_jax.runtime.allocation import keep_memory
-    from fvq_jax.runtime.mesh import global_batch
+    from fvq_jax.runtime.cpu_devices import divide_cpu
+    from fvq_jax.runtime.mesh import BATCH, global_batch, make_mesh
     from fvq_jax.runtime.products import product_flops
     from fvq_jax.training.step import TrainStep
 
-    keep_memory()  # as fvq_jax.main does
+    keep_memory()  # this and the next line as fvq_jax.main does
+    divide_cpu(config.mesh.cpu_devices, (-1, 1), (config.batch_size,))
     if jax.default_backend() == "cpu":
         config.tokenizer.dtype = "float32"
-    mesh = jax.make_mesh((1, 1), ("data", "codebook"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
+        mesh = make_mesh(-1, 1)
+    else:
+        mesh = make_mesh(1, 1, jax.devices()[:1])
     task = task_of(config)(config, mesh)
     train_step = TrainStep.of(task, config, mesh, total_steps=1000, warmup_steps=100)
     images, latent = inputs(config)
-    batch, latent = global_batch({"image": images}, mesh), jax.device_put(latent)
+    batch, latent = global_batch({"image": images}, mesh), jax.device_put(latent, NamedSharding(mesh, BATCH))
 
     def quantizer_loss(params, variables, latent):
         found = task.net.apply(

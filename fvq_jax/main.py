@@ -15,6 +15,7 @@ from fvq_jax.config.explain import explain
 from fvq_jax.runtime import exits
 from fvq_jax.runtime.allocation import keep_memory
 from fvq_jax.runtime.clock import keep_steady
+from fvq_jax.runtime.cpu_devices import divide_cpu
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.files import json_text
 from fvq_jax.runtime.flags import CONFIG, ONE_RUN, PROFILE_STEPS, WORKDIR, keep_compiled, parse_flags, place
@@ -40,8 +41,11 @@ def main(argv: list[str]) -> int:
     if CONFIG.value is None or WORKDIR.value is None:
         raise InputError("--config=FILE and --workdir=DIR are both needed, see --help")
     keep_compiled(WORKDIR.value)
-    task = task_of(CONFIG.value)
-    result = train(task, CONFIG.value, WORKDIR.value, profile_steps=parse_steps(PROFILE_STEPS.value))
+    config, task = CONFIG.value, task_of(CONFIG.value)
+    if place() is None:  # several processes share the cores already
+        batches = config.batch_size // max(1, config.optim.accumulate), config.eval.batch_size
+        divide_cpu(config.mesh.cpu_devices, (config.mesh.data, config.mesh.codebook), batches)
+    result = train(task, config, WORKDIR.value, profile_steps=parse_steps(PROFILE_STEPS.value))
     if result.interrupted:
         return exits.INTERRUPTED
     if jax.process_index() == 0:

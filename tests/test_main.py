@@ -85,6 +85,12 @@ def test_a_run_prints_its_result_last_and_exits_0(tmp_path):
     assert "orbax" not in err
 
 
+def test_a_cpu_counts_as_several_devices(tmp_path):
+    code, _, err = run(*SMALLEST, f"--workdir={tmp_path}", "--config.mesh.cpu_devices=4")
+    assert code == 0, err
+    assert "4 x cpu, mesh {'data': 4, 'codebook': 1}" in err
+
+
 @pytest.mark.slow
 def test_sigterm_saves_says_so_and_exits_75(tmp_path):
     args = [*SMALLEST, f"--workdir={tmp_path}", "--config.steps=100000", "--config.log.every_steps=20"]

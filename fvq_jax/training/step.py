@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 from ml_collections import ConfigDict
 
+from fvq_jax.runtime.cpu_devices import compiler_options
 from fvq_jax.runtime.mesh import BATCH, replicated
 from fvq_jax.training.optim import Annealing, Guarded, guarded, kept_unless
 from fvq_jax.training.state import NetworkState, TrainState, abstract_state
@@ -118,7 +119,8 @@ class TrainStep:
     def jitted(self, state: TrainState) -> jax.stages.Wrapped:
         """The step under jit, for states with the layout of `state`: it donates the old one and returns a new one."""
         layout = (jax.tree.map(lambda leaf: leaf.sharding, state), replicated(self.mesh))
-        return jax.jit(self.__call__, donate_argnums=0, out_shardings=layout)
+        options = compiler_options(self.mesh)
+        return jax.jit(self.__call__, donate_argnums=0, out_shardings=layout, compiler_options=options)
 
     def _accumulated(self, state, batch, frozen):
         """Means of gradients and scalars over the micro-batches, sums of counts, variables after the last one."""

@@ -117,6 +117,7 @@ def test_every_field_of_its_config_has_a_name_today(written):
     new |= {
         "data.max_unreadable",
         "eval.crops",
+        "mesh.cpu_devices",
         "tokenizer.quantizer.restart_after",
         "tokenizer.attention_levels",
         "tokenizer.quant_kernel",

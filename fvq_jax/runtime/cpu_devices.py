@@ -1,0 +1,55 @@
+"""The cores of a CPU as devices, over which a batch is divided.
+
+JAX takes a CPU for one device and divides single operations among its cores, where they are large. In a network of
+many small ones the cores wait for each other most of the time. With a device per core, each computes its rows of the
+batch by itself. What is the same for all rows, such as the bridge, is computed on every device, so this does not pay
+with a large codebook.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import Mesh
+
+from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.mesh import mesh_shape
+
+MOST = 8  # every device keeps parameters and moments
+
+
+def divide_cpu(wanted: int, mesh: tuple[int, int], batches: Sequence[int]) -> None:
+    """Makes this process's CPU count as several devices. To be called before the first use of a device.
+
+    It has no effect on a TPU or GPU, nor where the number is given: by JAX_NUM_CPU_DEVICES or in XLA_FLAGS.
+
+    Args:
+      wanted: how many; 0: one for each core, at most MOST, as far as they fit the mesh and divide all batches.
+      mesh: the sizes of its axes; -1: all devices that are left.
+      batches: sizes of the batches that are divided over the devices.
+    """
+    given = jax.config.values["jax_num_cpu_devices"] >= 0
+    if given or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    if wanted == 0:
+        cores, batch = len(os.sched_getaffinity(0)), math.gcd(*batches)
+        counts = [n for n in range(1, min(cores, MOST) + 1) if batch % n == 0 and _fits(n, mesh)]
+        wanted = max(counts, default=1)
+    if wanted > 1:
+        jax.config.update("jax_num_cpu_devices", wanted)
+
+
+def _fits(devices: int, mesh: tuple[int, int]) -> bool:
+    try:
+        return bool(mesh_shape(*mesh, devices))
+    except InputError:
+        return False
+
+
+def compiler_options(mesh: Mesh) -> dict[str, bool]:
+    """Options for programs on this mesh: on several devices of a CPU, one thread computes what one device does."""
+    devices = mesh.devices.flat
+    if mesh.size == 1 or any(device.platform != "cpu" for device in devices):
+        return {}
+    return {"xla_cpu_multi_thread_eigen": False, "xla_cpu_enable_concurrency_optimized_scheduler": False}

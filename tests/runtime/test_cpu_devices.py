@@ -1,0 +1,73 @@
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from fvq_jax.runtime.cpu_devices import compiler_options
+from fvq_jax.runtime.mesh import make_mesh
+
+# How many devices a CPU counts as can be set until JAX is used for the first time: so in a process of its own.
+CHOOSE = """
+import json, os, sys
+import jax
+from fvq_jax.runtime.cpu_devices import divide_cpu
+
+cores, cases = json.loads(sys.argv[1])
+os.sched_getaffinity = lambda process: set(range(cores))
+for wanted, mesh, batches in cases:
+    jax.config.update("jax_num_cpu_devices", -1)
+    divide_cpu(wanted, mesh, batches)
+    print(jax.config.jax_num_cpu_devices)
+print(jax.local_device_count())
+"""
+
+
+def chosen(cores, *cases, **changes):
+    """What is set for every case, and how many devices there are with the last one."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | changes
+    command = [sys.executable, "-c", CHOOSE, json.dumps([cores, cases])]
+    result = subprocess.run(command, env=environment | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return [int(line) for line in result.stdout.split()]
+
+
+def test_a_device_for_each_core_that_divides_the_batches():
+    left = (-1, 1)
+    cases = [
+        (1, left, [32]),
+        (5, left, [32]),  # refused later, with the batch that would work
+        (0, left, [30]),
+        (0, left, [32]),
+        (0, left, [30, 128]),
+        (0, left, [7]),
+        (0, (1, 1), [32]),
+        (0, (-1, 3), [36]),
+        (0, (-1, 5), [36]),
+        (0, (3, -1), [36]),
+        (0, (2, 2), [36]),
+        (0, left, [0]),
+        (0, left, [36]),
+    ]
+    assert chosen(6, *cases) == [-1, 5, 6, 4, 2, -1, -1, 6, -1, 6, 4, 6, 6, 6]
+
+
+def test_at_most_eight_devices():
+    assert chosen(64, (0, (-1, 1), [64]), (16, (-1, 1), [64])) == [8, 16, 16]
+
+
+def test_a_number_that_the_environment_gives_stays():
+    flags = "--xla_force_host_platform_device_count=3"
+    assert chosen(4, (0, (-1, 1), [32]), XLA_FLAGS=flags) == [-1, 3]
+    code = CHOOSE.replace('jax.config.update("jax_num_cpu_devices", -1)', "")
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    command = [sys.executable, "-c", code, json.dumps([4, [(0, (-1, 1), [32])]])]
+    assert subprocess.check_output(command, env=environment, text=True).split() == ["1", "1"]
+
+
+@pytest.mark.parametrize(("devices", "options"), [(1, 0), (4, 2)])
+def test_a_device_is_one_thread_where_there_are_several(devices, options):
+    assert len(compiler_options(make_mesh(-1, 1, jax.devices()[:devices]))) == options
