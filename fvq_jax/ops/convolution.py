@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 # Pixels of all images together in a band. The gradient of a kernel is one matrix product over the pixels of a batch;
 # where they no longer fit into the cache, XLA's program for a CPU waits for memory.
-BAND = 2048
+BAND = 4096
 # Every band is written into the program, on every platform while it is traced; a large batch has larger bands.
 MOST = 32
 # With fewer features the product of a band is too small, and the whole is faster.
