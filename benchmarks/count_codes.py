@@ -15,7 +15,6 @@ It prints one JSON object whenever the tokens for every code have doubled. The c
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -35,6 +34,7 @@ from fvq_jax.models.quantizers import make_quantizer
 from fvq_jax.models.quantizers.vector import VectorQuantizer
 from fvq_jax.ops.code_usage import code_statistics, perplexity, position_statistics, usage
 from fvq_jax.ops.pixels import to_float
+from fvq_jax.runtime.cpu_devices import cores
 from fvq_jax.runtime.errors import InputError
 
 NEAR = 1e-5  # of a token's squared length: two codes that float32 may take for equally near
@@ -63,7 +63,7 @@ class Counter:
     def codes(self, images):
         """Latents and codes of a batch."""
         z = np.asarray(self._latents(images))
-        return z, self._tree.query(z, workers=len(os.sched_getaffinity(0)))[1]
+        return z, self._tree.query(z, workers=cores())[1]
 
     def check(self, images):
         """The share of tokens that get the tokenizer's code. InputError if another code is not as near."""

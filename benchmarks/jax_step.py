@@ -22,16 +22,16 @@ def load(config: ConfigDict, folder: str) -> Any:
     from fvq_jax.interop.tokenizer_checkpoint import write_checkpoint
     from fvq_jax.runtime import chips, compiled_cost
     from fvq_jax.runtime.allocation import keep_memory
-    from fvq_jax.runtime.cpu_devices import divide_cpu
     from fvq_jax.runtime.mesh import BATCH, global_batch, make_mesh
     from fvq_jax.runtime.products import product_flops
+    from fvq_jax.training.run import divide_cpu_for
     from fvq_jax.training.step import TrainStep
 
     keep_memory()  # this and the next line as fvq_jax.main does
-    divide_cpu(config.mesh.cpu_devices, (-1, 1), (config.batch_size,))
+    divide_cpu_for(config)
     if jax.default_backend() == "cpu":
         config.tokenizer.dtype = "float32"
-        mesh = make_mesh(-1, 1)
+        mesh = make_mesh(config.mesh.data, config.mesh.codebook)
     else:
         mesh = make_mesh(1, 1, jax.devices()[:1])
     task = task_of(config)(config, mesh)
@@ -60,7 +60,7 @@ def load(config: ConfigDict, folder: str) -> Any:
     network = abstract.networks["tokenizer"]
     quantizer = quantizer.lower(network.params.get("quantizer", {}), network.variables, latent).compile()
     counted = {"flops": product_flops(traced.jaxpr), "peak_flops": chips.peak_flops(jax.devices()[0], task.dtype)}
-    counted |= {"program_mib": round(needed / MIB), "compile_seconds": round(compile_seconds, 1)}
+    counted |= {"devices": mesh.size, "program_mib": round(needed / MIB), "compile_seconds": round(compile_seconds, 1)}
     parameters = {name: _size(network.params) for name, network in abstract.networks.items()}
     parameters |= {name: _size(weights) for name, weights in task.frozen.items()}
 

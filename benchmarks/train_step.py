@@ -4,7 +4,7 @@
       --batch=8 --config.tokenizer.ch=32 --config.data.image_size=128
 
 A step is encoder, bridge, search, decoder, LPIPS (random weights of the true shapes), discriminator and both updates,
-on one device, and every field of the config can be overridden. A CPU computes in float32.
+on one chip or on the whole CPU, and every field of the config can be overridden. A CPU computes in float32.
 
 On a GPU or TPU the programs run one after the other, each alone with its memory, and each at half the batch, and half
 of that, as long as it does not fit (--alone); elsewhere they alternate. PyTorch's step is compiled on a GPU;

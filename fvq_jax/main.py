@@ -15,13 +15,13 @@ from fvq_jax.config.explain import explain
 from fvq_jax.runtime import exits
 from fvq_jax.runtime.allocation import keep_memory
 from fvq_jax.runtime.clock import keep_steady
-from fvq_jax.runtime.cpu_devices import divide_cpu
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.files import json_text
 from fvq_jax.runtime.flags import CONFIG, ONE_RUN, PROFILE_STEPS, WORKDIR, keep_compiled, parse_flags, place
 from fvq_jax.runtime.logs import set_up_logging
 from fvq_jax.tasks import task_of
 from fvq_jax.training.loop import train
+from fvq_jax.training.run import divide_cpu_for
 from fvq_jax.training.trace import parse_steps
 
 EXPLAIN = flags.DEFINE_bool("explain", False, "Print every field of the config and what it means, and run nothing")
@@ -42,9 +42,8 @@ def main(argv: list[str]) -> int:
         raise InputError("--config=FILE and --workdir=DIR are both needed, see --help")
     keep_compiled(WORKDIR.value)
     config, task = CONFIG.value, task_of(CONFIG.value)
-    if place() is None:  # several processes share the cores already
-        batches = config.batch_size // max(1, config.optim.accumulate), config.eval.batch_size
-        divide_cpu(config.mesh.cpu_devices, (config.mesh.data, config.mesh.codebook), batches)
+    if place() is None:  # several processes of one machine share its cores already
+        divide_cpu_for(config)
     result = train(task, config, WORKDIR.value, profile_steps=parse_steps(PROFILE_STEPS.value))
     if result.interrupted:
         return exits.INTERRUPTED

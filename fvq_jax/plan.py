@@ -26,6 +26,7 @@ from fvq_jax.runtime.flags import CONFIG, parse_flags
 from fvq_jax.runtime.libtpu import NO_TPU
 from fvq_jax.runtime.mesh import mesh_shape
 from fvq_jax.tasks import task_of
+from fvq_jax.training.run import divide_cpu_for
 from fvq_jax.training.step_plan import Plan, compile_step, largest_batch, make_plan, plan_config
 from fvq_jax.training.task import Task
 
@@ -81,9 +82,12 @@ def main(argv: list[str]) -> int:
     if CONFIG.value is None:
         raise InputError("--config=FILE is needed, see --help")
     logging.set_verbosity(logging.INFO)
+    given = _with_mesh(CONFIG.value, MESH.value)
+    if TOPOLOGY.value is None:
+        divide_cpu_for(given)
     devices = _devices(TOPOLOGY.value, SLICES.value)
     task_class = task_of(CONFIG.value)
-    config = plan_config(task_class, _with_mesh(CONFIG.value, MESH.value), len(devices))
+    config = plan_config(task_class, given, len(devices))
     plan = _logged(make_plan, task_class, config, devices)
     result = dataclasses.asdict(plan)
     if FIT_BATCH.value:

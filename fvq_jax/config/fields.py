@@ -34,7 +34,9 @@ SHARED: dict[str, Field] = {
     "mesh.data": Field(-1, "Size of the mesh's data axis; -1: all devices that are left.", least=None),
     "mesh.codebook": Field(1, "Size of the mesh's codebook axis, which divides rows of the codebook.", least=None),
     "mesh.cpu_devices": Field(
-        1, "As how many devices a CPU counts; 0: one for each core, at most 8, as far as they divide the batches."
+        1,
+        "As how many devices a CPU counts; 0: one for each core, at most 8, as far as they fit mesh and batches. "
+        "Without effect on accelerators, with several processes, and beside JAX_NUM_CPU_DEVICES.",
     ),
     "optim.learning_rate": Field(1e-4, "Peak learning rate.", above=0),
     "optim.b1": Field(0.9, "Adam's decay of the mean gradient.", below=1),

@@ -226,7 +226,8 @@ def conditions(found: Found, source: Source, *, data: str, protocol: str, size: 
     sums, means, crops = found.sums, PROTOCOLS[protocol], 0
     images = different = int(sums.images)
     if isinstance(source, RandomCrops):
-        crops, different, (_, _, scored_as) = source.count, min(images, source.pictures), means.partition("; ")
+        crops, different, (_, _, scored_as) = source.count, source.pictures, means.partition("; ")
+        different = min(images, max(1, different - int(sums.skipped)))  # several hosts may have skipped the same one
         means = f"{crops:,} random crops as in training, seed {source.seed}; {scored_as}"
     return {
         "data": data,

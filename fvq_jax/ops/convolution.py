@@ -10,7 +10,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 # Pixels of all images together in a band. The gradient of a kernel is one matrix product over the pixels of a batch;
-# where they no longer fit into the cache, XLA's program for a CPU waits for memory.
+# where they no longer fit into the cache, XLA's program for a CPU waits for memory. Each of several devices sees a
+# part of them, and every band is summed over the devices by itself.
 BAND = 4096
 # Every band is written into the program, on every platform while it is traced; a large batch has larger bands.
 MOST = 32

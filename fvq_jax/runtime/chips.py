@@ -114,12 +114,13 @@ def model_flops_utilisation(
     """Fraction of the devices' joint peak that the model's arithmetic reaches; 0 where nothing was timed.
 
     `flops_per_step` counts the whole step over *all* devices (XLA's cost analysis is per device: multiply).
-    Devices are taken to be alike. Simulated CPU devices each count as a whole CPU, so there the result is too
-    low, by a factor of their number.
+    Devices are taken to be alike. The devices of a process that are CPUs are one CPU together, and count as one.
     """
     if seconds_per_step <= 0.0:
         return 0.0
-    return flops_per_step / (seconds_per_step * peak_flops(devices[0], dtype) * len(devices))
+    of_cpu = devices[0].platform == "cpu"
+    count = len({device.process_index for device in devices}) if of_cpu else len(devices)
+    return flops_per_step / (seconds_per_step * peak_flops(devices[0], dtype) * count)
 
 
 def memory_bytes(device: jax.Device) -> int:

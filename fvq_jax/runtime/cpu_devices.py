@@ -25,7 +25,8 @@ def divide_cpu(wanted: int, mesh: tuple[int, int], batches: Sequence[int]) -> No
     It has no effect on a TPU or GPU, nor where the number is given: by JAX_NUM_CPU_DEVICES or in XLA_FLAGS.
 
     Args:
-      wanted: how many; 0: one for each core, at most MOST, as far as they fit the mesh and divide all batches.
+      wanted: how many; 0: one for each core that this process may use, at most MOST, as far as they fit the mesh and
+        divide all batches.
       mesh: the sizes of its axes; -1: all devices that are left.
       batches: sizes of the batches that are divided over the devices.
     """
@@ -33,11 +34,16 @@ def divide_cpu(wanted: int, mesh: tuple[int, int], batches: Sequence[int]) -> No
     if given or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     if wanted == 0:
-        cores, batch = len(os.sched_getaffinity(0)), math.gcd(*batches)
-        counts = [n for n in range(1, min(cores, MOST) + 1) if batch % n == 0 and _fits(n, mesh)]
+        batch = math.gcd(*batches)
+        counts = [n for n in range(1, min(cores(), MOST) + 1) if batch % n == 0 and _fits(n, mesh)]
         wanted = max(counts, default=1)
     if wanted > 1:
         jax.config.update("jax_num_cpu_devices", wanted)
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _fits(devices: int, mesh: tuple[int, int]) -> bool:
@@ -48,8 +54,12 @@ def _fits(devices: int, mesh: tuple[int, int]) -> bool:
 
 
 def compiler_options(mesh: Mesh) -> dict[str, bool]:
-    """Options for programs on this mesh: on several devices of a CPU, one thread computes what one device does."""
-    devices = mesh.devices.flat
-    if mesh.size == 1 or any(device.platform != "cpu" for device in devices):
+    """Options for programs on this mesh.
+
+    Where every core of a CPU is a device of it, one thread computes what one device does. With fewer devices, cores
+    would be idle.
+    """
+    devices = mesh.local_mesh.devices.flat
+    if len(devices) < max(2, cores()) or devices[0].platform != "cpu":
         return {}
     return {"xla_cpu_multi_thread_eigen": False, "xla_cpu_enable_concurrency_optimized_scheduler": False}

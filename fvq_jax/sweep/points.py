@@ -206,11 +206,16 @@ def read_record(workdir: Path) -> Record | None:
 
 
 def is_finished(point: Point) -> bool:
-    """Whether a run of exactly this config has reached its last step."""
+    """Whether a run of this config has reached its last step; on how many devices does not matter."""
     record = read_record(point.workdir)
     if record is None or record.status != "finished":
         return False
-    return {**point.defaults, **record.config} == point.config  # a field that came later had its default before
+    recorded = {**point.defaults, **record.config}  # a field that came later had its default before
+    return _without_devices(recorded) == _without_devices(point.config)
+
+
+def _without_devices(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name != "mesh.cpu_devices"}
 
 
 def try_lock(workdir: Path) -> int | None:

@@ -22,6 +22,7 @@ from fvq_jax.config.checks import all_fields, validate
 from fvq_jax.config.effects import too_late, without_effect
 from fvq_jax.config.resume import changes, check_continues, with_defaults
 from fvq_jax.runtime import clock
+from fvq_jax.runtime.cpu_devices import divide_cpu
 from fvq_jax.runtime.errors import InputError, require
 from fvq_jax.runtime.files import json_text, replace_whole
 from fvq_jax.runtime.heartbeat import HEARTBEATS
@@ -92,6 +93,19 @@ class Run:
     def report(self, state: TrainState, evaluation: Evaluation) -> None:
         """Writes the report of the task into the workdir. All processes must call it."""
         self.task.report(state, evaluation, self.workdir, read_metrics(self.workdir) if self.first else [])
+
+
+def divide_cpu_for(config: ConfigDict) -> None:
+    """Makes a CPU count as several devices if the config says so; before the first use of a device.
+
+    A field that is missing is left to `validate`.
+    """
+    flat, ours = dotted(config), ("mesh.cpu_devices", "mesh.data", "mesh.codebook")
+    batches = ("batch_size", "optim.accumulate", "eval.batch_size")
+    if not flat.keys() >= {*ours, *batches}:
+        return
+    (wanted, *mesh), (size, micro, scored) = ([flat[name] for name in names] for names in (ours, batches))
+    divide_cpu(wanted, (mesh[0], mesh[1]), (size // max(1, micro), scored))
 
 
 def prepare(

@@ -68,7 +68,7 @@ def test_crops_of_few_pictures_count_as_few_pictures(tmp_path):
         damage(tmp_path / f"{number}.png")
     found = collect(crops)
     said = reconstruction.conditions(found, crops, data="greys", protocol="direct", size=SIZE)
-    assert (said["images"], said["different_pictures"], said["skipped_files"]) == (1200, 40, 10)
+    assert (said["images"], said["different_pictures"], said["skipped_files"]) == (1200, 30, 10)
     damage(tmp_path / "10.png")
     with pytest.raises(InputError, match="11 of 40 pictures are unreadable, and 10 may be"):
         collect(crops)

@@ -34,7 +34,7 @@ SMALLEST_GENERATOR: Flags = (  # on the codes of `tiny_generator.write_splits`
     "--config.generator.dtype=float32",
     "--config.optim.ema_decay=0.9",
 )
-ENVIRONMENT = os.environ | {
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"} | {
     "XLA_FLAGS": " ".join(FLAGS),  # one device: the eight simulated ones of the suite are not needed
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "JAX_PLATFORMS": "cpu",

@@ -5,9 +5,13 @@ import sys
 
 import jax
 import pytest
+from jax.sharding import NamedSharding
 
 from fvq_jax.runtime.cpu_devices import compiler_options
-from fvq_jax.runtime.mesh import make_mesh
+from fvq_jax.runtime.mesh import BATCH, make_mesh
+from fvq_jax.tasks import task_of
+from fvq_jax.training.step import TrainStep
+from tests.helpers.tiny import tiny_config
 
 # How many devices a CPU counts as can be set until JAX is used for the first time: so in a process of its own.
 CHOOSE = """
@@ -68,6 +72,21 @@ def test_a_number_that_the_environment_gives_stays():
     assert subprocess.check_output(command, env=environment, text=True).split() == ["1", "1"]
 
 
-@pytest.mark.parametrize(("devices", "options"), [(1, 0), (4, 2)])
-def test_a_device_is_one_thread_where_there_are_several(devices, options):
-    assert len(compiler_options(make_mesh(-1, 1, jax.devices()[:devices]))) == options
+@pytest.mark.parametrize(("devices", "cores", "one_thread"), [(1, 1, False), (4, 4, True), (4, 2, True), (4, 8, False)])
+def test_a_device_is_one_thread_where_no_core_would_be_idle(devices, cores, one_thread, monkeypatch):
+    monkeypatch.setattr("fvq_jax.runtime.cpu_devices.cores", lambda: cores)
+    expected = dict.fromkeys(("xla_cpu_multi_thread_eigen", "xla_cpu_enable_concurrency_optimized_scheduler"), False)
+    assert compiler_options(make_mesh(-1, 1, jax.devices()[:devices])) == (expected if one_thread else {})
+
+
+def test_the_step_is_compiled_with_these_options(monkeypatch):
+    monkeypatch.setattr("fvq_jax.training.step.compiler_options", lambda mesh: {"no_such_option": mesh.size})
+    config = tiny_config()
+    mesh = make_mesh(-1, 1)
+    task = task_of(config)(config, mesh)
+    step = TrainStep.of(task, config, mesh, total_steps=4, warmup_steps=1)
+    state = step.abstract()
+    images = jax.ShapeDtypeStruct((16, 16, 16, 3), "uint8", sharding=NamedSharding(mesh, BATCH))
+    lowered = step.jitted(state).lower(state, {"image": images}, task.frozen)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
+        lowered.compile()

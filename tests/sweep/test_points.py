@@ -168,6 +168,8 @@ def test_a_finished_point_counts_only_with_the_very_same_config(tmp_path):
     older = {name: value for name, value in point.config.items() if name != "eval.crops"}
     write_record(dataclasses.replace(point, config=older), "finished")  # by a version without this field
     assert is_finished(point)
+    (divided,) = make([{"seed": 1}], tmp_path, **{"mesh.cpu_devices": 0})
+    assert is_finished(divided)
     (later,) = make([{"seed": 1}], tmp_path, **{"eval.images": 0, "eval.crops": 5})
     assert later.workdir == point.workdir
     assert not is_finished(later)

@@ -17,6 +17,19 @@ def train(config, workdir):
     return run_loop(task_of(config), config, workdir)
 
 
+def test_a_cpu_is_divided_by_what_is_divided_over_it(monkeypatch):
+    asked = []
+    monkeypatch.setattr(run_module, "divide_cpu", lambda *args: asked.append(args))
+    changes = {"batch_size": 48, "optim.accumulate": 3, "eval.batch_size": 20, "mesh.codebook": 2}
+    config = tiny_config(**changes, **{"mesh.cpu_devices": 5})
+    run_module.divide_cpu_for(config)
+    assert asked == [(5, (-1, 2), (16, 20))]
+    with config.unlocked():
+        del config.mesh["cpu_devices"]
+    run_module.divide_cpu_for(config)  # `validate` says which field is missing
+    assert len(asked) == 1
+
+
 def test_a_bucket_is_no_workdir(tmp_path):
     with pytest.raises(InputError, match="not a local path"):
         train(tiny_config(), "gs://bucket/run")
