@@ -69,9 +69,9 @@ def test_a_plan_that_fits_for_people():
 
 
 def test_the_short_form_of_a_mesh():
-    mesh = plan._with_mesh(tiny_config(), ["2", "4"]).mesh
-    assert (mesh.data, mesh.codebook) == (2, 4)
-    assert plan._with_mesh(tiny_config(), None).mesh.to_dict() == {"data": -1, "codebook": 1}
+    for given, expected in ((["2", "4"], (2, 4)), (None, (-1, 1))):
+        mesh = plan._with_mesh(tiny_config(), given).mesh
+        assert (mesh.data, mesh.codebook) == expected
     for mesh in (["2"], ["2", "x"], ["1", "2", "4"]):
         with pytest.raises(InputError, match=f"--mesh={','.join(mesh)} must be two whole numbers"):
             plan._with_mesh(tiny_config(), mesh)
