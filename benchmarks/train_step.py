@@ -198,7 +198,7 @@ def main() -> None:
         config = FLAGS.config
         config.adversarial.start = 1
         config.loss.lpips_path = f"{folder}/lpips.safetensors"
-        config.data.source = "photos"  # no picture is read
+        config.data.source, config.eval.crops = "photos", 0  # no picture is read
         try:
             validate(config, task_of(config), devices=1)
         except InputError as error:

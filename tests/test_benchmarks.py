@@ -93,7 +93,9 @@ def test_both_steps_are_the_same_network():
 @pytest.mark.slow
 def test_a_quantizer_with_state_is_timed_alone():
     config = ["--config=configs/full_codebook.py:smoke,bridge=none", "--config.tokenizer.ch_mult=(1,)"]
-    (row,), _ = run("train_step", *config, "--methods=fvq_jax", "--batch=1", "--rounds=1")
+    config += ["--config.eval.images=0", "--config.eval.crops=8", "--config.mesh.cpu_devices=2"]
+    (row,), _ = run("train_step", *config, "--methods=fvq_jax", "--batch=2", "--rounds=1")
+    assert row["devices"] == 2
     assert row["quantizer_share"] > 0
 
 
