@@ -47,6 +47,8 @@ def get_config(arg=""):
     config.tokenizer.quantizer.codebook_size = args["codes"]
     config.tokenizer.quantizer.code_dim = 8
     config.tokenizer.quantizer.restart_after = 2.0
+    if args["codes"] > 65536:  # with fewer a tree takes longer than comparing all
+        config.tokenizer.quantizer.search_implementation = "tree"
     config.data.source = "folder"
     config.data.image_size = 64
     config.data.resize_min, config.data.resize_max = 96, 192

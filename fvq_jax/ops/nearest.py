@@ -1,20 +1,22 @@
 """Nearest-code search: which code is closest to each latent, without ever building a [tokens, codes] array.
 
 This module defines the score and its precision, and picks the program that computes it: a kernel on a TPU
-(`nearest_tpu.py`) or a GPU (`nearest_gpu.py`), a program for CPUs (`nearest_cpu.py`), an XLA scan elsewhere
-(`nearest_xla.py`). All give candidates, and this module chooses the code among them. Pure functions of arrays on one
-device; `ops/sharded_codebook.py` runs the same search on the rows that each device holds.
+(`nearest_tpu.py`) or a GPU (`nearest_gpu.py`), a program for CPUs (`nearest_cpu.py`) or a tree (`nearest_tree.py`), an
+XLA scan elsewhere (`nearest_xla.py`). All give candidates, and this module chooses the code among them. Pure functions
+of arrays on one device; `ops/sharded_codebook.py` runs the same search on the rows that each device holds.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fvq_jax.ops import nearest_cpu, nearest_gpu, nearest_tpu, nearest_xla, split_matmul, vectors
+from fvq_jax.ops import nearest_cpu, nearest_gpu, nearest_tpu, nearest_tree, nearest_xla, split_matmul, vectors
 
 # Passes of a bfloat16 matrix unit that the scores take: the cost of a search on a TPU.
 PASSES = {**split_matmul.PASSES, "bf16_rescored": 1}
-IMPLEMENTATIONS = ("auto", "xla")
+IMPLEMENTATIONS = ("auto", "xla", "tree")
 RESCORED = 8  # candidates of a token that `bf16_rescored` scores again
 
 
@@ -50,11 +52,12 @@ def nearest_code(
         bf16: one bfloat16 product. Of a hundred tokens one (256 dimensions) to seven (8) get a nearly nearest code,
           see docs/results.md.
         bf16_rescored: as bf16, and then the best 8 of 128 or more candidates are scored again in float32.
-      implementation: auto (a kernel on TPU and NVIDIA GPU, on a CPU a program of its own for few dimensions) or xla
-        (the scan everywhere).
+      implementation: auto (a kernel on TPU and NVIDIA GPU, on a CPU a program of its own for few dimensions), xla
+        (the scan everywhere), or tree (as auto, but on a CPU a k-d tree, in float64 whatever the precision: for very
+        many codes of few dimensions; inner products and bf16_rescored take auto all the same).
 
     Returns:
-      int32 [n]. Ties go to the lowest index. No gradient.
+      int32 [n]. Ties go to the lowest index; a tree keeps to that among equal codes only. No gradient.
 
     Raises:
       ValueError: block_size below 1, an unknown precision or implementation.
@@ -81,9 +84,11 @@ def uncounted_share(n: int, k: int, d: int, precision: str, implementation: str,
 
     It counts nothing of a kernel, and the body of a loop once.
     """
-    if implementation == "auto" and platform in ("tpu", "gpu"):
+    if implementation == "tree" and precision != "bf16_rescored" and platform == "cpu":
+        return 0.0  # it makes none of these products
+    if implementation != "xla" and platform in ("tpu", "gpu"):
         return 1.0
-    if implementation == "auto" and platform == "cpu" and _cpu_has_its_own(d, precision):
+    if implementation != "xla" and platform == "cpu" and _cpu_has_its_own(d, precision):
         return nearest_cpu.uncounted_share(n, k, d)
     return nearest_xla.uncounted_share(k)
 
@@ -136,7 +141,12 @@ def search(
 
     scan = best(nearest_xla, classes=classes, block_size=block_size)
     on_tpu, on_gpu = best(nearest_tpu), best(nearest_gpu, classes=classes)
-    on_cpu = best(nearest_cpu, block_size=block_size) if _cpu_has_its_own(codebook.shape[1], precision) else scan
+    if implementation == "tree" and not inner_product and not rescored:
+        on_cpu = functools.partial(nearest_tree.candidates, normalize=l2_normalize)
+    elif _cpu_has_its_own(codebook.shape[1], precision):
+        on_cpu = best(nearest_cpu, block_size=block_size)
+    else:
+        on_cpu = scan
     if inner_product:
         query, bias = -_compared(z, l2_normalize), jnp.zeros(len(codebook), jnp.float32)
     else:

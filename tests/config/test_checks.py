@@ -96,7 +96,7 @@ REFUSED = [
         {"tokenizer.quantizer.search_precision": "f32"},
         ["search_precision", "'f32'", "highest, bf16_3x, bf16, bf16_rescored"],
     ),
-    ({"tokenizer.quantizer.search_implementation": "triton"}, ["search_implementation", "'triton'", "auto, xla"]),
+    ({"tokenizer.quantizer.search_implementation": "triton"}, ["search_implementation", "'triton'", "auto, xla, tree"]),
     ({"loss.reconstruction": "huber"}, ["loss.reconstruction", "'huber'", "l2, l1"]),
     ({"adversarial.loss": "lsgan"}, ["adversarial.loss", "'lsgan'", "hinge, vanilla, non_saturating"]),
     ({"optim.decay": "step"}, ["optim.decay", "'step'", "linear, cosine, constant"]),

@@ -43,7 +43,8 @@ class TableQuantizer(Quantizer):
     )
     search_implementation: str = setting(
         "auto",
-        "Program of the search: auto, one for the TPU, GPU or CPU at hand; xla, a scan.",
+        "Program of the search: auto, one for the TPU, GPU or CPU at hand; xla, a scan; tree, as auto, but on a CPU a "
+        "k-d tree, for a hundred thousand codes and more of some 8 dimensions.",
         choices=IMPLEMENTATIONS,
     )
     commitment_weight: float = setting(0.25, "Weight of the commitment loss, which pulls latents to their codes.")

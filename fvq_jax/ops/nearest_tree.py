@@ -1,0 +1,96 @@
+"""The search on a CPU by a k-d tree of SciPy, which compares a token with a few codes only. Called by `ops/nearest.py`.
+
+It pays for very many codes of few dimensions: with many dimensions a tree has to look at nearly all codes. The tree is
+built anew for every table, outside the compiled program.
+"""
+
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.buffer_callback import buffer_callback
+from jaxtyping import Array, Float, Int
+from scipy.spatial import KDTree
+
+from fvq_jax.ops.vectors import l2_normalize
+
+FAR = 1e30  # stands for what is not finite, which SciPy refuses
+
+
+def candidates(
+    query: Float[Array, "n d"],
+    codebook: Float[Array, "k d"],
+    center: Float[Array, "d"],
+    bias: Float[Array, "k"],
+    *,
+    normalize: bool,
+) -> tuple[Float[Array, "n 1"], Int[Array, "n 1"]]:
+    """Finds the smallest score of every token, -2 (z - m).(e - m) + |e - m|^2, and the code that has it.
+
+    Distances are float64. Of equal codes the lowest index is found; of different codes at the same distance, any.
+    """
+    codes = codebook.astype(jnp.float32)
+    codes = (l2_normalize(codes) if normalize else codes) - center[None]
+    tokens = jax.ShapeDtypeStruct(query.shape[:1], jnp.int32)
+    index = buffer_callback(_call, tokens, vmap_method="sequential")(query / -2, codes)
+    index += jnp.zeros_like(query[:, 0], jnp.int32)  # under `shard_map` it varies over devices as `query` does
+    score = jnp.sum(codes[index] * query, axis=1) + bias[index]
+    return score[:, None], index[:, None]
+
+
+def _call(context, index, z, codes):
+    """Writes the indices to a buffer of the program, whose arrays are read where they are."""
+    del context
+    np.asarray(index)[:] = _trees.of(np.asarray(codes)).nearest(np.asarray(z))
+
+
+class CodeTree:
+    """A k-d tree of the rows of a table [k, d], of which several may be equal."""
+
+    def __init__(self, table: np.ndarray):
+        self.table = table.copy()  # what was given is a buffer that is used again
+        self._first = _first_of_equal(self.table)
+        rows = self.table if self._first is None else self.table[self._first]
+        # Such a tree takes a third of the time to build, and queries take no longer.
+        self._tree = KDTree(_finite(rows), leafsize=32, balanced_tree=False, compact_nodes=False)
+
+    def nearest(self, z: np.ndarray) -> np.ndarray:
+        """The index of the nearest row for every vector [n, d]; of equal rows the first."""
+        index = self._tree.query(_finite(z), workers=-1)[1]
+        return index if self._first is None else self._first[index]
+
+
+class _Last:
+    """The tree of the last table, since an evaluation asks for the same one again and again."""
+
+    def __init__(self):
+        self._tree, self._lock = None, threading.Lock()
+
+    def of(self, table):
+        with self._lock:
+            if self._tree is None or not np.array_equal(self._tree.table, table, equal_nan=True):
+                self._tree = CodeTree(table)
+            return self._tree
+
+
+_trees = _Last()
+
+
+def _first_of_equal(table):
+    """Where each different row comes first, in order; None if all rows differ.
+
+    Sorting whole rows takes longer than building the tree, so that is done only if two rows agree in a weighted sum.
+    """
+    total = np.zeros(len(table))
+    for column, weight in zip(table.T, np.random.default_rng(0).uniform(1, 2, table.shape[1]), strict=True):
+        total += column * weight
+    total.sort()
+    if (total[1:] != total[:-1]).all():
+        return None
+    return np.sort(np.unique(table, axis=0, return_index=True)[1])
+
+
+def _finite(x):
+    x = x.astype(np.float64)
+    return x if np.isfinite(x).all() else np.nan_to_num(x, nan=FAR, posinf=FAR, neginf=-FAR)
