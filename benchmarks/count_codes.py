@@ -1,43 +1,37 @@
-"""Which codes of a large codebook are never chosen, among very many tokens, on a CPU.
+"""Which codes of a large codebook are never chosen, among very many tokens.
 
   python benchmarks/count_codes.py --tokenizer=WORKDIR --data=PHOTOS/train --per-code=256 --out=FILE
 
-`fvq_jax.evaluate --crops` scores pictures too, and compares every token with every code. This script only counts the
-codes of the same crops. It finds them in a k-d tree of SciPy, which looks at few codes where these have few
-dimensions: 8 dimensions and a million codes take about a fifth of the time. The tree works in float64, so a token
-that is as near to two codes, to some 7 digits, may get the other one. One batch is also encoded by the tokenizer
-itself; the script ends if a code of the two is not as near as the other.
+`fvq_jax.evaluate --crops` scores pictures too; this script only counts the codes of the same crops. On a CPU it finds
+them in a k-d tree, whatever the run did.
 
 It prints one JSON object whenever the tokens for every code have doubled. The counts are in FILE (.npz) after every
 5 % of the crops; started again with the same arguments it goes on from there.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
 import time
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.spatial import KDTree
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fvq_jax.data.crops import RandomCrops
 from fvq_jax.data.pipeline import eval_batches
 from fvq_jax.data.sources import kind_of, make_source
+from fvq_jax.inference.saved import load
 from fvq_jax.inference.tokenizer import Tokenizer
 from fvq_jax.models.quantizers import make_quantizer
 from fvq_jax.models.quantizers.vector import VectorQuantizer
 from fvq_jax.ops.code_usage import code_statistics, perplexity, position_statistics, usage
-from fvq_jax.ops.pixels import to_float
-from fvq_jax.runtime.cpu_devices import cores
 from fvq_jax.runtime.errors import InputError
 
-NEAR = 1e-5  # of a token's squared length: two codes that float32 may take for equally near
 SAVES = 20
 
 
@@ -45,39 +39,12 @@ class Counter:
     """The codes of pictures, counted; `first` is the first crop that is not counted yet."""
 
     def __init__(self, tokenizer, trained):
-        if not isinstance(tokenizer.net.quantizer, VectorQuantizer) or tokenizer.classes:
-            raise InputError(f"{tokenizer} has no single table of which the nearest row is the code")
-        self.tokenizer, self.table = tokenizer, tokenizer.codebook
-        self.counts, self.first = np.zeros(len(self.table), np.int64), 0
-        self.positions = trained.positions()
-        self._tree = KDTree(self.table)
-        net, params = tokenizer.net, tokenizer.params
-
-        @jax.jit
-        def latents(images):
-            z = net.apply({"params": params}, to_float(images), method="encode_latent")
-            return net.quantizer.compared(z).reshape(-1, net.quantizer.code_dim)
-
-        self._latents = latents
-
-    def codes(self, images):
-        """Latents and codes of a batch."""
-        z = np.asarray(self._latents(images))
-        return z, self._tree.query(z, workers=cores())[1]
-
-    def check(self, images):
-        """The share of tokens that get the tokenizer's code. InputError if another code is not as near."""
-        z, ours = self.codes(images)
-        theirs = self.tokenizer.encode(images).reshape(-1)
-        z = z.astype(np.float64)
-        far = [np.square(z - self.table[codes]).sum(1) for codes in (ours, theirs)]
-        if (np.abs(far[0] - far[1]) > NEAR * np.square(z).sum(1)).any():
-            raise InputError("the tree and the tokenizer disagree on which code is nearest")
-        return float((ours == theirs).mean())
+        self.tokenizer, self.positions = tokenizer, trained.positions()
+        self.counts, self.first = np.zeros(tokenizer.net.quantizer.size, np.int64), 0
 
     def add(self, images, mask):
         """Counts the codes of the pictures of a batch that the mask [b] has."""
-        codes = self.codes(images)[1].reshape(len(images), -1)[mask]
+        codes = self.tokenizer.encode(images)[mask]
         self.counts += np.bincount(codes.reshape(-1), minlength=len(self.counts))
 
     def row(self):
@@ -99,13 +66,13 @@ def count(args):
     """Yields a row whenever the tokens for every code have doubled, and at the end."""
     if args.per_code < 1 or args.batch < 1:
         raise InputError("--per-code and --batch must be at least 1")
-    tokenizer, config = Tokenizer.from_pretrained(args.tokenizer), Path(args.tokenizer, "config.json")
+    tokenizer, config = load_with_tree(args.tokenizer), Path(args.tokenizer, "config.json")
     trained = tokenizer.trained_net.quantizer
     if config.exists():  # of a run, which knows the bridge's groups; what is loaded of it has only the table
         trained = make_quantizer(json.loads(config.read_text())["tokenizer"]["quantizer"])
     counter = Counter(tokenizer, trained)
     tokens = math.prod(tokenizer.code_shape(args.size, args.size))
-    total = -(-args.per_code * len(counter.table) // tokens)
+    total = -(-args.per_code * len(counter.counts) // tokens)
     source = make_source(kind_of(args.data), "eval", image_size=args.size, eval_dir=args.data, eval_images=0)
     crops = RandomCrops(source, total, args.size, args.resize_min, args.resize_max, seed=args.seed)
     what = f"{crops.fingerprint()} by {tokenizer.fingerprint}"
@@ -117,22 +84,30 @@ def count(args):
     if counter.first == total:
         yield counter.row()
         return
-    start, since, saved_at, agreement = time.monotonic(), counter.first, counter.first, None
-    shown = max(1, counter.counts.sum() // len(counter.table))
+    start, since, saved_at = time.monotonic(), counter.first, counter.first
+    shown = max(1, counter.counts.sum() // len(counter.counts))
     rest = Rest(crops, counter.first)
     options = {"num_workers": args.workers, "pictures": crops.pictures}
     for batch in eval_batches(rest, image_size=args.size, batch_size=args.batch, **options):
-        agreement = agreement or counter.check(batch["image"])
         counter.add(batch["image"], batch["mask"])
         counter.first = min(total, counter.first + args.batch)
         done = counter.first == total
         if done or counter.first - saved_at >= total / SAVES:
             saved_at = counter.first
             save(args.out, what=what, counts=counter.counts, first=counter.first)
-        if done or counter.counts.sum() >= 2 * shown * len(counter.table):
-            shown = counter.counts.sum() // len(counter.table)
+        if done or counter.counts.sum() >= 2 * shown * len(counter.counts):
+            shown = counter.counts.sum() // len(counter.counts)
             rate = (counter.first - since) * tokens / (time.monotonic() - start)
-            yield counter.row() | {"agreement": agreement, "tokens_per_second": round(rate)}
+            yield counter.row() | {"tokens_per_second": round(rate)}
+
+
+def load_with_tree(path):
+    """The tokenizer at a path, with the search by a k-d tree. InputError if it searches no single table."""
+    saved = load(path)
+    if not isinstance(saved.net.quantizer, VectorQuantizer) or saved.net.quantizer.classes:
+        raise InputError(f"{path} has no single table of which the nearest row is the code")
+    quantizer = saved.net.quantizer.clone(search_implementation="tree")
+    return Tokenizer(dataclasses.replace(saved, net=saved.net.clone(quantizer=quantizer)))
 
 
 class Rest:
