@@ -1,7 +1,7 @@
-"""Our training step of the tokenizer, and the quantizer alone, as programs for `train_step.py`."""
+"""Our training step of the tokenizer for the benchmarks; for `train_step.py` the quantizer alone too."""
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -13,6 +13,36 @@ from fvq_jax.tasks.tokenizer.fields import downsampling
 LOSSES = ("reconstruction", "codebook", "commitment", "perceptual")  # compared between the programs
 
 
+class CompiledStep(NamedTuple):
+    """A step and what it is called with: `step(init(key), batch, task.frozen)` gives a state and metrics."""
+
+    task: Any
+    abstract: Any  # the state, as shapes
+    batch: Any
+    init: Any
+    step: Any
+    jaxpr: Any
+    compile_seconds: float  # of `step`
+
+
+def compiled_step(config: ConfigDict, mesh: Any, images: np.ndarray) -> CompiledStep:
+    """Compiles the step of a config for images, uint8 [b, H, W, 3]."""
+    import jax
+
+    from fvq_jax.runtime.mesh import global_batch
+    from fvq_jax.training.step import TrainStep
+
+    task = task_of(config)(config, mesh)
+    train_step = TrainStep.of(task, config, mesh, total_steps=1000, warmup_steps=100)
+    abstract, batch = train_step.abstract(), global_batch({"image": images}, mesh)
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    init = jax.jit(train_step.init, out_shardings=layout).lower(jax.random.key(config.seed)).compile()
+    traced = train_step.jitted(abstract).trace(abstract, batch, task.frozen)
+    began = time.monotonic()
+    step = traced.lower().compile()
+    return CompiledStep(task, abstract, batch, init, step, traced.jaxpr, time.monotonic() - began)
+
+
 def load(config: ConfigDict, folder: str) -> Any:
     """Our step; see `processes.py` for what is returned. Leaves its first tokenizer in `folder`, for the other step."""
     import jax
@@ -22,10 +52,9 @@ def load(config: ConfigDict, folder: str) -> Any:
     from fvq_jax.interop.tokenizer_checkpoint import write_checkpoint
     from fvq_jax.runtime import chips, compiled_cost
     from fvq_jax.runtime.allocation import keep_memory
-    from fvq_jax.runtime.mesh import BATCH, global_batch, make_mesh
+    from fvq_jax.runtime.mesh import BATCH, make_mesh
     from fvq_jax.runtime.products import product_flops
     from fvq_jax.training.run import divide_cpu_for
-    from fvq_jax.training.step import TrainStep
 
     keep_memory()  # this and the next line as fvq_jax.main does
     divide_cpu_for(config)
@@ -34,10 +63,10 @@ def load(config: ConfigDict, folder: str) -> Any:
         mesh = make_mesh(config.mesh.data, config.mesh.codebook)
     else:
         mesh = make_mesh(1, 1, jax.devices()[:1])
-    task = task_of(config)(config, mesh)
-    train_step = TrainStep.of(task, config, mesh, total_steps=1000, warmup_steps=100)
     images, latent = inputs(config)
-    batch, latent = global_batch({"image": images}, mesh), jax.device_put(latent, NamedSharding(mesh, BATCH))
+    latent = jax.device_put(latent, NamedSharding(mesh, BATCH))
+    ours = compiled_step(config, mesh, images)
+    task, abstract, step = ours.task, ours.abstract, ours.step
 
     def quantizer_loss(params, variables, latent):
         found = task.net.apply(
@@ -46,26 +75,23 @@ def load(config: ConfigDict, folder: str) -> Any:
         weighted = sum(weight * found.losses[name] for name, weight in task.net.quantizer.loss_weights.items())
         return weighted + jnp.sum(found.vectors)  # the sum stands for what the decoder makes of the vectors
 
-    abstract = train_step.abstract()
-    key, layout = jax.random.key(config.seed), jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    init = jax.jit(train_step.init, out_shardings=layout).lower(key).compile()
-    traced = train_step.jitted(abstract).trace(abstract, batch, task.frozen)
-    began = time.monotonic()
-    step = traced.lower().compile()
-    compile_seconds = time.monotonic() - began
     needed, there = compiled_cost.total_bytes(step), chips.memory_bytes(jax.devices()[0])
     if needed > there:
         raise MemoryError(f"the step needs {needed} bytes of {there}")
     quantizer = jax.jit(jax.grad(quantizer_loss, argnums=(0, 2)))
     network = abstract.networks["tokenizer"]
     quantizer = quantizer.lower(network.params.get("quantizer", {}), network.variables, latent).compile()
-    counted = {"flops": product_flops(traced.jaxpr), "peak_flops": chips.peak_flops(jax.devices()[0], task.dtype)}
-    counted |= {"devices": mesh.size, "program_mib": round(needed / MIB), "compile_seconds": round(compile_seconds, 1)}
+    counted = {"flops": product_flops(ours.jaxpr), "peak_flops": chips.peak_flops(jax.devices()[0], task.dtype)}
+    counted |= {
+        "devices": mesh.size,
+        "program_mib": round(needed / MIB),
+        "compile_seconds": round(ours.compile_seconds, 1),
+    }
     parameters = {name: _size(network.params) for name, network in abstract.networks.items()}
     parameters |= {name: _size(weights) for name, weights in task.frozen.items()}
 
     def build():
-        state, first = init(key), {}
+        state, first = ours.init(jax.random.key(config.seed)), {}
         params = state.networks["tokenizer"].params
         if "quantizer" in params:
             params["quantizer"] = _spread(params["quantizer"])
@@ -74,7 +100,7 @@ def load(config: ConfigDict, folder: str) -> Any:
 
         def run_step():
             nonlocal state
-            state, metrics = jax.block_until_ready(step(state, batch, task.frozen))
+            state, metrics = jax.block_until_ready(step(state, ours.batch, task.frozen))
             for name in LOSSES:
                 if f"loss/{name}" in metrics.scalars:
                     first.setdefault(name, float(metrics.scalars[f"loss/{name}"]))

@@ -29,32 +29,22 @@ COLUMNS = {"rival": "quantizer", "seconds": "seconds per step", "ratio": "relati
 def load(config: ConfigDict) -> Any:
     """The step as a program for `processes.py`."""
     import jax
-    from jax.sharding import AxisType
 
+    from benchmarks.jax_step import compiled_step
     from fvq_jax.runtime.allocation import keep_memory
-    from fvq_jax.runtime.mesh import global_batch
-    from fvq_jax.tasks import task_of
-    from fvq_jax.training.step import TrainStep
+    from fvq_jax.runtime.mesh import make_mesh
 
     keep_memory()  # as fvq_jax.main does
-    mesh = jax.make_mesh((1, 1), ("data", "codebook"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
-    task = task_of(config)(config, mesh)
-    train_step = TrainStep.of(task, config, mesh, total_steps=1000, warmup_steps=100)
     size = config.data.image_size
     images = np.random.default_rng(0).integers(0, 256, (config.batch_size, size, size, 3), np.uint8)
-    batch = global_batch({"image": images}, mesh)
-    abstract = train_step.abstract()
-    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    key = jax.random.key(config.seed)
-    init = jax.jit(train_step.init, out_shardings=layout).lower(key).compile()
-    step = train_step.jitted(abstract).lower(abstract, batch, task.frozen).compile()
+    ours = compiled_step(config, make_mesh(1, 1, jax.devices()[:1]), images)
 
     def build() -> dict[str, Any]:
-        state = init(key)
+        state = ours.init(jax.random.key(config.seed))
 
         def run() -> None:
             nonlocal state
-            state, metrics = step(state, batch, task.frozen)
+            state, metrics = ours.step(state, ours.batch, ours.task.frozen)
             jax.block_until_ready(metrics)
 
         return {"step": run}
