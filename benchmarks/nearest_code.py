@@ -54,15 +54,16 @@ COLUMNS = {
 
 
 def load_jax(method: str, folder: str) -> Any:
-    """`fvq_jax`, `fvq_jax:PRECISION`, `jax_matrix` or `matmul`; see `processes.py` for what is returned."""
+    """`fvq_jax`, `fvq_jax:PRECISION`, `fvq_jax:tree`, `jax_matrix` or `matmul`; see `processes.py` for the result."""
     import jax
     import jax.numpy as jnp
 
     from fvq_jax.ops.nearest import nearest_code
 
     def ours(z, codebook):
-        _, _, precision = method.partition(":")
-        return nearest_code(z, codebook, precision=precision) if precision else nearest_code(z, codebook)
+        _, _, way = method.partition(":")
+        options = {"implementation": "tree"} if way == "tree" else {"precision": way or "highest"}
+        return nearest_code(z, codebook, **options)
 
     def matrix(z, codebook):
         distance = (z**2).sum(1, keepdims=True) + (codebook**2).sum(1)[None] - 2 * z @ codebook.T
@@ -202,6 +203,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--methods", default=",".join(METHODS).removesuffix(",matmul"), help=f"of {', '.join(METHODS)}")
     parser.add_argument("--precisions", default="", help="of nearest_code, each one more method: bf16_3x,bf16,...")
+    parser.add_argument("--tree", action="store_true", help="nearest_code by a k-d tree as one more method")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--budget", type=float, default=90, help="seconds per size; at least two rounds are run")
     parser.add_argument("--markdown", action="store_true", help="a table after the rows")
@@ -209,6 +211,7 @@ def main() -> None:
     if unknown := set(args.methods.split(",")) - set(METHODS):
         parser.error(f"unknown methods {', '.join(unknown)}: choose from {', '.join(METHODS)}")
     methods = args.methods.split(",") + [f"fvq_jax:{name}" for name in filter(None, args.precisions.split(","))]
+    methods += ["fvq_jax:tree"] * args.tree
     sizes = [(codes, dim) for dim in map(int, args.dims.split(",")) for codes in map(int, args.codes.split(","))]
     found = (compare(methods, args.tokens, *size, args.rounds, args.budget) for size in sizes)
     write_rows(itertools.chain.from_iterable(found), COLUMNS, args.markdown)

@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=6, help="about how many (default: %(default)s)")
     parser.add_argument("--expect", type=float, default=0.0, help="images per second; 0: a first run measures them")
     parser.add_argument("--start", type=float, default=60, help="seconds without steps (default: %(default)s)")
-    parser.add_argument("--search", help="implementation of the search: auto or xla (default: the config's)")
+    parser.add_argument("--search", help="implementation of the search: auto, xla or tree (default: the config's)")
     parser.add_argument("--plot", help="picture to write")
     parser.add_argument("--markdown", action="store_true", help="a table after the rows")
     args = parser.parse_args()

@@ -11,6 +11,7 @@ start on latents, and so do again those that are not chosen for long;
 `--config.tokenizer.quantizer.restart_after=0` is the published start. Usage means little below some ten tokens for
 every code: the second command counts 1,048,576, and its page says how much of the codebook even use would show. The
 run's own evaluations, five of them, score 16 tokens for every code, 4 above 65,536 codes; its page draws their usage.
+Above 65,536 codes a CPU finds the nearest one in a k-d tree; a GPU or TPU has its kernel all the same.
 
 What came out so far: docs/results.md, "Large codebooks". As a sweep it runs beside no bridge and a linear one:
 
@@ -47,8 +48,6 @@ def get_config(arg=""):
     config.tokenizer.quantizer.codebook_size = args["codes"]
     config.tokenizer.quantizer.code_dim = 8
     config.tokenizer.quantizer.restart_after = 2.0
-    if args["codes"] > 65536:  # with fewer a tree takes longer than comparing all
-        config.tokenizer.quantizer.search_implementation = "tree"
     config.data.source = "folder"
     config.data.image_size = 64
     config.data.resize_min, config.data.resize_max = 96, 192
@@ -62,6 +61,8 @@ def get_config(arg=""):
         common.shrink_to_smoke(config)
     if args["batch"]:
         common.scale_to_batch(config, args["batch"], rate=1e-3, per=16)
+    if config.tokenizer.quantizer.codebook_size > 65536:  # with fewer a tree takes longer than comparing all
+        config.tokenizer.quantizer.search_implementation = "tree"
     if not args["smoke"]:
         config.eval.every_steps = steps // 5
     return config

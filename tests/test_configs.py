@@ -236,6 +236,7 @@ def test_groups_and_tokens_of_a_full_codebook_grow_with_it(codes, bridge, tokens
     assert (config.data.image_size // downsampling(config)) ** 2 == tokens
     assert config.eval.crops * tokens == codes * (16 if codes <= 65536 else 4)
     assert config.mesh.cpu_devices == (0 if codes <= 65536 else 1)
+    assert quantizer.search_implementation == ("auto" if codes <= 65536 else "tree")
     config.data.train_dir, config.data.eval_dir = "train", "eval"
     check(config, 8)
     other = get_config("full_codebook", f"codes={codes},bridge=linear")

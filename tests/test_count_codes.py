@@ -54,6 +54,10 @@ def test_counts_are_those_of_the_tokenizer(folder, tmp_path, unit_length):
     assert last["usage"] == pytest.approx((expected > 0).mean())
 
 
+def test_codes_are_found_in_a_tree(saved):
+    assert count_codes.load_with_tree(saved).net.quantizer.search_implementation == "tree"
+
+
 def test_a_count_that_was_stopped_goes_on(saved, folder, tmp_path):
     whole = list(count(saved, folder, tmp_path / "whole.npz"))[-1]
     stopped = count(saved, folder, tmp_path / "part.npz")

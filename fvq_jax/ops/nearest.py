@@ -33,9 +33,9 @@ def nearest_code(
     """Finds, for every latent, the index of the code at the smallest Euclidean distance.
 
     Codes are visited in blocks, so the largest temporary is [n, block_size] in float32, on a CPU a part of it or 4 MiB
-    of codes; the kernels keep scores on the chip. Scores are |e - m|^2 - 2 (z - m).(e - m) with m the mean code: the
-    shift leaves distances as they are and keeps digits when codes lie close together far from the origin, as bridged
-    codes do early in training.
+    of codes; the kernels keep scores on the chip; a tree holds all codes in float32 and float64. Scores are
+    |e - m|^2 - 2 (z - m).(e - m) with m the mean code: the shift leaves distances as they are and keeps digits when
+    codes lie close together far from the origin, as bridged codes do early in training.
 
     Args:
       z: latents, float32 or bfloat16.
@@ -54,13 +54,13 @@ def nearest_code(
         bf16_rescored: as bf16, and then the best 8 of 128 or more candidates are scored again in float32.
       implementation: auto (a kernel on TPU and NVIDIA GPU, on a CPU a program of its own for few dimensions), xla
         (the scan everywhere), or tree (as auto, but on a CPU a k-d tree, in float64 whatever the precision: for very
-        many codes of few dimensions; inner products and bf16_rescored take auto all the same).
+        many codes of few dimensions).
 
     Returns:
       int32 [n]. Ties go to the lowest index; a tree keeps to that among equal codes only. No gradient.
 
     Raises:
-      ValueError: block_size below 1, an unknown precision or implementation.
+      ValueError: block_size below 1, an unknown precision or implementation, a tree for inner products.
 
     Source: arXiv 1711.00937, Eq. 1.
     """
@@ -84,7 +84,7 @@ def uncounted_share(n: int, k: int, d: int, precision: str, implementation: str,
 
     It counts nothing of a kernel, and the body of a loop once.
     """
-    if implementation == "tree" and precision != "bf16_rescored" and platform == "cpu":
+    if implementation == "tree" and platform == "cpu":
         return 0.0  # it makes none of these products
     if implementation != "xla" and platform in ("tpu", "gpu"):
         return 1.0
@@ -127,21 +127,26 @@ def search(
     for name, value, known in (("precision", precision, PASSES), ("implementation", implementation, IMPLEMENTATIONS)):
         if value not in known:
             raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(known)}")
+    if implementation == "tree" and inner_product:
+        raise ValueError("a tree finds the nearest code, not the largest inner product: use auto or xla")
+    if not len(z):
+        return jnp.zeros(0), jnp.zeros(0, jnp.int32)
     rescored = precision == "bf16_rescored"
     options = {"normalize": l2_normalize, "precision": "bf16" if rescored else precision}
     count = RESCORED if rescored else 1
     classes = nearest_tpu.LANES if rescored else 1
 
     def best(program, **more):
-        def lowest(*arrays):
-            score, index = program.candidates(*arrays, **options, **more)
-            return _lowest(score, index, count)
+        def lowest(query, codebook, center, bias):
+            score, index = program.candidates(query, codebook, center, bias, **options, **more)
+            score, index = _lowest(score, index, count)
+            return _rescore(query, codebook, center, index, l2_normalize, inner_product) if rescored else (score, index)
 
         return lowest
 
     scan = best(nearest_xla, classes=classes, block_size=block_size)
     on_tpu, on_gpu = best(nearest_tpu), best(nearest_gpu, classes=classes)
-    if implementation == "tree" and not inner_product and not rescored:
+    if implementation == "tree":
         on_cpu = functools.partial(nearest_tree.candidates, normalize=l2_normalize)
     elif _cpu_has_its_own(codebook.shape[1], precision):
         on_cpu = best(nearest_cpu, block_size=block_size)
@@ -158,8 +163,6 @@ def search(
         score, index = scan(*arrays)
     else:
         score, index = jax.lax.platform_dependent(*arrays, tpu=on_tpu, cuda=on_gpu, cpu=on_cpu, default=scan)
-    if rescored:
-        score, index = _rescore(query, codebook, center, index, l2_normalize, inner_product)
     return score[:, 0], index[:, 0]
 
 
@@ -175,8 +178,9 @@ def _inverse_norm(codebook):
 def _lowest(score, index, count):
     """The `count` candidates with the smallest scores; if `count` is 1, the lowest index among equal scores."""
     if count == 1:
-        low = score.min(axis=1, keepdims=True)
-        return low, jnp.where(score == low, index, jnp.iinfo(jnp.int32).max).min(axis=1, keepdims=True)
+        low, most = score.min(axis=1, keepdims=True), jnp.iinfo(jnp.int32).max
+        first = jnp.where(score == low, index, most).min(axis=1, keepdims=True)
+        return low, jnp.where(first == most, index[:, :1], first)  # where scores are no numbers, a code all the same
     low, at = jax.lax.top_k(-score, min(count, score.shape[1]))
     return -low, jnp.take_along_axis(index, at, axis=1)
 

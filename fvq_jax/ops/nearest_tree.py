@@ -1,7 +1,8 @@
 """The search on a CPU by a k-d tree of SciPy, which compares a token with a few codes only. Called by `ops/nearest.py`.
 
 It pays for very many codes of few dimensions: with many dimensions a tree has to look at nearly all codes. The tree is
-built anew for every table, outside the compiled program.
+built anew for every table, outside the compiled program, and the last one is kept. On a mesh every device has a tree
+of its rows; a program that XLA divides by itself gives every device all tokens, which is right, but no faster.
 """
 
 import threading
@@ -9,7 +10,6 @@ import threading
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.buffer_callback import buffer_callback
 from jaxtyping import Array, Float, Int
 from scipy.spatial import KDTree
 
@@ -28,8 +28,12 @@ def candidates(
 ) -> tuple[Float[Array, "n 1"], Int[Array, "n 1"]]:
     """Finds the smallest score of every token, -2 (z - m).(e - m) + |e - m|^2, and the code that has it.
 
-    Distances are float64. Of equal codes the lowest index is found; of different codes at the same distance, any.
+    Distances are float64, between what was shifted and normalized in float32. Of equal codes the lowest index is found;
+    of different codes at the same distance, any.
     """
+    # Here, since JAX calls it experimental: should it move, only this search would be lost.
+    from jax.experimental.buffer_callback import buffer_callback
+
     codes = codebook.astype(jnp.float32)
     codes = (l2_normalize(codes) if normalize else codes) - center[None]
     tokens = jax.ShapeDtypeStruct(query.shape[:1], jnp.int32)
@@ -70,6 +74,7 @@ class _Last:
     def of(self, table):
         with self._lock:
             if self._tree is None or not np.array_equal(self._tree.table, table, equal_nan=True):
+                self._tree = None  # its memory is free before the next one is built
                 self._tree = CodeTree(table)
             return self._tree
 
@@ -80,15 +85,20 @@ _trees = _Last()
 def _first_of_equal(table):
     """Where each different row comes first, in order; None if all rows differ.
 
-    Sorting whole rows takes longer than building the tree, so that is done only if two rows agree in a weighted sum.
+    Sorting whole rows takes longer than building the tree, so only rows are compared that agree in a weighted sum.
     """
     total = np.zeros(len(table))
     for column, weight in zip(table.T, np.random.default_rng(0).uniform(1, 2, table.shape[1]), strict=True):
         total += column * weight
-    total.sort()
-    if (total[1:] != total[:-1]).all():
+    ordered = np.sort(total)
+    again = ordered[1:][ordered[1:] == ordered[:-1]]
+    if not len(again):
         return None
-    return np.sort(np.unique(table, axis=0, return_index=True)[1])
+    rows = np.flatnonzero(np.isin(total, again))
+    is_first = np.ones(len(table), bool)
+    is_first[rows] = False
+    is_first[rows[np.unique(table[rows], axis=0, return_index=True)[1]]] = True
+    return np.flatnonzero(is_first)
 
 
 def _finite(x):

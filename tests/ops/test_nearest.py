@@ -14,7 +14,7 @@ from fvq_jax.ops.nearest import search as scores_and_codes
 
 OPTIONS = ("block_size", "l2_normalize", "inner_product", "precision", "implementation")
 search = jax.jit(nearest_code, static_argnames=OPTIONS)
-# On the CPU that this runs on: a program of its own, and the scan.
+# On the CPU that this runs on: a program of its own, the scan, and a tree.
 every = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
@@ -185,6 +185,23 @@ def test_vmap():
     batched = jax.jit(jax.vmap(functools.partial(nearest_code, block_size=8)))(z, codebook)
     for row, (z, codebook) in zip(batched, problems, strict=True):
         np.testing.assert_array_equal(row, search(z, codebook, block_size=8))
+
+
+@every
+def test_a_latent_that_is_no_number_gets_a_code_all_the_same(implementation):
+    z, codebook = random_problem(20, 90, 6)
+    broken = z.at[7].set(np.nan)
+    codes = search(broken, codebook, implementation=implementation)
+    assert 0 <= codes[7] < 90
+    np.testing.assert_array_equal(np.delete(codes, 7), np.delete(search(z, codebook), 7))
+    assert np.all(search(z, codebook * np.nan, implementation=implementation) < 90)
+
+
+@every
+def test_no_latents_have_no_codes(implementation):
+    z, codebook = random_problem(0, 90, 6)
+    codes = search(z, codebook, implementation=implementation)
+    assert (codes.shape, codes.dtype) == ((0,), jnp.int32)
 
 
 @pytest.mark.parametrize("block", [0, -3])

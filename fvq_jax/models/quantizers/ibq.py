@@ -24,6 +24,9 @@ class IBQuantizer(BridgedQuantizer):
     """
 
     bridge: str = setting("none", settings_of(BridgedQuantizer)["bridge"].text, stays=True)
+    search_implementation: str = setting(
+        "auto", "Program of the search: auto, one for the device at hand; xla, a scan.", choices=("auto", "xla")
+    )
     init_std: float = setting(1.0, "Standard deviation of a fresh codebook, which is normal then; 0: uniform in +-1/k.")
     index_weight: float = setting(1.0, "Weight of the index loss, which pulls latents and all codes to each other.")
     codebook_weight: float = setting(0.25, "Weight of the codebook loss, which pulls codes to latents.")

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from fvq_jax.models.quantizers.ibq import IBQuantizer
+from fvq_jax.runtime.errors import InputError
+from fvq_jax.runtime.fields import settings_of
 from tests.helpers.quantizer_case import assert_same, random_latent, run, vector_weights
 from tests.helpers.slow_cases import MESHES
 from tests.helpers.tiny_generator import mesh_of
@@ -151,6 +153,11 @@ def test_search_options_reach_the_search(sizes):
     assert "bf16" not in lowered()
     assert "tpu_custom_call" in lowered("tpu")
     assert "tpu_custom_call" not in lowered("tpu", search_implementation="xla")
+
+
+def test_a_tree_finds_no_inner_products():
+    with pytest.raises(InputError, match="must be one of auto, xla, not 'tree'"):
+        settings_of(IBQuantizer)["search_implementation"].check("search_implementation", "tree")
 
 
 def test_settings_that_do_not_fit_are_refused_with_what_would():

@@ -359,6 +359,14 @@ def test_evaluation_sees_the_same_codes_as_training():
     np.testing.assert_allclose(power, output.power, rtol=1e-4)
 
 
+def test_a_step_finds_codes_in_a_tree():
+    """On a mesh, with gradients, and the same codes as without."""
+    _, after, row = first_step(full_mesh=True)
+    _, by_tree, row_by_tree = first_step(full_mesh=True, **{"tokenizer.quantizer.search_implementation": "tree"})
+    assert row_by_tree == pytest.approx(row, rel=1e-5)
+    assert largest_difference(by_tree.networks["tokenizer"].params, after.networks["tokenizer"].params) < 1e-5
+
+
 def test_evaluation_computes_in_float32():
     # By the scan: on a GPU the search makes its float32 products of bfloat16 parts.
     step = step_of(**{"tokenizer.dtype": "bfloat16", "tokenizer.quantizer.search_implementation": "xla"})
