@@ -123,7 +123,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     facts["condition"] = prepared.condition
     table = tokenizer.table("null" if tokenizer.classes else None)
     report = Report(
-        tokenizer=_trained(quantizer, tokenizer),
+        tokenizer=Trained.of(quantizer, tokenizer.downsampling),
         facts=facts,
         metrics=summarise(sums, size**2, quantizer.choices, moments, quantizer.level_names, positions),
         not_computed=not_computed(networks, sums),
@@ -135,7 +135,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         compared=[
             Compared(
                 str(other.path),
-                _trained(_quantizer(other.trained, other.tokenizer), other.tokenizer),
+                Trained.of(_quantizer(other.trained, other.tokenizer), other.tokenizer.downsampling),
                 summarise(seen.sums, size**2, kind.choices, moments, kind.level_names),
                 seen.examples.spread,
             )
@@ -199,19 +199,6 @@ def _pass(
 def _quantizer(trained: ConfigDict | None, tokenizer: Tokenizer) -> Quantizer:
     """The quantizer as it was trained: of one with state only the table is loaded, which knows no bridge and groups."""
     return make_quantizer(trained.tokenizer.quantizer.to_dict()) if trained else tokenizer.trained_net.quantizer
-
-
-def _trained(quantizer: Quantizer, tokenizer: Tokenizer) -> Trained:
-    """What the page says of a tokenizer with this quantizer."""
-    return Trained(
-        quantizer.size,
-        quantizer.latent_dim,
-        tokenizer.downsampling,
-        quantizer.description,
-        quantizer.level_names,
-        quantizer.positions(),
-        quantizer.choices,
-    )
 
 
 def _tokens(trained: ConfigDict, tokenizer: Tokenizer) -> int:

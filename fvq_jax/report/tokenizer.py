@@ -54,6 +54,19 @@ class Trained:
     positions: np.ndarray | None = None
     choices: int | None = None
 
+    @classmethod
+    def of(cls, quantizer: Any, downsampling: int) -> "Trained":
+        """A tokenizer with this quantizer, see `models/quantizers/base.py`, which this room does not import."""
+        return cls(
+            quantizer.size,
+            quantizer.latent_dim,
+            downsampling,
+            quantizer.description,
+            quantizer.level_names,
+            quantizer.positions(),
+            quantizer.choices,
+        )
+
     @property
     def title(self) -> str:
         """All of it in one line."""

@@ -330,21 +330,13 @@ class TokenizerTask(Task):
         plane = self.evaluator.plane(self.scored_variables(state))
         if jax.process_index() != 0:
             return
-        config, quantizer = self._config, self.net.quantizer
+        config = self._config
         metrics, missing, found = evaluation.details
         facts = conditions(
             found, self.source("eval"), data=data_name(config), protocol="direct", size=config.data.image_size
         )
         report = Report(
-            tokenizer=Trained(
-                quantizer.size,
-                quantizer.latent_dim,
-                self.net.downsampling,
-                quantizer.description,
-                quantizer.level_names,
-                quantizer.positions(),
-                quantizer.choices,
-            ),
+            tokenizer=Trained.of(self.net.quantizer, self.net.downsampling),
             facts={"workdir": str(workdir), "step": int(state.step), **facts},
             metrics=metrics,
             not_computed=missing,
