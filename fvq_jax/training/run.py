@@ -216,9 +216,10 @@ def check_record(run: Run, record: dict[str, Any], step: int) -> None:
 
 
 def note_start(run: Run, step: int, record: dict[str, Any]) -> None:
-    """Notes a start from this step, with all fields that changed since the last one, in the log and in the workdir.
+    """Notes a start from this step with all fields that changed since the last one: in the log, and in a file.
 
-    `record` is that of the checkpoint, {} without one; its config is compared with if that of the workdir was lost.
+    The file tells the devices too. `record` is that of the checkpoint, {} without one; its config is compared with if
+    that of the workdir was lost.
     """
     fields, before = all_fields(type(run.task), run.config), run.before or record.get("config")
     changed = changes(before, run.config, fields) if before else {}
@@ -228,7 +229,8 @@ def note_start(run: Run, step: int, record: dict[str, Any]) -> None:
         _warn_of_rate(run, step, with_defaults(before, fields))
     if not run.first:
         return
-    line = {"step": step, "time": clock.wall(), "changed": changed}
+    devices = {"devices": run.mesh.size, "device": run.mesh.devices.flat[0].device_kind}
+    line = {"step": step, "time": clock.wall(), **devices, "processes": jax.process_count(), "changed": changed}
     with (run.workdir / HISTORY).open("a") as file:
         file.write(json_text(line) + "\n")
     if changed:

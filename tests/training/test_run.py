@@ -134,6 +134,7 @@ def test_every_start_is_noted_with_what_changed_and_how_the_rate_goes_on(tmp_pat
     assert len(lines) == 4
     history = [json.loads(line) for line in (tmp_path / HISTORY).read_text().splitlines()]
     assert [line["step"] for line in history] == [0, 4, 4]
+    assert [(line["devices"], line["device"], line["processes"]) for line in history] == [(8, "cpu", 1)] * 3
     assert [line["changed"] for line in history] == [
         {},
         {"log.every_steps": [2, 7], "steps": [4, 400]},
