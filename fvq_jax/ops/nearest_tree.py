@@ -5,6 +5,7 @@ built anew for every table, outside the compiled program, and the last one is ke
 of its rows; a program that XLA divides by itself gives every device all tokens, which is right, but no faster.
 """
 
+import os
 import threading
 
 import jax
@@ -61,7 +62,9 @@ class CodeTree:
 
     def nearest(self, z: np.ndarray) -> np.ndarray:
         """The index of the nearest row for every vector [n, d]; of equal rows the first."""
-        index = self._tree.query(_finite(z), workers=-1)[1]
+        # SciPy's own -1 counts all cores of the machine, also those that this process may not use.
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else -1
+        index = self._tree.query(_finite(z), workers=threads)[1]
         return index if self._first is None else self._first[index]
 
 

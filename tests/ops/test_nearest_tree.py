@@ -54,6 +54,17 @@ def test_what_is_not_finite_is_far_away():
     assert np.all(CodeTree(everywhere).nearest(z) < 5)
 
 
+def test_a_process_with_few_cores_starts_as_many_threads(monkeypatch):
+    z, table = random_problem(4, 9, 3)
+    tree = CodeTree(table)
+    asked = []
+    query = tree._tree.query
+    monkeypatch.setattr(tree._tree, "query", lambda z, workers: asked.append(workers) or query(z))
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {1, 5, 7}, raising=False)
+    np.testing.assert_array_equal(tree.nearest(z), brute_force(z, table))
+    assert asked == [3]
+
+
 @pytest.mark.parametrize("precision", PASSES)
 def test_it_is_exact_at_every_precision_and_when_codes_crowd_far_from_the_origin(precision):
     z, codebook = random_problem(300, 500, 4)
