@@ -1,4 +1,7 @@
-"""Convolution whose gradient of the kernel is summed over bands of rows on a CPU, where XLA is slow at the whole."""
+"""Convolution whose gradient of the kernel is computed in another way on a CPU, where XLA is slow at the whole.
+
+It is summed over bands of rows; of a kernel that sees one pixel it is one matrix product.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -36,8 +39,9 @@ def convolution(
     """Like `lax.conv_general_dilated`, in whose place `nn.Conv` takes it.
 
     On a CPU the gradient of the kernel is a sum over bands, in float32 at least, so it rounds differently. If the batch
-    is divided over devices, every band is summed over them by itself. Programs for other platforms do not change. There
-    are derivatives in reverse mode only, of any order.
+    is divided over devices, every band is summed over them by itself. A kernel of one pixel with stride 1 and without
+    padding has no bands: its gradient is a matrix product. Programs for other platforms do not change. There are
+    derivatives in reverse mode only, of any order.
 
     ValueError for dilation, groups and another order of dimensions.
     """
@@ -66,10 +70,13 @@ def convolution(
         (of_images,) = jax.linear_transpose(lambda x: plain(x, kernel, padding=padding), images)(gradient)
         whole = partial(_kernel_gradient, plain, kernel, padding)
         height = _band_height(gradient)
-        if height < gradient.shape[1]:
-            in_bands = partial(_kernel_gradient_in_bands, plain, kernel, padding, strides[0], height)
-            return of_images, lax.platform_dependent(images, gradient, cpu=in_bands, default=whole)
-        return of_images, whole(images, gradient)
+        if kernel.shape[:2] == (1, 1) == tuple(strides) and not any(map(any, padding)):
+            on_cpu = partial(_kernel_gradient_of_pixels, kernel.dtype, precision)
+        elif height < gradient.shape[1]:
+            on_cpu = partial(_kernel_gradient_in_bands, plain, kernel, padding, strides[0], height)
+        else:
+            return of_images, whole(images, gradient)
+        return of_images, lax.platform_dependent(images, gradient, cpu=on_cpu, default=whole)
 
     convolve.defvjp(forward, backward)
     return convolve(images, kernel)
@@ -77,6 +84,13 @@ def convolution(
 
 def _kernel_gradient(plain, kernel, padding, images, gradient):
     return jax.linear_transpose(lambda kernel: plain(images, kernel, padding=padding), kernel)(gradient)[0]
+
+
+def _kernel_gradient_of_pixels(dtype, precision, images, gradient):
+    """The same of a kernel that sees one pixel."""
+    kind = jnp.promote_types(dtype, jnp.float32)
+    total = jnp.einsum("bhwc,bhwf->cf", images, gradient, precision=precision, preferred_element_type=kind)
+    return total[None, None].astype(dtype)
 
 
 def _kernel_gradient_in_bands(plain, kernel, padding, stride, height, images, gradient):

@@ -74,6 +74,23 @@ def of_a_large_batch(of):
     return lambda images, kernel: gradients(of, images, kernel, (1, 1), "SAME")
 
 
+def test_the_gradient_of_a_kernel_of_one_pixel_is_a_product_on_a_cpu_and_nowhere_else():
+    pixels = arrays(2, 6, 5, 4, 8, 1)
+    found, expected = (gradients(of, *pixels, (1, 1), "SAME") for of in (convolution, lax.conv_general_dilated))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), found, expected)
+    assert convolutions(of_a_large_batch(convolution), *pixels) == 2
+    for platform in ("tpu", "cuda"):
+        assert convolutions(of_a_large_batch(convolution), *pixels, platform=platform) == 3
+
+
+@pytest.mark.parametrize(("stride", "padding"), [(2, ((1, 1), (1, 1))), (1, ((1, -1), (0, 0))), (1, ((0, 0), (1, 1)))])
+def test_a_kernel_of_one_pixel_that_moves_pixels_is_no_product(stride, padding):
+    pixels = arrays(1, 2, 2, 4, 8, 1)
+    found = gradients(convolution, *pixels, (stride, stride), padding)
+    expected = gradients(lax.conv_general_dilated, *pixels, (stride, stride), padding)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), found, expected)
+
+
 def test_a_large_batch_is_cut_into_bands_on_a_cpu_and_nowhere_else():
     large = arrays(32, 16, 16, 4, 8, 3)
     assert convolutions(of_a_large_batch(convolution), *large) == 2 + 32 * 16 * 16 // module.BAND
