@@ -62,7 +62,8 @@ class CodeTree:
 
     def nearest(self, z: np.ndarray) -> np.ndarray:
         """The index of the nearest row for every vector [n, d]; of equal rows the first."""
-        # SciPy's own -1 counts all cores of the machine, also those that this process may not use.
+        # SciPy's own -1 counts all cores of the machine, also those that this process may not use; `runtime` knows them
+        # too, but this room imports none.
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else -1
         index = self._tree.query(_finite(z), workers=threads)[1]
         return index if self._first is None else self._first[index]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.spatial import KDTree
 
 from fvq_jax.ops.nearest import PASSES, nearest_code, uncounted_share
 from fvq_jax.ops.nearest_tree import CodeTree
@@ -56,12 +57,10 @@ def test_what_is_not_finite_is_far_away():
 
 def test_a_process_with_few_cores_starts_as_many_threads(monkeypatch):
     z, table = random_problem(4, 9, 3)
-    tree = CodeTree(table)
-    asked = []
-    query = tree._tree.query
-    monkeypatch.setattr(tree._tree, "query", lambda z, workers: asked.append(workers) or query(z))
+    asked, query = [], KDTree.query
+    monkeypatch.setattr(KDTree, "query", lambda tree, z, workers: asked.append(workers) or query(tree, z))
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {1, 5, 7}, raising=False)
-    np.testing.assert_array_equal(tree.nearest(z), brute_force(z, table))
+    np.testing.assert_array_equal(CodeTree(table).nearest(z), brute_force(z, table))
     assert asked == [3]
 
 
