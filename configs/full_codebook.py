@@ -41,8 +41,6 @@ def get_config(arg=""):
     config = quickstart.get_config(f"bridge={args['bridge'] or f'S/{patch}'}")
     config.steps, config.optim.warmup_steps = steps, steps // 10
     config.batch_size = config.eval.batch_size = 16
-    # Every device would compute the whole bridge: with more codes that takes longer than the networks.
-    config.mesh.cpu_devices = 0 if args["codes"] <= 65536 else 1
     config.tokenizer.ch_mult = ch_mult
     config.tokenizer.z_channels = 32
     config.tokenizer.quantizer.codebook_size = args["codes"]

@@ -19,7 +19,6 @@ def get_config(arg=""):
     config = default_config()
     config.steps, config.epochs = 600, 0.0
     config.batch_size = 32
-    config.mesh.cpu_devices = 0
 
     config.tokenizer.ch = 32
     config.tokenizer.ch_mult = (1, 1, 2)

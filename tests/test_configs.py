@@ -235,7 +235,6 @@ def test_groups_and_tokens_of_a_full_codebook_grow_with_it(codes, bridge, tokens
     assert (quantizer.codebook_size, quantizer.bridge, quantizer.restart_after) == (codes, bridge, 2)
     assert (config.data.image_size // downsampling(config)) ** 2 == tokens
     assert config.eval.crops * tokens == codes * (16 if codes <= 65536 else 4)
-    assert config.mesh.cpu_devices == (0 if codes <= 65536 else 1)
     assert quantizer.search_implementation == ("auto" if codes <= 65536 else "tree")
     config.data.train_dir, config.data.eval_dir = "train", "eval"
     check(config, 8)
@@ -278,7 +277,6 @@ def test_small_takes_crops_of_any_size_and_fewer_large_ones(size, batch):
 def test_quickstart_takes_a_bridge(bridge, size):
     config = get_config("quickstart", f"bridge={bridge}{size}")
     assert config.tokenizer.quantizer.bridge == (bridge.replace("XL", "S").replace("B", "S") if size else bridge)
-    assert config.mesh.cpu_devices == 0
     check(config, 8)
 
 

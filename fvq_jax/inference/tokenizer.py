@@ -30,6 +30,7 @@ from fvq_jax.models.quantizers import Quantizer, quantizer_settings
 from fvq_jax.models.tokenizer import TokenizerNet, quantization_error
 from fvq_jax.ops.attention import SCORES
 from fvq_jax.ops.pixels import to_float
+from fvq_jax.runtime.cpu_devices import compiler_options
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.names import flatten
 from fvq_jax.runtime.row_parallel import BUDGET
@@ -79,13 +80,14 @@ class Tokenizer:
         if self.classes:
             self._tables = ClassTables(saved.net.quantizer, networks.pop("quantizer"), everywhere)
         self._on_devices = jax.device_put(networks, everywhere)
-        self._encode = jax.jit(functools.partial(_encode, self.net))
-        self._decode = jax.jit(functools.partial(_decode, self.net), static_argnames="upto")
+        jit = functools.partial(jax.jit, compiler_options=compiler_options(mesh))
+        self._encode = jit(functools.partial(_encode, self.net))
+        self._decode = jit(functools.partial(_decode, self.net), static_argnames="upto")
         # With classes, the networks run on whole batches and only search and look-up class by class.
-        self._latents = jax.jit(functools.partial(_encode, self.net, method="encode_latent"))
-        self._search = jax.jit(functools.partial(_search, self.net))
-        self._look_up = jax.jit(functools.partial(_look_up, self.net), static_argnames="upto")
-        self._pixels = jax.jit(functools.partial(_decode_vectors, self.net))
+        self._latents = jit(functools.partial(_encode, self.net, method="encode_latent"))
+        self._search = jit(functools.partial(_search, self.net))
+        self._look_up = jit(functools.partial(_look_up, self.net), static_argnames="upto")
+        self._pixels = jit(functools.partial(_decode_vectors, self.net))
 
     @classmethod
     def from_pretrained(

@@ -11,7 +11,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from fvq_jax.ops.attention import attention
-from fvq_jax.ops.convolution import convolution
 
 GROUPS = 32
 
@@ -59,7 +58,6 @@ class Conv(nn.Module):
             (self.kernel_size, self.kernel_size),
             strides=self.stride,
             padding=self.padding,
-            conv_general_dilated=convolution,
             dtype=self.dtype,
             precision=matmul_precision(self.dtype),
             kernel_init=init,

@@ -1,22 +1,25 @@
 """The cores of a CPU as devices, over which a batch is divided.
 
-JAX takes a CPU for one device and divides single operations among its cores, where they are large. In a network of
-many small ones the cores wait for each other most of the time. With a device per core, each computes its rows of the
-batch by itself. What is the same for all rows, such as the bridge, is computed on every device, so this does not pay
-with a large codebook.
+JAX takes a CPU for one device and divides single operations among its cores, where they are large. With a device per
+core, each computes its rows of the batch by itself, so that small operations are divided too. What is the same for all
+rows, such as the bridge, is computed on every device, so this does not pay with a large codebook.
 """
 
+import functools
 import math
 import os
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from fvq_jax.runtime.errors import InputError
 from fvq_jax.runtime.mesh import mesh_shape
 
 MOST = 8  # every device keeps parameters and moments
+
+CompilerOptions = dict[str, bool | str]
 
 
 def divide_cpu(wanted: int, mesh: tuple[int, int], batches: Sequence[int]) -> None:
@@ -53,13 +56,30 @@ def _fits(devices: int, mesh: tuple[int, int]) -> bool:
         return False
 
 
-def compiler_options(mesh: Mesh) -> dict[str, bool]:
-    """Options for programs on this mesh.
+def compiler_options(mesh: Mesh) -> CompilerOptions:
+    """Options for programs on this mesh; none on other platforms.
 
-    Where every core of a CPU is a device of it, one thread computes what one device does. With fewer devices, cores
-    would be idle.
+    On a CPU convolutions are Eigen's and not YNNPACK's, which XLA takes otherwise: several threads gain more from them,
+    above all in the gradients of kernels (docs/results.md, "Training step"). Where every core of a CPU is a device, one
+    thread computes what one device does; with fewer devices, cores would be idle.
     """
     devices = mesh.local_mesh.devices.flat
-    if len(devices) < max(2, cores()) or devices[0].platform != "cpu":
+    if devices[0].platform != "cpu":
         return {}
-    return {"xla_cpu_multi_thread_eigen": False, "xla_cpu_enable_concurrency_optimized_scheduler": False}
+    options = dict(_convolutions_by_eigen())
+    if len(devices) >= max(2, cores()):
+        options |= {"xla_cpu_multi_thread_eigen": False, "xla_cpu_enable_concurrency_optimized_scheduler": False}
+    return options
+
+
+@functools.cache
+def _convolutions_by_eigen() -> CompilerOptions:
+    """YNNPACK for products and reductions alone. Empty if this version of XLA does not know the option."""
+    options: CompilerOptions = {
+        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
+    }
+    try:
+        jax.jit(jnp.negative, compiler_options=options).lower(0.0).compile()
+    except jax.errors.JaxRuntimeError:  # an experimental option may go
+        return {}
+    return options

@@ -10,6 +10,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from fvq_jax.runtime.cpu_devices import compiler_options
+
 BUDGET = 4 << 30  # bytes on a device for what one part of a batch needs: larger batches go through in more parts
 
 
@@ -27,27 +29,26 @@ class RowParallel:
     """
 
     def __init__(self, program: Callable[..., Any], params: Any, *, bytes_per_value: int = 0):
-        self._program = jax.jit(program)
         self._params = params
         self._bytes_per_value = bytes_per_value
-        self._placed = functools.cache(self._place)
+        self._placed = functools.cache(functools.partial(self._place, program))
 
     def __call__(self, *rows: np.ndarray) -> Any:
         """The program's results, gathered on the host."""
         count, each = len(rows[0]), self._bytes_per_value * math.prod(rows[0].shape[1:])
         devices = math.gcd(count, jax.local_device_count())
-        params, layout = self._placed(devices)
+        run, layout = self._placed(devices)
         parts = count // (devices * _at_once(count // devices, each)) if count else 1
-
-        def run(part: tuple[np.ndarray, ...]) -> Any:
-            return jax.device_get(self._program(params, *jax.device_put(part, layout)))
-
-        results = [run(part) for part in zip(*(np.split(array, parts) for array in rows), strict=True)]
+        split = zip(*(np.split(array, parts) for array in rows), strict=True)
+        results = [jax.device_get(run(*jax.device_put(part, layout))) for part in split]
         return jax.tree.map(lambda *found: np.concatenate(found), *results)
 
-    def _place(self, devices: int) -> tuple[Any, NamedSharding]:
+    def _place(self, program: Callable[..., Any], devices: int) -> tuple[Callable[..., Any], NamedSharding]:
+        """The program on the first devices, with the parameters there, and the layout of its rows."""
         mesh = Mesh(np.array(jax.local_devices()[:devices]), ("data",))
-        return jax.device_put(self._params, NamedSharding(mesh, P())), NamedSharding(mesh, P("data"))
+        jitted = jax.jit(program, compiler_options=compiler_options(mesh))
+        params = jax.device_put(self._params, NamedSharding(mesh, P()))
+        return functools.partial(jitted, params), NamedSharding(mesh, P("data"))
 
 
 def _at_once(rows: int, each: int) -> int:

@@ -117,6 +117,14 @@ def test_the_batch_is_spread_over_the_devices():
     assert [shard.data.shape[0] for shard in codes.addressable_shards] == [1] * 8
 
 
+def test_its_programs_are_compiled_with_the_options_of_the_devices(monkeypatch):
+    monkeypatch.setattr(module, "compiler_options", lambda mesh: {"no_such_option": mesh.size})
+    tok = Tokenizer(random_tokenizer(ch_mult=(1,), bridge="none"))
+    for program, rows in ((tok.encode, pictures(1)), (tok.decode, np.zeros((1, 16, 16), np.int32))):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
+            program(rows)
+
+
 def test_pickled_it_gives_the_same_codes_and_pictures():
     tok, images = tokenizer(), pictures(3)
     other = pickle.loads(pickle.dumps(tok))

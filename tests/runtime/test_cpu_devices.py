@@ -72,11 +72,40 @@ def test_a_number_that_the_environment_gives_stays():
     assert subprocess.check_output(command, env=environment, text=True).split() == ["1", "1"]
 
 
-@pytest.mark.parametrize(("devices", "cores", "one_thread"), [(1, 1, False), (4, 4, True), (4, 2, True), (4, 8, False)])
-def test_a_device_is_one_thread_where_no_core_would_be_idle(devices, cores, one_thread, monkeypatch):
+ONE_THREAD = {"xla_cpu_multi_thread_eigen", "xla_cpu_enable_concurrency_optimized_scheduler"}
+BY_EIGEN = {"xla_cpu_experimental_ynn_fusion_type"}
+
+
+@pytest.mark.parametrize(
+    ("devices", "cores", "expected"),
+    [(1, 1, set()), (4, 4, ONE_THREAD), (4, 2, ONE_THREAD), (1, 2, set()), (4, 8, set())],
+)
+def test_a_device_is_one_thread_where_no_core_would_be_idle(devices, cores, expected, monkeypatch):
     monkeypatch.setattr("fvq_jax.runtime.cpu_devices.cores", lambda: cores)
-    expected = dict.fromkeys(("xla_cpu_multi_thread_eigen", "xla_cpu_enable_concurrency_optimized_scheduler"), False)
-    assert compiler_options(make_mesh(-1, 1, jax.devices()[:devices])) == (expected if one_thread else {})
+    options = compiler_options(make_mesh(-1, 1, jax.devices()[:devices]))
+    assert set(options) == expected | BY_EIGEN
+    inputs = jax.ShapeDtypeStruct((8, 3), "float32")
+    assert jax.jit(jax.numpy.sin, compiler_options=options).lower(inputs).compile()  # all names are known
+
+
+UNKNOWN = """
+import os, jax
+from fvq_jax.runtime import cpu_devices
+from fvq_jax.runtime.mesh import make_mesh
+
+def jit(function, compiler_options):
+    return original(function, compiler_options={"no_such_option": True})
+
+original, jax.jit = jax.jit, jit
+cpu_devices.cores = lambda: 4
+print(cpu_devices.compiler_options(make_mesh(1, 1)))
+"""
+
+
+def test_an_option_that_this_version_does_not_know_is_left_out():
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, "-c", UNKNOWN]
+    assert subprocess.check_output(command, env=environment | {"JAX_PLATFORMS": "cpu"}, text=True).strip() == "{}"
 
 
 def test_the_step_is_compiled_with_these_options(monkeypatch):

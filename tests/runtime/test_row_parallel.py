@@ -36,3 +36,10 @@ def test_a_batch_without_rows_and_a_program_without_a_need():
     run = RowParallel(lambda params, rows: rows * params, np.float32(2))
     assert run(np.zeros((0, 3), np.float32)).shape == (0, 3)
     np.testing.assert_array_equal(run(np.ones((9, 3), np.float32)), np.full((9, 3), 2))
+
+
+def test_its_program_is_compiled_with_the_options_of_its_devices(monkeypatch):
+    monkeypatch.setattr(row_parallel, "compiler_options", lambda mesh: {"no_such_option": mesh.size})
+    run = RowParallel(lambda params, rows: rows * params, np.float32(2))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
+        run(np.ones((9, 3), np.float32))

@@ -14,7 +14,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from fvq_jax.models.layers import matmul_precision
-from fvq_jax.ops.convolution import convolution
 
 
 class BatchNorm(nn.Module):
@@ -85,7 +84,6 @@ class PatchGAN(nn.Module):
             nn.Conv,
             kernel_size=(4, 4),
             padding=1,
-            conv_general_dilated=convolution,
             dtype=self.dtype,
             precision=matmul_precision(self.dtype),
             kernel_init=nn.initializers.normal(0.02),

@@ -13,7 +13,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from fvq_jax.models.layers import fan_in_uniform, matmul_precision
-from fvq_jax.ops.convolution import convolution
 
 SIZES = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
 IMAGE_SIZES = SIZES[1:]  # the smallest is where the network ends
@@ -86,7 +85,6 @@ def _conv(x: Array, features: int, size: int, stride: int, dtype: DTypeLike, nam
         (size, size),
         strides=stride,
         padding=size // 2,
-        conv_general_dilated=convolution,
         dtype=dtype,
         precision=matmul_precision(dtype),
         kernel_init=init,

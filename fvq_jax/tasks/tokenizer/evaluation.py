@@ -22,6 +22,7 @@ from fvq_jax.evals.reconstruction import Found, Reconstructed, collect, not_comp
 from fvq_jax.evals.reference import Moments
 from fvq_jax.models.tokenizer import TokenizerNet, fold
 from fvq_jax.ops.pixels import to_float
+from fvq_jax.runtime.cpu_devices import compiler_options
 from fvq_jax.runtime.mesh import BATCH, global_batch, local_rows, replicated
 from fvq_jax.runtime.names import dotted
 
@@ -122,7 +123,7 @@ class Evaluator:
     @functools.cached_property
     def _reconstruct(self):
         rows = NamedSharding(self._mesh, BATCH)
-        return jax.jit(self.reconstruct, out_shardings=(rows,) * 4)
+        return jax.jit(self.reconstruct, out_shardings=(rows,) * 4, compiler_options=compiler_options(self._mesh))
 
     @functools.cached_property
     def _plane(self):

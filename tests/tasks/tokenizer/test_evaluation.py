@@ -94,6 +94,13 @@ def test_a_state_is_scored_on_its_mesh_with_rfid_if_asked_for(seen, tmp_path):
     np.testing.assert_allclose(np.var(points, axis=0) * 64, variances[:2], rtol=1e-3)
 
 
+def test_its_program_is_compiled_with_the_options_of_the_mesh(monkeypatch):
+    monkeypatch.setattr(evaluation, "compiler_options", lambda mesh: {"no_such_option": mesh.size})
+    evaluator, variables, _ = parts()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
+        evaluator.evaluate(variables)
+
+
 def test_without_its_file_there_is_no_rfid(seen):
     parts()
     assert set(seen["files"].values()) == {None}
