@@ -2,10 +2,12 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from fvq_jax.runtime.cpu_devices import compiler_options
 from fvq_jax.runtime.mesh import BATCH, make_mesh
@@ -86,6 +88,13 @@ def test_a_device_is_one_thread_where_no_core_would_be_idle(devices, cores, expe
     assert set(options) == expected | BY_EIGEN
     inputs = jax.ShapeDtypeStruct((8, 3), "float32")
     assert jax.jit(jax.numpy.sin, compiler_options=options).lower(inputs).compile()  # all names are known
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_other_platforms_have_no_options(platform, monkeypatch):
+    devices = np.array([SimpleNamespace(platform=platform)] * 8)
+    monkeypatch.setattr(Mesh, "local_mesh", SimpleNamespace(devices=devices))
+    assert compiler_options(make_mesh(-1, 1)) == {}
 
 
 UNKNOWN = """
