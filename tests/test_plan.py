@@ -104,24 +104,24 @@ for name in ("v9:2x2", "v5e:3x5", "v5e", "v4:2x2x1"):
         assert line.startswith(f"--topology={name}")
 
 
-def check_command(*args):
-    """Runs the program on the tiny config with 2 x 2 devices, and checks its one JSON object."""
+def check_command(*args, batch=8):
+    """Runs the program on the tiny config, and checks its one JSON object."""
     result = run("-m", "fvq_jax.plan", *TINY, "--json", *args)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert list(found) == KEYS
     assert result.stdout.count("\n") == 1
     assert found["fits"]
-    assert found["batch"] == 8
+    assert found["batch"] == batch
     assert found["hbm_bytes"] > found["bytes"]["total"] > 0
     assert sum(found["bytes"].values()) == 2 * found["bytes"]["total"]
     return found
 
 
 @needs_libtpu
-def test_a_plan_for_a_tpu_that_is_not_here():
-    found = check_command("--topology=v5e:2x2", "--mesh=2,2")
-    assert found["devices"] == 4
+def test_a_plan_for_tpus_of_several_hosts_that_are_not_here():
+    found = check_command("--topology=v5e:4x4", "--mesh=8,2", "--config.batch_size=32", batch=32)
+    assert found["devices"] == 16
     assert found["hbm_bytes"] == round(15.75 * 1024**3)
     # The latents of a codebook group: 2 images of 16 x 16 tokens each, 16 dimensions; and their gradient.
     assert found["collective_bytes"]["all-gather"] >= 2 * 2 * 256 * 16 * 4

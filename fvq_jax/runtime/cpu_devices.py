@@ -63,11 +63,10 @@ def compiler_options(mesh: Mesh) -> CompilerOptions:
     above all in the gradients of kernels (docs/results.md, "Training step"). Where every core of a CPU is a device, one
     thread computes what one device does; with fewer devices, cores would be idle.
     """
-    devices = mesh.local_mesh.devices.flat
-    if devices[0].platform != "cpu":
+    if mesh.devices.flat[0].platform != "cpu":  # before local_mesh, which devices that are not here may not have
         return {}
     options = dict(_convolutions_by_eigen())
-    if len(devices) >= max(2, cores()):
+    if mesh.local_mesh.size >= max(2, cores()):
         options |= {"xla_cpu_multi_thread_eigen": False, "xla_cpu_enable_concurrency_optimized_scheduler": False}
     return options
 
