@@ -40,7 +40,7 @@ class Decoder(nn.Module):
                     h = attention(self.dtype, name=f"level{level}_attention{i}")(h)
             if level != 0:
                 h = Upsample(self.dtype, name=f"level{level}_upsample")(h)
-        h = nn.swish(GroupNorm(self.dtype, name="norm_out")(h))
+        h = GroupNorm(self.dtype, swish=True, name="norm_out")(h)
         self.sow("intermediates", "last_features", h)
         # float32: bfloat16 has 8 significant bits, so it rounds pixels as coarsely as a picture file does.
         return Conv(3, dtype=jnp.float32, name="conv_out")(h)

@@ -42,5 +42,5 @@ class Encoder(nn.Module):
         h = res_block(h.shape[-1], self.dtype, name="mid_res0")(h)
         h = attention(self.dtype, name="mid_attention")(h)
         h = res_block(h.shape[-1], self.dtype, name="mid_res1")(h)
-        h = nn.swish(GroupNorm(self.dtype, name="norm_out")(h))
+        h = GroupNorm(self.dtype, swish=True, name="norm_out")(h)
         return Conv(self.z_channels, dtype=self.dtype, name="conv_out")(h)

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from fvq_jax.ops.attention import attention
+from fvq_jax.ops.group_norm import group_norm
 
 GROUPS = 32
 
@@ -67,14 +68,27 @@ class Conv(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation: 32 groups, eps 1e-6, statistics in float32."""
+    """Group normalisation: 32 groups, eps 1e-6, statistics in float32; then swish, also in float32, if asked."""
 
     dtype: DTypeLike = jnp.float32
+    swish: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "b H W c"]) -> Float[Array, "b H W c"]:
         """Normalises over height, width and the channels of a group."""
-        return nn.GroupNorm(GROUPS, epsilon=1e-6, use_fast_variance=False, dtype=self.dtype, name="norm")(x)
+        scale, bias = _ScaleAndBias(x.shape[-1], name="norm")()
+        return group_norm(x.astype(self.dtype), jnp.asarray(scale), jnp.asarray(bias), GROUPS, 1e-6, self.swish)
+
+
+class _ScaleAndBias(nn.Module):
+    """The parameters, under the names that `flax.linen.GroupNorm` gives them."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self):
+        shape = (self.features,)
+        return self.param("scale", nn.initializers.ones, shape), self.param("bias", nn.initializers.zeros, shape)
 
 
 class ResBlock(nn.Module):
@@ -86,9 +100,9 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b H W c"]) -> Float[Array, "b H W f"]:
         """Applies the block."""
-        h = nn.swish(GroupNorm(self.dtype, name="norm1")(x))
+        h = GroupNorm(self.dtype, swish=True, name="norm1")(x)
         h = Conv(self.features, dtype=self.dtype, name="conv1")(h)
-        h = nn.swish(GroupNorm(self.dtype, name="norm2")(h))
+        h = GroupNorm(self.dtype, swish=True, name="norm2")(h)
         h = Conv(self.features, dtype=self.dtype, name="conv2")(h)
         if x.shape[-1] != self.features:
             x = Conv(self.features, kernel_size=1, dtype=self.dtype, name="shortcut")(x)
