@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
-from fvq_jax.models.layers import matmul_precision
+from fvq_jax.ops.matmul import matmul, matmul_precision
 from fvq_jax.ops.sharded_codebook import sharded_lookup
 from fvq_jax.runtime.mesh import BATCH, Rules
 
@@ -81,15 +81,6 @@ def rms_norm(x: Float[Array, "*b d"], weight: Float[Array, "d"], eps: float) -> 
     x = x.astype(jnp.float32)
     weight = weight.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * weight
-
-
-def matmul(x: Float[Array, "*b c"], kernel: Float[Array, "c f"]) -> Float[Array, "*b f"]:
-    """x @ kernel in the dtype of x."""
-    # As matrices: from more dimensions XLA copies transposed activations for the gradient of the kernel, which took a
-    # CPU over a third of the backward pass.
-    rows = x.reshape(-1, x.shape[-1])
-    product = jnp.matmul(rows, kernel.astype(x.dtype), precision=matmul_precision(x.dtype))
-    return product.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def queries_keys_values(

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from fvq_jax.models.gpt import GPT, rms_norm, rotate, rotations
-from fvq_jax.models.layers import matmul_precision
+from fvq_jax.ops.matmul import matmul_precision
 
 SEGMENT = 64  # positions after which the cache grows, but at most `MAX_SEGMENTS` times: each takes time to compile
 MAX_SEGMENTS = 4

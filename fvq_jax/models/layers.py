@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from fvq_jax.ops.attention import attention
 from fvq_jax.ops.group_norm import group_norm
+from fvq_jax.ops.matmul import matmul_precision
 
 GROUPS = 32
 
@@ -24,11 +25,6 @@ def fan_in_uniform(fan_in: int) -> Initializer:
         return jax.random.uniform(key, shape, dtype, -bound, bound, out_sharding=out_sharding)
 
     return init
-
-
-def matmul_precision(dtype: DTypeLike) -> str | None:
-    """The precision at which float32 is really float32: without it a TPU multiplies in bfloat16 and a GPU in TF32."""
-    return "highest" if jnp.dtype(dtype) == jnp.float32 else None
 
 
 def levels_from_zero(levels: tuple[int, ...], count: int) -> set[int]:

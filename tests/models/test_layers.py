@@ -8,7 +8,7 @@ import pytest
 
 from fvq_jax.models.decoder import Decoder
 from fvq_jax.models.encoder import Encoder
-from fvq_jax.models.layers import AttentionBlock, Conv, Downsample, GroupNorm, ResBlock, Upsample, matmul_precision
+from fvq_jax.models.layers import AttentionBlock, Conv, Downsample, GroupNorm, ResBlock, Upsample
 
 MULT = (1, 2, 1)
 
@@ -123,11 +123,6 @@ def test_kernels_and_biases_start_uniform_within_the_fan_in(kernel_size, fan_in)
         assert 0.97 * fan_in**-0.5 < np.abs(leaf).max() <= fan_in**-0.5
     np.testing.assert_allclose(np.std(params["kernel"]), fan_in**-0.5 / np.sqrt(3), rtol=0.05)
     np.testing.assert_allclose(np.mean(params["kernel"]), 0, atol=0.05 * fan_in**-0.5)
-
-
-def test_matmul_precision():
-    assert matmul_precision("float32") == "highest"
-    assert matmul_precision(jnp.bfloat16) is None
 
 
 def products(module, x):

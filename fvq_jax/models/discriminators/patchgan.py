@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from fvq_jax.models.layers import matmul_precision
+from fvq_jax.ops.matmul import matmul_precision
 
 
 class BatchNorm(nn.Module):

@@ -12,7 +12,8 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from fvq_jax.models.layers import fan_in_uniform, matmul_precision
+from fvq_jax.models.layers import fan_in_uniform
+from fvq_jax.ops.matmul import matmul_precision
 
 SIZES = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
 IMAGE_SIZES = SIZES[1:]  # the smallest is where the network ends

@@ -27,8 +27,8 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
-from fvq_jax.models.layers import matmul_precision
 from fvq_jax.ops.attention import attention
+from fvq_jax.ops.matmul import matmul_precision
 
 HEAD_WIDTH = {"XS": 8, "S": 16, "B": 32, "L": 64, "XL": 128}
 HEADS = 4

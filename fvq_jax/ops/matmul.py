@@ -1,0 +1,41 @@
+"""Products of activations and a kernel, with a gradient of the kernel that a CPU computes fast."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+
+def matmul_precision(dtype: DTypeLike) -> str | None:
+    """The precision at which float32 is really float32: without it a TPU multiplies in bfloat16 and a GPU in TF32."""
+    return "highest" if jnp.dtype(dtype) == jnp.float32 else None
+
+
+def matmul(x: Float[Array, "*b c"], kernel: Float[Array, "c f"]) -> Float[Array, "*b f"]:
+    """x @ kernel in the dtype of x, at `matmul_precision`. There are derivatives in reverse mode only."""
+    # As matrices: from more dimensions XLA copies transposed activations for the gradient of the kernel, which took a
+    # CPU over a third of the backward pass.
+    product = _of_rows(x.reshape(-1, x.shape[-1]), kernel.astype(x.dtype))
+    return product.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def _product(a, b):
+    return jnp.matmul(a, b, precision=matmul_precision(a.dtype))
+
+
+_of_rows = jax.custom_vjp(_product)
+
+
+def _forward(rows, kernel):
+    return _product(rows, kernel), (rows, kernel)
+
+
+def _backward(kept, gradient):
+    rows, kernel = kept
+    # On a CPU the barrier makes XLA write the transposed rows to memory. Otherwise it has the product made by another
+    # library, for which rows may stay as they are, and which is slower (docs/results.md, "Generation").
+    columns = jax.lax.platform_dependent(rows.T, cpu=jax.lax.optimization_barrier, default=lambda columns: columns)
+    return _product(gradient, kernel.T), _product(columns, gradient)
+
+
+_of_rows.defvjp(_forward, _backward)
