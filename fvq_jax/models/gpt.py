@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
+from fvq_jax.ops.causal_attention import causal_attention
 from fvq_jax.ops.matmul import matmul, matmul_precision
 from fvq_jax.ops.sharded_codebook import sharded_lookup
 from fvq_jax.runtime.mesh import BATCH, Rules
@@ -300,16 +301,6 @@ def _costly(primitive: Any, *_: Any, **__: Any) -> bool:
     the whole network.
     """
     return primitive.name in ("dot_general", "name")
-
-
-def causal_attention(q: Float[Array, "b t h c"], k: Float[Array, "b t h c"], v: Float[Array, "b t h c"]) -> Array:
-    """Attention of every position to itself and those before; [b, t, h, c] in the dtype of q, softmax in float32."""
-    precision = matmul_precision(q.dtype)
-    scores = jnp.einsum("bqhc,bkhc->bhqk", q, k, precision=precision, preferred_element_type=jnp.float32)
-    seen = jnp.tril(jnp.ones(scores.shape[-2:], bool))
-    scores = jnp.where(seen[None, None], scores * q.shape[-1] ** -0.5, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhqk,bkhc->bqhc", weights, v, precision=precision)
 
 
 def dropped(x: Array, rate: Any, key: Any, shape: tuple[int, ...] | None = None) -> Array:

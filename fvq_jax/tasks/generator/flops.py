@@ -1,17 +1,18 @@
 """How many flops of a training step XLA's count leaves out: it counts the body of a loop once."""
 
 from fvq_jax.models.gpt import GPT, hidden_width
+from fvq_jax.ops.causal_attention import scored_pairs
 from fvq_jax.ops.token_loss import block_size, block_sizes, keeps_logits
 
 
 def layer_flops(net: GPT, images: int) -> float:
     """Flops of one layer in a forward pass; matrix products only, a multiplication and an addition are two.
 
-    Attention is counted over all pairs of positions, since that is what is computed.
+    Attention is counted over the pairs of positions whose score is computed.
     """
     width, hidden = net.width, net.hidden or hidden_width(net.width)
     weights = 4 * width**2 + 3 * width * hidden
-    return 2.0 * images * net.length * (weights + 2 * net.length * width)
+    return 2.0 * images * (net.length * weights + 2 * scored_pairs(net.length) * width)
 
 
 def head_flops(net: GPT, images: int) -> float:
