@@ -32,8 +32,8 @@ def _forward(rows, kernel):
 
 def _backward(kept, gradient):
     rows, kernel = kept
-    # On a CPU the barrier makes XLA write the transposed rows to memory. Otherwise it has the product made by another
-    # library, for which rows may stay as they are, and which is slower (docs/results.md, "Generation").
+    # On a CPU the barrier makes XLA write the transposed rows to memory. Otherwise it takes another library for the
+    # product, which needs no transposed rows but is slower (docs/results.md, "The generator beside a peer").
     columns = jax.lax.platform_dependent(rows.T, cpu=jax.lax.optimization_barrier, default=lambda columns: columns)
     return _product(gradient, kernel.T), _product(columns, gradient)
 
