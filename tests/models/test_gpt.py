@@ -313,6 +313,24 @@ def test_random_numbers_are_drawn_once_and_products_computed_once():
     assert counts[True]["rsqrt"] == counts[False]["rsqrt"]
 
 
+@pytest.mark.parametrize("unroll", [False, True])
+def test_several_blocks_of_queries_give_the_same(unroll, monkeypatch):
+    expected = on_one_device()
+    monkeypatch.setattr("fvq_jax.ops.causal_attention.QUERIES", 5)  # three blocks
+    run = jax.jit(functools.partial(loss_and_gradient, NET.clone(unroll=unroll)))
+    for actual, wanted in zip(jax.tree.leaves(run(random_params(), *batch())), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(actual, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_a_cpu_transposes_activations_for_the_gradients_of_kernels():
+    traced = jax.jit(functools.partial(loss_and_gradient, NET)).trace(random_params(), *batch())
+    barriers = {
+        platform: traced.lower(lowering_platforms=(platform,)).as_text().count("optimization_barrier")
+        for platform in ("cpu", "tpu")
+    }
+    assert barriers["cpu"] == barriers["tpu"] + 5  # of a layer: for queries, keys and values, wo, w1, w3 and w2
+
+
 def test_unrolled_layers_are_no_loop():
     for unroll in (False, True):
         run = functools.partial(NET.clone(unroll=unroll).apply, {"params": random_params()}, *batch())
