@@ -13,8 +13,8 @@ def matmul_precision(dtype: DTypeLike) -> str | None:
 
 def matmul(x: Float[Array, "*b c"], kernel: Float[Array, "c f"]) -> Float[Array, "*b f"]:
     """x @ kernel in the dtype of x, at `matmul_precision`. There are derivatives in reverse mode only."""
-    # As matrices: from more dimensions XLA copies transposed activations for the gradient of the kernel, which took a
-    # CPU over a third of the backward pass.
+    # As matrices: from more dimensions XLA transposes activations for the gradient of the kernel by a loop over single
+    # numbers, which took a CPU over a third of the backward pass.
     product = _of_rows(x.reshape(-1, x.shape[-1]), kernel.astype(x.dtype))
     return product.reshape(*x.shape[:-1], kernel.shape[-1])
 
@@ -32,8 +32,9 @@ def _forward(rows, kernel):
 
 def _backward(kept, gradient):
     rows, kernel = kept
-    # On a CPU the barrier makes XLA write the transposed rows to memory. Otherwise it takes another library for the
-    # product, which needs no transposed rows but is slower (docs/results.md, "The generator beside a peer").
+    # On a CPU the barrier makes XLA write the transposed matrix to memory, which takes little time, and multiply it by
+    # YNNPACK. Without it XLA takes Eigen, which reads rows as they are, and the step is slower (docs/results.md, "The
+    # generator beside a peer").
     columns = jax.lax.platform_dependent(rows.T, cpu=jax.lax.optimization_barrier, default=lambda columns: columns)
     return _product(gradient, kernel.T), _product(columns, gradient)
 

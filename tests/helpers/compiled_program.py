@@ -22,3 +22,9 @@ def collectives(program):
     """(kind, dtype, size) of everything that a collective of the program results in."""
     found = (COLLECTIVE.search(line) for line in program.splitlines())
     return {(match[2], *array) for match in found if match for array in arrays(match[1])}
+
+
+def operations(compiled):
+    """All operations of a compiled program, sorted, without their names and what else does not change what it does."""
+    plain = re.sub(r", metadata=\{[^}]*\}|, backend_config=.*|%[\w.-]+", "", compiled.as_text())
+    return sorted(line for line in plain.splitlines() if " = " in line and not line.startswith("HloModule "))
