@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from fvq_jax.ops.matmul import matmul_precision
 
-# Queries of a block are a multiple of this, as the matrix unit of most TPUs wants it. On a CPU 64 were no faster.
+# Queries of a block are a multiple of this, as the matrix unit of most TPUs wants it. On a CPU 64 are hardly faster.
 QUERIES = 128
 BLOCKS = 8  # at most, since each takes time to compile; more would spare less than another 1/16 of the scores
 

@@ -58,3 +58,10 @@ def gpu_devices():
     """Descriptions of one H100."""
     options = {"target_config": H100, "topology": "1x1x1"}
     return topologies.get_topology_desc(platform="cuda", topology_name="h100", **options).devices
+
+
+# For `parametrize`: functions that return devices of every kind that programs can be compiled for here.
+ACCELERATORS = [
+    pytest.param(lambda: tpu_devices("v5e:2x2"), marks=needs_libtpu, id="tpu"),
+    pytest.param(gpu_devices, marks=needs_cuda, id="gpu"),
+]

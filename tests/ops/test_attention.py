@@ -15,7 +15,7 @@ from fvq_jax.models.quantizers.bridge import make_bridge
 from fvq_jax.ops import attention as module
 from fvq_jax.ops.attention import attention
 from fvq_jax.runtime.products import product_flops
-from tests.helpers.chips import gpu_devices, needs_cuda, needs_libtpu, tpu_devices
+from tests.helpers.chips import ACCELERATORS
 from tests.helpers.compiled_program import operations
 from tests.helpers.golden_case import relative_error
 
@@ -146,13 +146,7 @@ def test_all_products_are_counted_as_an_accelerator_computes_them():
     assert counts[0] == counts[1] > 0
 
 
-@pytest.mark.parametrize(
-    "devices",
-    [
-        pytest.param(lambda: tpu_devices("v5e:2x2"), marks=needs_libtpu, id="tpu"),
-        pytest.param(gpu_devices, marks=needs_cuda, id="gpu"),
-    ],
-)
+@pytest.mark.parametrize("devices", ACCELERATORS)
 def test_the_program_of_an_accelerator_does_not_change(devices):
     sharding = SingleDeviceSharding(devices()[0])
     case = [jax.ShapeDtypeStruct((1, 192, 2, 8), jnp.float32, sharding=sharding)] * 4

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from fvq_jax.ops.matmul import matmul, matmul_precision
-from tests.helpers.chips import gpu_devices, needs_cuda, needs_libtpu, tpu_devices
+from tests.helpers.chips import ACCELERATORS
 from tests.helpers.compiled_program import operations
 from tests.helpers.golden_case import relative_error
 
@@ -60,13 +60,7 @@ def test_a_cpu_transposes_rows_in_memory():
     assert not re.search(over_first, found)
 
 
-@pytest.mark.parametrize(
-    "devices",
-    [
-        pytest.param(lambda: tpu_devices("v5e:2x2"), marks=needs_libtpu, id="tpu"),
-        pytest.param(gpu_devices, marks=needs_cuda, id="gpu"),
-    ],
-)
+@pytest.mark.parametrize("devices", ACCELERATORS)
 def test_the_program_of_an_accelerator_does_not_change(devices):
     sharding = SingleDeviceSharding(devices()[0])
     case = [
